@@ -1,0 +1,1 @@
+"""Numeric checks of published claims, run against the shipped methods and kernels."""
