@@ -1,0 +1,16 @@
+"""Aggregation methods: each a client half and a server half in one file of its name."""
+
+from fedcore.methods.base import Aggregate, Broadcast, ClientPlan, Method, Traits
+from fedcore.methods.catalog import METHODS, create_method, describe_methods, find_method
+
+__all__ = [
+    "METHODS",
+    "Aggregate",
+    "Broadcast",
+    "ClientPlan",
+    "Method",
+    "Traits",
+    "create_method",
+    "describe_methods",
+    "find_method",
+]

@@ -1,0 +1,224 @@
+"""One adapter as people know it: module path to named factors, with scaling and rank."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from math import sqrt
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from fedcore_kernels.layout import FactorLayout
+from torch import Tensor
+
+from fedcore.data.peft_keys import TRANSPOSED_FACTORS, parse_key
+from fedcore.errors import FedcoreError
+
+_PAIRS = {"lora": ("A", "B"), "gram": ("A",)}
+
+
+def _frozen(mapping: Mapping[str, Any]) -> Mapping[str, Any]:
+    return MappingProxyType(dict(mapping))
+
+
+@dataclass(frozen=True)
+class AdapterState:
+    """The tensors of one adapter, immutable, in PEFT's own orientation.
+
+    Attributes:
+        family: ``"lora"`` (factors ``A (r, d_in)`` and ``B (d_out, r)``) or ``"gram"``
+            (factor ``A (r, k)``); ``"none"`` when only dense tensors are present.
+        factors: module path to factor name to tensor.
+        dense: tensors that travel whole: heads, norms, magnitudes.
+        constants: tensors that never change and are compared, not averaged (a Gram adapter's
+            initial factor, stored frames).
+        scaling: module path to ``alpha / r`` or ``alpha / sqrt(r)``.
+        config: the adapter's configuration, as read from ``adapter_config.json``.
+        keys: tensor name (``module.factor`` or the dense name) to the key it was read under.
+    """
+
+    family: str
+    factors: Mapping[str, Mapping[str, Tensor]]
+    dense: Mapping[str, Tensor] = field(default_factory=dict)
+    constants: Mapping[str, Tensor] = field(default_factory=dict)
+    scaling: Mapping[str, float] = field(default_factory=dict)
+    config: Mapping[str, Any] = field(default_factory=dict)
+    keys: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        factors = {module: _frozen(named) for module, named in self.factors.items()}
+        object.__setattr__(self, "factors", _frozen(factors))
+        for name in ("dense", "constants", "scaling", "config", "keys"):
+            object.__setattr__(self, name, _frozen(getattr(self, name)))
+
+    @classmethod
+    def from_peft(
+        cls,
+        tensors: Mapping[str, Tensor],
+        config: Mapping[str, Any],
+        *,
+        name: str = "adapter",
+    ) -> AdapterState:
+        """Read a PEFT state dict and its configuration.
+
+        Args:
+            tensors: keys as PEFT writes them, with or without ``base_model.model.`` and the
+                adapter's name; order does not matter.
+            config: the fields of ``adapter_config.json`` (``r``, ``lora_alpha``, ``rank_pattern``,
+                ``alpha_pattern``, ``use_rslora``, ...).
+            name: what to call the adapter in errors, usually the client's id.
+
+        Raises:
+            FedcoreError: a factor without its partner, a rank that the configuration does not
+                declare, tensors of more than two axes, an integer or complex dtype, or no tensor.
+        """
+        factors: dict[str, dict[str, Tensor]] = {}
+        dense: dict[str, Tensor] = {}
+        constants: dict[str, Tensor] = {}
+        keys: dict[str, str] = {}
+        families: set[str] = set()
+        for key, tensor in tensors.items():
+            meaning = parse_key(key)
+            if not tensor.dtype.is_floating_point:
+                raise FedcoreError(f"{name}: {key} has dtype {tensor.dtype}; a float dtype is needed")
+            if meaning.role == "dense":
+                dense[meaning.module] = tensor
+                keys[meaning.module] = key
+                continue
+            families.add(meaning.family)
+            full_name = f"{meaning.module}.{meaning.factor}"
+            if full_name in keys:
+                raise FedcoreError(f"{name}: {key} and {keys[full_name]} name the same tensor")
+            keys[full_name] = key
+            if meaning.role == "constant":
+                constants[full_name] = tensor
+            else:
+                if tensor.dim() != 2:
+                    shape = tuple(tensor.shape)
+                    raise FedcoreError(f"{name}: {key} has shape {shape}; a factor has two axes")
+                factors.setdefault(meaning.module, {})[meaning.factor] = tensor
+        if not tensors:
+            raise FedcoreError(f"{name}: the adapter holds no tensor")
+        if len(families) > 1:
+            raise FedcoreError(f"{name}: mixes adapter families {sorted(families)}")
+        family = families.pop() if families else "none"
+        scaling = {}
+        for module, named in factors.items():
+            rank = _check_pair(name, family, module, named)
+            declared, scaling[module] = declared_rank_and_scaling(config, module)
+            if declared != rank:
+                raise FedcoreError(
+                    f"{name}: module {module} has rank {rank}, its configuration says {declared}"
+                )
+        return cls(family, factors, dense, constants, scaling, config, keys)
+
+    def to_peft(self) -> dict[str, Tensor]:
+        """The state dict under the keys it was read under."""
+        out = {}
+        for module, named in self.factors.items():
+            for factor, tensor in named.items():
+                out[self.keys[f"{module}.{factor}"]] = tensor
+        for tensors in (self.constants, self.dense):
+            for name, tensor in tensors.items():
+                out[self.keys[name]] = tensor
+        return out
+
+    def rank(self, module: str) -> int:
+        """The rank of ``module``'s factors."""
+        factor, tensor = next(iter(self.factors[module].items()))
+        return tensor.shape[1 if factor in TRANSPOSED_FACTORS else 0]
+
+    def layout(self) -> FactorLayout:
+        """The layout of this adapter's own row."""
+        return FactorLayout.build(
+            [
+                (module, factor, *_stored(factor, tensor).shape)
+                for module, named in self.factors.items()
+                for factor, tensor in named.items()
+            ],
+            [(name, tuple(tensor.shape)) for name, tensor in self.dense.items()],
+        )
+
+    def to_row(self, layout: FactorLayout, out: Tensor | None = None) -> Tensor:
+        """This adapter as a row of ``layout`` (its tensors must be the layout's, exactly).
+
+        A module of a lower rank than the layout's fills the first rows and leaves the rest zero.
+        ``B`` is stored transposed; nothing is scaled here.
+        """
+        row = torch.zeros(layout.size, dtype=self.dtype) if out is None else out.zero_()
+        for slot in layout:
+            view = layout.view(row, slot)
+            if slot.dense:
+                view.copy_(self.dense[slot.module])
+            else:
+                stored = _stored(slot.factor, self.factors[slot.module][slot.factor])
+                view[: stored.shape[0]].copy_(stored)
+        return row
+
+    def with_row(self, row: Tensor, layout: FactorLayout) -> AdapterState:
+        """A copy of this adapter with the tensors that ``layout`` names taken from ``row``.
+
+        Ranks and dtypes stay this adapter's own; rows beyond a module's rank are left out.
+        """
+        factors = {module: dict(named) for module, named in self.factors.items()}
+        dense = dict(self.dense)
+        for slot in layout:
+            view = layout.view(row, slot)
+            if slot.dense:
+                old = dense[slot.module]
+                dense[slot.module] = view.to(old.dtype).clone()
+            else:
+                old = factors[slot.module][slot.factor]
+                kept = view[: _stored(slot.factor, old).shape[0]]
+                factors[slot.module][slot.factor] = (
+                    _stored(slot.factor, kept).to(old.dtype).clone().contiguous()
+                )
+        return replace(self, factors=factors, dense=dense)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that all factors and dense tensors can be held in: fp32, or fp64 if any is."""
+        tensors = [t for named in self.factors.values() for t in named.values()]
+        dtypes = {tensor.dtype for tensor in [*tensors, *self.dense.values()]}
+        return torch.float64 if torch.float64 in dtypes else torch.float32
+
+
+def declared_rank_and_scaling(config: Mapping[str, Any], module: str) -> tuple[int, float]:
+    """Rank and scaling that ``config`` declares for ``module`` (patterns as PEFT matches them).
+
+    ``alpha / r`` for plain LoRA, ``alpha / sqrt(r)`` with ``use_rslora``. A pattern's key is a
+    regular expression that must match the end of the module path.
+
+    Raises:
+        FedcoreError: ``r`` or ``lora_alpha`` is missing or not positive.
+    """
+    rank = _pattern(config.get("rank_pattern"), module, config.get("r"))
+    alpha = _pattern(config.get("alpha_pattern"), module, config.get("lora_alpha"))
+    if not isinstance(rank, int) or rank < 1:
+        raise FedcoreError(f"module {module}: r is {rank!r} in the adapter's configuration")
+    if not isinstance(alpha, int | float) or not 0 < alpha < float("inf"):
+        raise FedcoreError(f"module {module}: lora_alpha is {alpha!r} in the adapter's configuration")
+    return rank, alpha / sqrt(rank) if config.get("use_rslora") else alpha / rank
+
+
+def _pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
+    for pattern, value in (patterns or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            return value
+    return default
+
+
+def _stored(factor: str, tensor: Tensor) -> Tensor:
+    return tensor.T if factor in TRANSPOSED_FACTORS else tensor
+
+
+def _check_pair(name: str, family: str, module: str, named: Mapping[str, Tensor]) -> int:
+    missing = [factor for factor in _PAIRS[family] if factor not in named]
+    if missing:
+        raise FedcoreError(f"{name}: module {module} lacks factor {missing[0]}")
+    ranks = {factor: _stored(factor, tensor).shape[0] for factor, tensor in named.items()}
+    if len(set(ranks.values())) > 1:
+        raise FedcoreError(f"{name}: module {module} has factors of different rank {ranks}")
+    return next(iter(ranks.values()))

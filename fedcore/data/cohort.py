@@ -1,0 +1,293 @@
+"""One round's uploads as one matrix: a row a client."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from fedcore_kernels.layout import FactorLayout
+from torch import Tensor
+
+from fedcore.data.adapter_state import AdapterState
+from fedcore.data.peft_files import read_adapter
+from fedcore.data.validation import (
+    Dropped,
+    OnInvalid,
+    check_row,
+    check_state,
+    check_weight,
+    enforce,
+)
+from fedcore.errors import FedcoreError
+
+SCALE_POWER: Mapping[str, Mapping[str, float]] = {
+    "lora": {"B": 1.0},
+    "gram": {"A": 0.5},
+    "none": {},
+}
+"""How a factor takes up its module's scaling: the update is ``s B A``, or ``s left A^T A right``."""
+
+
+@dataclass(frozen=True)
+class Cohort:
+    """The uploads of one round that passed validation, sorted by client id.
+
+    Attributes:
+        layout: where each tensor stands in a row.
+        updates: ``(N, P)`` float; scalings are absorbed, lower ranks are padded with zero rows.
+        weights: ``(N,)`` fp64, positive, as reported (usually examples); not normalised.
+        client_ids: N distinct ids in ascending order.
+        round: the round the uploads belong to, counted from 0.
+        ranks: ``(N, L)`` int64, the rank of each module (columns as ``layout.modules``).
+        scalings: ``(N, L)`` fp64, what was absorbed, relative to the server's own scaling.
+        dropped: clients left out, with reasons.
+    """
+
+    layout: FactorLayout
+    updates: Tensor
+    weights: Tensor
+    client_ids: tuple[str, ...]
+    round: int
+    ranks: Tensor
+    scalings: Tensor
+    dropped: tuple[Dropped, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.client_ids)
+
+    @property
+    def shares(self) -> Tensor:
+        """``(N,)`` fp64, the weights normalised to sum to one."""
+        return self.weights / self.weights.sum()
+
+    @property
+    def mixed_ranks(self) -> bool:
+        """Whether any module has clients of different ranks, or below the layout's."""
+        full = torch.tensor(
+            [
+                max(slot.rows for slot in self.layout.factor_slots if slot.module == module)
+                for module in self.layout.modules
+            ],
+            dtype=torch.int64,
+        )
+        return bool((self.ranks != full).any())
+
+    @classmethod
+    def from_states(
+        cls,
+        states: Mapping[str, AdapterState],
+        weights: Mapping[str, float] | None = None,
+        *,
+        layout: FactorLayout | None = None,
+        round: int = 0,
+        on_invalid: OnInvalid = "raise",
+    ) -> Cohort:
+        """Gather adapters (client id to state) into a cohort.
+
+        Args:
+            weights: client id to weight; all ones by default.
+            layout: what must be there; by default the first client's tensors, at each module's
+                largest rank.
+            on_invalid: ``"raise"`` names the first bad client; ``"drop"`` leaves bad ones out.
+
+        Raises:
+            FedcoreError: naming client, module and value; always when weights are all zero.
+        """
+        if not states:
+            raise FedcoreError("no adapters were given")
+        chosen = layout or _widest_layout(states)
+        family = next(iter(states.values())).family
+        builder = CohortBuilder(chosen, sorted(states), round=round)
+        for client_id in sorted(states):
+            state = states[client_id]
+            problem = check_state(state, chosen, mixed_ranks=True)
+            if state.family != family:
+                problem = f"its adapter is of family {state.family!r}, others are {family!r}"
+            if problem:
+                builder.refuse(client_id, problem)
+                continue
+            builder.fill(client_id, state)
+            builder.receive(client_id, 1.0 if weights is None else weights.get(client_id, 0.0))
+        return builder.finish(on_invalid)
+
+    @classmethod
+    def from_folders(
+        cls,
+        folders: Mapping[str, str | Path],
+        weights: Mapping[str, float] | None = None,
+        *,
+        on_invalid: OnInvalid = "raise",
+    ) -> Cohort:
+        """Gather PEFT adapter folders (client id to folder) into a cohort."""
+        states: dict[str, AdapterState] = {}
+        bad: list[Dropped] = []
+        for client_id, folder in sorted(folders.items()):
+            try:
+                states[client_id] = read_adapter(folder, name=f"client {client_id}")
+            except FedcoreError as error:
+                bad.append(Dropped(client_id, str(error)))
+        enforce(bad, on_invalid, 0)
+        cohort = cls.from_states(states, weights, on_invalid=on_invalid)
+        return replace(cohort, dropped=tuple(sorted([*cohort.dropped, *bad])))
+
+
+class CohortBuilder:
+    """Rows for the clients of a round, filled as their uploads arrive.
+
+    An engine writes each upload straight into ``row(client_id)`` and then calls ``receive``;
+    clients that never do are dropped with the reason that they did not report.
+    """
+
+    def __init__(
+        self,
+        layout: FactorLayout,
+        client_ids: Sequence[str],
+        *,
+        round: int,
+        server_scaling: Mapping[str, float] | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        twice = {client for client in client_ids if list(client_ids).count(client) > 1}
+        if twice:
+            raise FedcoreError(f"client {min(twice)} appears twice in the round")
+        self.layout = layout
+        self.round = round
+        self._order = sorted(client_ids)
+        self._index = {client: i for i, client in enumerate(self._order)}
+        self._server_scaling = server_scaling
+        n, modules = len(self._order), layout.modules
+        self._updates = torch.zeros(n, layout.size, dtype=dtype)
+        self._weights = torch.zeros(n, dtype=torch.float64)
+        self._scalings = torch.ones(n, len(modules), dtype=torch.float64)
+        full = {slot.module: slot.rows for slot in layout.factor_slots}
+        self._ranks = torch.tensor([[full[module] for module in modules]] * n, dtype=torch.int64)
+        self._ranks = self._ranks.reshape(n, len(modules))
+        self._received: set[str] = set()
+        self._problems: dict[str, str] = {}
+
+    def row(self, client_id: str) -> Tensor:
+        """The client's row, to be written in place: ``(P,)``."""
+        return self._updates[self._place(client_id)]
+
+    def fill(self, client_id: str, state: AdapterState) -> None:
+        """Write an adapter into the client's row, with its scalings absorbed."""
+        place = self._place(client_id)
+        if state.dtype == torch.float64 and self._updates.dtype != torch.float64:
+            self._updates = self._updates.double()
+        row = state.to_row(self.layout, out=self._updates[place])
+        for j, module in enumerate(self.layout.modules):
+            relative = state.scaling[module]
+            if self._server_scaling is not None:
+                relative /= self._server_scaling[module]
+            self._scalings[place, j] = relative
+            self._ranks[place, j] = state.rank(module)
+        scaling = dict(zip(self.layout.modules, self._scalings[place].tolist(), strict=True))
+        absorb(row, self.layout, state.family, scaling)
+
+    def receive(
+        self,
+        client_id: str,
+        weight: float,
+        *,
+        round: int | None = None,
+        frozen: str | None = None,
+        expected_frozen: str | None = None,
+    ) -> None:
+        """Declare a row complete and check it.
+
+        Args:
+            weight: the client's weight, usually its number of examples.
+            round: the round the client trained for; another one than the builder's is stale.
+            frozen: digest of what the client must not have changed.
+            expected_frozen: the server's digest of the same.
+        """
+        place = self._place(client_id)
+        if client_id in self._received:
+            raise FedcoreError(f"round {self.round}: client {client_id} reported twice")
+        self._received.add(client_id)
+        stale = round is not None and round != self.round
+        changed = expected_frozen is not None and frozen != expected_frozen
+        problem = (
+            (f"its upload is for round {round}" if stale else None)
+            or ("a frozen factor or frame differs from the broadcast" if changed else None)
+            or check_weight(weight)
+            or check_row(self._updates[place], self.layout)
+        )
+        if problem:
+            self._problems.setdefault(client_id, problem)
+        else:
+            self._weights[place] = weight
+
+    def refuse(self, client_id: str, reason: str) -> None:
+        """Leave a client out for a reason found elsewhere (no reply, a malformed upload)."""
+        self._place(client_id)
+        self._received.add(client_id)
+        self._problems.setdefault(client_id, reason)
+
+    def finish(self, on_invalid: OnInvalid = "raise") -> Cohort:
+        """The cohort of the valid uploads; clients of weight zero have no influence and no row.
+
+        Raises:
+            FedcoreError: an upload is invalid and ``on_invalid`` is ``"raise"``, or valid uploads
+                exist and all their weights are zero.
+        """
+        bad = [Dropped(client, reason) for client, reason in sorted(self._problems.items())]
+        enforce(bad, on_invalid, self.round)
+        silent = [
+            Dropped(client, "it did not report")
+            for client in self._order
+            if client not in self._received
+        ]
+        valid = [c for c in self._order if c in self._received and c not in self._problems]
+        kept = [client for client in valid if self._weights[self._index[client]] > 0]
+        if valid and not kept:
+            raise FedcoreError(f"round {self.round}: the weights of all clients are zero")
+        weightless = [Dropped(c, "its weight is zero") for c in valid if c not in kept]
+        places = torch.tensor([self._index[client] for client in kept], dtype=torch.int64)
+        # The common case keeps the matrix that the uploads were written into.
+        whole = len(kept) == len(self._order)
+        return Cohort(
+            layout=self.layout,
+            updates=self._updates if whole else self._updates[places],
+            weights=self._weights[places],
+            client_ids=tuple(kept),
+            round=self.round,
+            ranks=self._ranks[places],
+            scalings=self._scalings[places],
+            dropped=tuple(sorted([*bad, *silent, *weightless])),
+        )
+
+    def _place(self, client_id: str) -> int:
+        if client_id not in self._index:
+            raise FedcoreError(f"round {self.round}: client {client_id} was not asked to take part")
+        return self._index[client_id]
+
+
+def absorb(
+    row: Tensor, layout: FactorLayout, family: str, scaling: Mapping[str, float], sign: int = 1
+) -> None:
+    """Multiply the factors of ``row`` in place by their share of each module's ``scaling``.
+
+    ``sign = -1`` divides instead, for the way down.
+    """
+    for slot in layout.factor_slots:
+        power = SCALE_POWER[family].get(slot.factor, 0.0)
+        scale = scaling[slot.module] ** (power * sign)
+        if scale != 1.0:
+            layout.view(row, slot).mul_(scale)
+
+
+def _widest_layout(states: Mapping[str, AdapterState]) -> FactorLayout:
+    """The first client's tensors, each factor at the largest rank that any client has."""
+    first = next(iter(dict(sorted(states.items())).values()))
+    ranks = {
+        module: max(s.rank(module) for s in states.values() if module in s.factors)
+        for module in first.factors
+    }
+    own = first.layout()
+    return FactorLayout.build(
+        [(s.module, s.factor, ranks[s.module], s.width) for s in own.factor_slots],
+        [(s.module, s.shape) for s in own.dense_slots if s.shape is not None],
+    )

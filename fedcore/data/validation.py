@@ -1,0 +1,105 @@
+"""What is wrong with an upload, said by client, module and value, before anything is aggregated."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from math import isfinite
+from typing import Literal
+
+import torch
+from fedcore_kernels.layout import FactorLayout
+from torch import Tensor
+
+from fedcore.data.adapter_state import AdapterState
+from fedcore.errors import FedcoreError
+
+OnInvalid = Literal["raise", "drop"]
+
+
+@dataclass(frozen=True, order=True)
+class Dropped:
+    """A client whose upload was left out of a round, and why."""
+
+    client_id: str
+    reason: str
+
+
+def check_weight(weight: float) -> str | None:
+    """The problem with a client's weight, if any (zero is legal: the client has no influence)."""
+    if not isfinite(weight) or weight < 0:
+        return f"its weight is {weight}; weights are finite and not negative"
+    return None
+
+
+def check_row(row: Tensor, layout: FactorLayout) -> str | None:
+    """The first tensor of ``row`` with a value that is not finite, if any."""
+    # One pass over the row; only a bad row is searched for the culprit.
+    if bool(torch.isfinite(row.sum())) or bool(torch.isfinite(row).all()):
+        return None
+    for slot in layout:
+        values = layout.view(row, slot)
+        bad = ~torch.isfinite(values)
+        if bad.any():
+            value = values[bad][0].item()
+            return f"{slot.name} holds {int(bad.sum())} values that are not finite, such as {value}"
+    return None
+
+
+def check_state(state: AdapterState, layout: FactorLayout, *, mixed_ranks: bool) -> str | None:
+    """The first way in which ``state`` does not fit ``layout``, if any.
+
+    Shapes are compared, never broadcast. A lower rank than the layout's is accepted only with
+    ``mixed_ranks``; a higher one never.
+    """
+    own = state.layout().by_name
+    missing = [slot.name for slot in layout if slot.name not in own]
+    if missing:
+        return f"{missing[0]} is missing"
+    extra = [name for name in own if name not in layout.by_name]
+    if extra:
+        return f"{extra[0]} was not asked for"
+    for slot in layout:
+        mine = own[slot.name]
+        if slot.dense and mine.shape != slot.shape:
+            return f"{slot.name} has shape {mine.shape}, expected {slot.shape}"
+        if mine.width != slot.width:
+            return f"{slot.name} has width {mine.width}, expected {slot.width}"
+        if mine.rows > slot.rows or (mine.rows < slot.rows and not mixed_ranks):
+            return f"{slot.name} has rank {mine.rows}, expected {slot.rows}"
+    return None
+
+
+def digest(row: Tensor, layout: FactorLayout, constants: Iterable[Tensor] = ()) -> str:
+    """A hash of the bytes of every tensor in ``row`` and of ``constants``, to compare frozen parts."""
+    total = sha256()
+    pieces = [layout.view(row, slot) for slot in layout]
+    for piece in [*pieces, *constants]:
+        flat = piece.detach().cpu().contiguous().reshape(-1)
+        total.update(f"{flat.dtype} {tuple(piece.shape)}".encode())
+        total.update(flat.view(torch.uint8).numpy().tobytes())
+    return total.hexdigest()
+
+
+def identical_rows(updates: Tensor) -> bool:
+    """Whether all of several uploads are the same bits.
+
+    It is the symptom of a sum-only aggregator that overwrites every upload with the mean, or of
+    clients that did not train; methods that are not linear would silently lose their correction.
+    """
+    return updates.shape[0] > 1 and bool((updates == updates[0]).all())
+
+
+def enforce(problems: Sequence[Dropped], on_invalid: OnInvalid, round_: int) -> None:
+    """Raise on the first problem unless invalid uploads are to be dropped.
+
+    Raises:
+        FedcoreError: naming the client, what is wrong and how many other uploads are bad.
+    """
+    if on_invalid not in ("raise", "drop"):
+        raise FedcoreError(f"on_invalid is {on_invalid!r}; pass 'raise' or 'drop'")
+    if problems and on_invalid == "raise":
+        first, others = problems[0], len(problems) - 1
+        more = f" (and {others} more)" if others else ""
+        raise FedcoreError(f"round {round_}: client {first.client_id}: {first.reason}{more}")

@@ -1,0 +1,78 @@
+"""Every method by name: one place to look one up, list them, or build one with its options."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any
+
+from fedcore.errors import FedcoreError, unknown_name
+from fedcore.methods.base import Method
+from fedcore.methods.centralised import Centralised
+from fedcore.methods.fedit import FedIT
+from fedcore.methods.ffa import FFA
+from fedcore.methods.florg import FlorgAvgA, FlorgSketched, FlorgTruncated
+from fedcore.methods.head_only import HeadOnly
+from fedcore.methods.local_only import LocalOnly
+from fedcore.methods.rolora import RoLoRA
+
+METHODS: tuple[type[Method], ...] = (
+    FedIT,
+    FFA,
+    RoLoRA,
+    FlorgTruncated,
+    FlorgSketched,
+    FlorgAvgA,
+    HeadOnly,
+    LocalOnly,
+    Centralised,
+)
+"""All methods, in the order in which tables show them."""
+
+
+def find_method(name: str) -> type[Method]:
+    """The class of a method, by its name or one of its aliases.
+
+    Raises:
+        FedcoreError: one line with the nearest valid names.
+    """
+    for method in METHODS:
+        if name == method.name or name in method.aliases:
+            return method
+    known = [known for method in METHODS for known in (method.name, *method.aliases)]
+    raise unknown_name("method", name, known)
+
+
+def create_method(name: str, **options: Any) -> Method:
+    """A method with its hyper-parameters.
+
+    Raises:
+        FedcoreError: unknown name or option, or an option of the wrong type.
+
+    Example:
+        >>> create_method("florg", align=False)
+        FlorgTruncated(align=False)
+    """
+    method = find_method(name)
+    # Every subclass is a dataclass; the abstract base is not.
+    known = {option.name: option.type for option in fields(method)}  # type: ignore[arg-type]
+    for option, value in options.items():
+        if option not in known:
+            raise unknown_name(f"option of method {method.name}", option, known)
+        if known[option] == "bool" and not isinstance(value, bool):
+            raise FedcoreError(f"{method.name}: {option} is {value!r}; pass true or false")
+    return method(**options)
+
+
+def describe_methods() -> list[dict[str, Any]]:
+    """One flat record a method: name, aliases, source, traits and traffic."""
+    return [
+        {
+            "name": method.name,
+            "aliases": ", ".join(method.aliases),
+            "summary": method.summary,
+            "paper": method.paper,
+            "adapter": method.family,
+            **{field.name: getattr(method.traits, field.name) for field in fields(method.traits)},
+        }
+        for method in METHODS
+    ]

@@ -1,0 +1,119 @@
+"""What an aggregation lost and how far it moved the factors, module by module."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import nan
+
+import torch
+from fedcore_kernels import product_norm
+from fedcore_kernels.layout import FactorLayout
+from torch import Tensor
+
+from fedcore.data.cohort import Cohort
+from fedcore.methods.base import Aggregate, Broadcast, Family
+
+
+@dataclass(frozen=True)
+class ModuleDiagnosis:
+    """One module of one round.
+
+    Attributes:
+        aggregation_error: ``||M - result||_F / ||M||_F``, the broadcast product against the weighted
+            mean of the clients' products, both as updates of the base model; ``nan`` if M is zero.
+        factor_drift: how far the factors moved, ``||new - old||_F / ||old||_F``; ``nan`` from zero.
+        kept_rank, condition: as the server step reported them; ``None`` for plain means.
+    """
+
+    module: str
+    aggregation_error: float
+    factor_drift: float
+    kept_rank: int | None
+    condition: float | None
+
+
+def diagnose(
+    cohort: Cohort,
+    aggregate: Aggregate,
+    previous: Broadcast,
+    family: Family,
+    offset: Mapping[str, Tensor] | None = None,
+) -> list[ModuleDiagnosis]:
+    """Compare a round's result with the exact weighted mean of the uploaded products.
+
+    Everything is done on stacked factors through their QR cores, in fp64; no matrix of the size of
+    a weight is formed and nothing cancels.
+
+    Args:
+        offset: module to the initial Gram factor that the model subtracts, so that errors are
+            relative to the update and not to the starting Gram.
+    """
+    if family == "none" or not len(cohort):
+        return []
+    layout = previous.layout
+    found = []
+    shares = cohort.shares.tolist()
+    for module in layout.modules:
+        left, right = [], []
+        for n, share in enumerate(shares):
+            b, a = _product(cohort, n, previous, module, family)
+            left.append(b * share)
+            right.append(a)
+        b, a = _factors(aggregate.row, layout, module, family)
+        # The result carries the same offset as the mean, so the difference is free of it.
+        gap = float(product_norm(torch.cat([*left, -b]), torch.cat([*right, a])))
+        if offset is not None and module in offset:
+            start = offset[module].to(torch.float64)
+            left.append(-start)
+            right.append(start)
+        target = float(product_norm(torch.cat(left), torch.cat(right)))
+        step = aggregate.steps.get(module)
+        found.append(
+            ModuleDiagnosis(
+                module=module,
+                aggregation_error=gap / target if target > 0 else nan,
+                factor_drift=_drift(aggregate.row, previous, module),
+                kept_rank=step.rank if step else None,
+                condition=step.condition if step else None,
+            )
+        )
+    return found
+
+
+def _factors(
+    row: Tensor, layout: FactorLayout, module: str, family: Family
+) -> tuple[Tensor, Tensor]:
+    """Left and right factor ``(r, width)`` whose product ``left^T right`` is the module's update."""
+    right = layout.view(row, layout.by_name[f"{module}.A"]).to(torch.float64)
+    if family == "gram":
+        return right, right
+    return layout.view(row, layout.by_name[f"{module}.B"]).to(torch.float64), right
+
+
+def _product(
+    cohort: Cohort, n: int, previous: Broadcast, module: str, family: Family
+) -> tuple[Tensor, Tensor]:
+    """One client's factors; one that it did not send is the broadcast's."""
+    sent, row = cohort.layout, cohort.updates[n]
+    names = ("A", "A") if family == "gram" else ("B", "A")
+    found = []
+    for factor in names:
+        name = f"{module}.{factor}"
+        if name in sent.by_name:
+            found.append(sent.view(row, sent.by_name[name]).to(torch.float64))
+        else:
+            slot = previous.layout.by_name[name]
+            found.append(previous.layout.view(previous.row, slot).to(torch.float64))
+    return found[0], found[1]
+
+
+def _drift(row: Tensor, previous: Broadcast, module: str) -> float:
+    old_norm = moved = 0.0
+    for slot in previous.layout.factor_slots:
+        if slot.module == module:
+            new = previous.layout.view(row, slot).to(torch.float64)
+            old = previous.layout.view(previous.row, slot).to(torch.float64)
+            old_norm += float(old.square().sum())
+            moved += float((new - old).square().sum())
+    return (moved / old_norm) ** 0.5 if old_norm > 0 else nan
