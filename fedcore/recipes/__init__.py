@@ -1,0 +1,19 @@
+"""Jobs that can be run by name."""
+
+from fedcore.recipes.loading import (
+    load_recipe,
+    parse_settings,
+    parse_value,
+    shipped_recipes,
+    to_toml,
+)
+from fedcore.recipes.schema import Recipe
+
+__all__ = [
+    "Recipe",
+    "load_recipe",
+    "parse_settings",
+    "parse_value",
+    "shipped_recipes",
+    "to_toml",
+]

@@ -1,0 +1,20 @@
+"""`fedcore export`: a Gram adapter as plain LoRA."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+
+def export(
+    adapter: Annotated[Path, typer.Argument(help="A PEFT folder of type gram.")],
+    out: Annotated[Path, typer.Option(help="Folder for the LoRA adapter.")],
+) -> None:
+    """Write a Gram adapter as plain LoRA that PEFT loads without fedcore; exact, no SVD."""
+    from fedcore.tuners import export_lora
+
+    export_lora(adapter, out)
+    Console().print(f"LoRA adapter: {out}", highlight=False, soft_wrap=True)

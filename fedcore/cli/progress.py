@@ -1,0 +1,100 @@
+"""A run's progress as a person sees it: a bar for the rounds, one for the steps of the round."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from fedcore.engines.observer import Observer
+
+
+class ProgressDisplay(Observer):
+    """Bars on a terminal, plain lines elsewhere; use it as a context manager."""
+
+    def __init__(self, console: Console, title: str = "") -> None:
+        self._console = console
+        self._title = title
+        self._clients = 0
+        self._seen = 0
+        self._bars = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}", justify="left"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self._rounds = self._bars.add_task("preparing", total=None)
+        self._steps = self._bars.add_task("", total=None, visible=False)
+
+    def __enter__(self) -> ProgressDisplay:
+        self._bars.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._bars.stop()
+
+    def message(self, text: str) -> None:
+        """Print a line above the bars."""
+        self._console.print(text, style="dim", highlight=False, markup=False)
+
+    def preparing(self, what: str) -> None:
+        """Say what is being prepared."""
+        self._bars.update(self._rounds, description=f"preparing {what}")
+        if not self._console.is_terminal:
+            self.message(f"preparing {what}")
+
+    def run_started(self, rounds: int, done: int) -> None:
+        """Start the bar of the rounds."""
+        self._bars.update(
+            self._rounds, description=f"{self._title} rounds", total=rounds, completed=done
+        )
+
+    def round_started(self, round: int, clients: int, steps: int) -> None:
+        """Start the bar of the round's steps."""
+        self._clients, self._seen = clients, 0
+        self._bars.reset(self._steps, total=steps, visible=True, description="training")
+
+    def client_started(self, client_id: str) -> None:
+        """Say whose turn it is."""
+        self._seen += 1
+        self._bars.update(
+            self._steps, description=f"{client_id} ({self._seen} of {self._clients})"
+        )
+
+    def step_done(self, loss: float) -> None:
+        """Advance the bar of the round's steps."""
+        self._bars.advance(self._steps)
+
+    def round_finished(self, record: Mapping[str, Any]) -> None:
+        """Advance the bar of the rounds and print one line of the round."""
+        self._bars.advance(self._rounds)
+        loss, accuracy = record["train_loss"], record["accuracy"]
+        parts = [f"{self._title} round {record['round']:>3}"]
+        parts.append("train loss  -   " if loss is None else f"train loss {loss:.3f}")
+        if accuracy is not None:
+            parts.append(f"held-out accuracy {accuracy:.3f}")
+        for dropped in record["dropped"]:
+            parts.append(f"{dropped['client']} dropped: {dropped['reason']}")
+        parts += record["flags"]
+        self.message("   ".join(part.strip() for part in parts))

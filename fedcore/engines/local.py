@@ -1,0 +1,162 @@
+"""The default engine: every client in this process, one after the other, one model in memory."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+from fedcore.data.server_state import ServerState
+from fedcore.engines.environment import describe_environment, git_commit, peak_memory_bytes
+from fedcore.engines.observer import Observer
+from fedcore.engines.results import write_adapters
+from fedcore.engines.round import initial_record, run_round
+from fedcore.engines.run_folder import RunFolder
+from fedcore.engines.workbench import Shelf, Workbench, build_workbench, check_sources
+from fedcore.recipes import Recipe
+
+
+def start(
+    recipe: Recipe, path: Path, observer: Observer | None = None, shelf: Shelf | None = None
+) -> dict[str, Any]:
+    """Run ``recipe`` from the beginning into the empty folder ``path``; returns its summary.
+
+    The state is saved before round 0 and after every round, so a run that is killed at any instant
+    goes on with :func:`resume`.
+
+    Raises:
+        FedcoreError: the folder is not empty, or anything the recipe names does not exist.
+    """
+    watcher = observer or Observer()
+    check_sources(recipe)
+    folder = RunFolder.create(path, recipe)
+    bench = build_workbench(recipe, watcher, shelf)
+    folder.write_json("environment.json", describe_environment())
+    folder.write_json("partition.json", bench.counts)
+    return _go_on(bench, folder, None, watcher)
+
+
+def resume(
+    path: Path, observer: Observer | None = None, shelf: Shelf | None = None
+) -> dict[str, Any]:
+    """Continue the run in ``path`` to the bits of a run that was never interrupted.
+
+    The same bits need the same machine, thread count and versions; a difference is reported. A
+    finished run is left as it is and its summary returned.
+
+    Raises:
+        FedcoreError: ``path`` holds no run, or its state is damaged.
+    """
+    watcher = observer or Observer()
+    folder = RunFolder.open(path)
+    finished = folder.summary()
+    if finished is not None:
+        watcher.message(f"{path} is finished already")
+        return finished
+    recipe = folder.recipe()
+    environment = describe_environment()
+    for name, was, now in folder.changed_environment(environment):
+        watcher.message(f"{name} was {was} and is {now}: the result may differ in its last bits")
+    bench = build_workbench(recipe, watcher, shelf)
+    state = folder.latest()
+    if state is None:
+        folder.write_json("environment.json", environment)
+        folder.write_json("partition.json", bench.counts)
+    else:
+        watcher.message(f"resuming: {state.round} of {recipe.rounds} rounds are done")
+    return _go_on(bench, folder, state, watcher)
+
+
+def _go_on(
+    bench: Workbench, folder: RunFolder, state: ServerState | None, observer: Observer
+) -> dict[str, Any]:
+    recipe = bench.recipe
+    if state is None:
+        start_row = bench.binding.read()
+        state = ServerState(round=0, layout=bench.binding.layout, row=start_row)
+        state = _recorded(state, initial_record(bench, state))
+        folder.save(state)
+    records = folder.rewind_metrics(state)
+    observer.run_started(recipe.rounds, state.round)
+    save_seconds = 0.0
+    while state.round < recipe.rounds:
+        state = run_round(bench, state, observer)
+        # A state is timed after it is written, so a record carries the save before its own.
+        state = _recorded(
+            state, {**state.record, "seconds": {**state.record["seconds"], "save": save_seconds}}
+        )
+        started = perf_counter()
+        folder.save(state)
+        save_seconds = perf_counter() - started
+        records.append(dict(state.record))
+        observer.round_finished(state.record)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        written = write_adapters(bench, state, folder.path)
+    summary = summarise(bench, state, records)
+    summary["adapters"] = [str(path.relative_to(folder.path)) for path in written]
+    folder.write_json("summary.json", summary)
+    return summary
+
+
+def _recorded(state: ServerState, record: Mapping[str, Any]) -> ServerState:
+    return replace(state, record=record)
+
+
+def summarise(
+    bench: Workbench, state: ServerState, records: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """The run in one flat record: quality, traffic, time, memory, versions."""
+    recipe = bench.recipe
+    evaluated = [record for record in records if record["accuracy"] is not None]
+    last = evaluated[-1]
+    target = recipe.evaluation.target_accuracy
+    reached = next((r for r in evaluated if r["accuracy"] >= target and r["round"] >= 0), None)
+    spread = _client_accuracies(bench, last)
+    seconds: dict[str, float] = {}
+    for record in records:
+        for phase, value in record["seconds"].items():
+            seconds[phase] = seconds.get(phase, 0.0) + value
+    environment = describe_environment()
+    traffic = {"up_adapter": 0, "up_head": 0, "down_adapter": 0, "down_head": 0, **state.traffic}
+    return {
+        "recipe": recipe.name,
+        "method": bench.method.name,
+        "seed": recipe.seed,
+        "rounds": state.round,
+        "clients": recipe.clients,
+        "accuracy": last["accuracy"],
+        "best_accuracy": max(record["accuracy"] for record in evaluated),
+        "worst_client": min(spread, default=None),
+        "mean_client": sum(spread) / len(spread) if spread else None,
+        "best_client": max(spread, default=None),
+        "bytes_up": {"adapter": traffic["up_adapter"], "head": traffic["up_head"]},
+        "bytes_down": {"adapter": traffic["down_adapter"], "head": traffic["down_head"]},
+        "seconds": seconds,
+        "peak_memory_bytes": peak_memory_bytes(),
+        "git": git_commit(),
+        "versions": environment["versions"],
+        "finished": state.round >= recipe.rounds,
+        "target_accuracy": target,
+        "rounds_to_target": reached["round"] + 1 if reached else None,
+        "bytes_to_target": _bytes_until(records, reached["round"]) if reached else None,
+    }
+
+
+def _client_accuracies(bench: Workbench, record: Mapping[str, Any]) -> list[float]:
+    """Each client's accuracy on its own shard: of the global model, or of its own where alone."""
+    key = "local_accuracy" if bench.method.population == "alone" else "global_accuracy"
+    return [client[key] for client in record["clients"] if client[key] is not None]
+
+
+def _bytes_until(records: list[dict[str, Any]], last: int) -> int:
+    return sum(
+        size
+        for record in records
+        if record["round"] <= last
+        for direction in ("bytes_up", "bytes_down")
+        for size in record[direction].values()
+    )

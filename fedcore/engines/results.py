@@ -1,0 +1,56 @@
+"""The adapters a run ends with, as folders that PEFT loads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from fedcore.data.adapter_state import AdapterState
+from fedcore.data.peft_files import write_adapter, write_tensors
+from fedcore.data.server_state import ServerState
+from fedcore.engines.workbench import Workbench
+
+
+def write_adapters(bench: Workbench, state: ServerState, folder: Path) -> list[Path]:
+    """Write the final adapter below ``folder`` and return the folders written.
+
+    ``adapter/`` is the global adapter (``adapters/CLIENT/`` one a client where clients train alone);
+    a Gram adapter is also written as plain LoRA, ``adapter-lora/``, which PEFT loads without
+    fedcore. A run without adapter leaves its head in ``head/``.
+    """
+    if bench.method.family == "none":
+        head = folder / "head"
+        head.mkdir(exist_ok=True)
+        tensors = {s.name: state.layout.view(state.row, s).clone() for s in state.layout}
+        write_tensors(tensors, head / "model.safetensors")
+        return [head]
+    if bench.method.population == "alone":
+        return [
+            write_adapter(
+                adapter_state(bench.model, state.private[client]["row"], bench),
+                folder / "adapters" / client,
+            )
+            for client in sorted(state.private)
+        ]
+    written = [write_adapter(adapter_state(bench.model, state.row, bench), folder / "adapter")]
+    if bench.method.family == "gram":
+        from fedcore.tuners import export_lora
+
+        export_lora(written[0], folder / "adapter-lora")
+        written.append(folder / "adapter-lora")
+    return written
+
+
+def adapter_state(model: nn.Module, row: Tensor, bench: Workbench) -> AdapterState:
+    """The model's adapter with the values of ``row``."""
+    from peft import get_peft_model_state_dict
+
+    bench.binding.load(row)
+    tensors = {
+        key: tensor.detach().cpu().clone()
+        for key, tensor in get_peft_model_state_dict(model).items()
+    }
+    config: dict[str, Any] = {**model.peft_config["default"].to_dict(), "inference_mode": True}  # type: ignore[index,union-attr,operator]
+    return AdapterState.from_peft(tensors, config, name="the final adapter")

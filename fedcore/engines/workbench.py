@@ -1,0 +1,234 @@
+"""Everything a run works with, built once from its recipe: data, partition, model, method."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fedcore.data.seeding import derive_seed
+from fedcore.engines.observer import Observer
+from fedcore.errors import FedcoreError
+from fedcore.methods import Method
+from fedcore.recipes import Recipe
+from fedcore.training.adapters import attach_adapter
+from fedcore.training.binding import ModelBinding
+from fedcore.training.datasets import (
+    TextDataset,
+    check_data_source,
+    load_dataset,
+    stratified_split,
+    stratified_subsample,
+)
+from fedcore.training.encoding import EncodedDataset, encode
+from fedcore.training.forward import Forward
+from fedcore.training.models import check_model_source, load_classifier
+from fedcore.training.partitions import Partition, assign_like, partition
+from fedcore.training.prefix import FrozenPrefix
+
+POOLED = "everyone"
+"""The one client of the centralised baseline."""
+
+
+@dataclass
+class Shelf:
+    """What several runs of one process may share: encoded texts and frozen-prefix states by key."""
+
+    texts: dict[Any, tuple[TextDataset, EncodedDataset]] = field(default_factory=dict)
+    states: dict[Any, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Workbench:
+    """The parts of a run.
+
+    Attributes:
+        model: the one model in memory, with its adapter.
+        shards: client id to the training examples it holds, as indices.
+        test_shards: client id to its part of the held-out examples; together they are ``test``.
+        test: the held-out examples.
+        counts: per client and label, training and held-out examples, for the report.
+    """
+
+    recipe: Recipe
+    method: Method
+    model: nn.Module
+    binding: ModelBinding
+    forward: Forward
+    examples: EncodedDataset
+    shards: Mapping[str, Tensor]
+    test_shards: Mapping[str, Tensor]
+    test: Tensor
+    label_names: tuple[str, ...]
+    counts: Mapping[str, Any]
+
+    @property
+    def trainers(self) -> tuple[str, ...]:
+        """Who trains: the clients, or the one holder of all data."""
+        return (POOLED,) if self.method.population == "pooled" else tuple(sorted(self.shards))
+
+    def training_indices(self, client_id: str) -> Tensor:
+        """The examples that ``client_id`` trains on."""
+        if client_id == POOLED:
+            return torch.cat([self.shards[c] for c in sorted(self.shards)]).sort().values
+        return self.shards[client_id]
+
+    @property
+    def offset(self) -> dict[str, Tensor]:
+        """Module to the initial Gram factor that the model subtracts."""
+        suffix = ".gram_A0"
+        return {
+            name.removesuffix(suffix): buffer
+            for name, buffer in self.binding.constants.items()
+            if name.endswith(suffix)
+        }
+
+
+def check_sources(recipe: Recipe) -> None:
+    """Refuse a model or data set that cannot exist, before anything is loaded.
+
+    Raises:
+        FedcoreError: one line with the nearest valid names.
+    """
+    check_data_source(recipe.data.source)
+    check_model_source(recipe.model.source)
+
+
+def build_workbench(recipe: Recipe, observer: Observer, shelf: Shelf | None = None) -> Workbench:
+    """Load, encode, split, partition and wrap, everything seeded by the recipe's seed.
+
+    Raises:
+        FedcoreError: a source, column, target module or layer that does not exist, or a partition
+            that cannot be drawn.
+    """
+    check_sources(recipe)
+    shelf = shelf or Shelf()
+    method = recipe.method.create()
+    seed = recipe.seed
+    observer.preparing(f"model {recipe.model.source}")
+    dataset_key = (recipe.data, recipe.model.source, recipe.model.max_length)
+    labels_needed = shelf.texts.get(dataset_key)
+    texts = labels_needed[0] if labels_needed else _load_texts(recipe, observer)
+    classes = len(texts.label_names)
+    model, tokenizer = load_classifier(
+        recipe.model.source, classes, seed=derive_seed(seed, "head"), dtype=torch.float32
+    )
+    model = attach_adapter(
+        model,
+        method.family,
+        rank=recipe.adapter.rank,
+        alpha=recipe.adapter.alpha,
+        target_modules=recipe.adapter.target_modules,
+        layers=recipe.adapter.layers,
+        use_rslora=recipe.adapter.use_rslora,
+        init_std=recipe.adapter.init_std,
+        frame=recipe.adapter.frame,
+        seed=derive_seed(seed, "adapter"),
+    )
+    model.to(_device(recipe.training.device))
+    if dataset_key not in shelf.texts:
+        observer.preparing(f"encoding {len(texts.texts)} texts")
+        shelf.texts[dataset_key] = (texts, encode(texts, tokenizer, recipe.model.max_length))
+    examples = shelf.texts[dataset_key][1]
+    train, test = stratified_split(
+        texts.labels, recipe.data.test_fraction, derive_seed(seed, "split")
+    )
+    train, test = torch.as_tensor(train), torch.as_tensor(test)
+    parts = _partition(recipe, examples.labels[train])
+    held_out = assign_like(parts, examples.labels[test].numpy(), derive_seed(seed, "held-out"))
+    ids = client_ids(recipe.clients)
+    shards = {c: train[torch.as_tensor(i)] for c, i in zip(ids, parts.indices, strict=True)}
+    test_shards = {c: test[torch.as_tensor(i)] for c, i in zip(ids, held_out, strict=True)}
+    prefix, states = _prefix(recipe, model, examples, dataset_key, shelf, observer)
+    return Workbench(
+        recipe=recipe,
+        method=method,
+        model=model,
+        binding=ModelBinding.of(model),
+        forward=Forward(model, examples, prefix, states),
+        examples=examples,
+        shards=shards,
+        test_shards=test_shards,
+        test=test,
+        label_names=texts.label_names,
+        counts={
+            "client_ids": list(ids),
+            "label_names": list(texts.label_names),
+            "class_counts": _count(shards, examples, classes),
+            "test_counts": _count(test_shards, examples, classes),
+        },
+    )
+
+
+def client_ids(clients: int) -> tuple[str, ...]:
+    """``client-00``, ``client-01``, ... wide enough to sort by number."""
+    width = max(2, len(str(clients - 1)))
+    return tuple(f"client-{i:0{width}d}" for i in range(clients))
+
+
+def _load_texts(recipe: Recipe, observer: Observer) -> TextDataset:
+    data = recipe.data
+    observer.preparing(f"data {data.source}")
+    texts = load_dataset(
+        data.source, text_column=data.text_column, label_column=data.label_column
+    )
+    if data.max_examples is not None and data.max_examples < len(texts.texts):
+        # Drawn once for all seeds: which texts exist is part of the data, not of the draw.
+        texts = stratified_subsample(texts, data.max_examples, seed=0)
+    return texts
+
+
+def _partition(recipe: Recipe, labels: Tensor) -> Partition:
+    settings = recipe.partition
+    return partition(
+        labels.numpy(),
+        recipe.clients,
+        settings.kind,
+        alpha=settings.alpha,
+        labels_per_client=settings.labels_per_client,
+        min_examples=settings.min_examples,
+        seed=derive_seed(recipe.seed, "partition"),
+    )
+
+
+def _prefix(
+    recipe: Recipe,
+    model: nn.Module,
+    examples: EncodedDataset,
+    dataset_key: Any,
+    shelf: Shelf,
+    observer: Observer,
+) -> tuple[FrozenPrefix | None, Tensor | None]:
+    """The frozen prefix, and its states when they are to be reused."""
+    prefix = FrozenPrefix.find(model)
+    if prefix is None or not recipe.training.reuse_prefix or recipe.training.autocast:
+        return prefix, None
+    key = (dataset_key, prefix.length)
+    if key not in shelf.states:
+        observer.preparing(f"states of {prefix.length} frozen layers for {len(examples.labels)} texts")
+        shelf.states[key] = prefix.compute(examples, recipe.evaluation.batch_size)
+    return prefix, shelf.states[key]
+
+
+def _count(
+    shards: Mapping[str, Tensor], examples: EncodedDataset, classes: int
+) -> list[list[int]]:
+    return [
+        torch.bincount(examples.labels[shards[client]], minlength=classes).tolist()
+        for client in sorted(shards)
+    ]
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise FedcoreError(f"training.device {name!r} cannot be used: {reason}") from error
+    return device

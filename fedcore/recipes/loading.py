@@ -1,0 +1,141 @@
+"""Recipes by name, from TOML files, with keys set on the way."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from fedcore.errors import FedcoreError, unknown_name
+from fedcore.recipes.schema import MethodSection, Recipe
+
+
+def shipped_recipes() -> list[str]:
+    """Names of the recipes that come with the package."""
+    folder = files("fedcore.recipes")
+    return sorted(f.name.removesuffix(".toml") for f in folder.iterdir() if f.name.endswith(".toml"))
+
+
+def load_recipe(name: str | Path, settings: Mapping[str, Any] | None = None) -> Recipe:
+    """A recipe by name or from a TOML file, with dotted keys overridden by ``settings``.
+
+    Raises:
+        FedcoreError: one line; an unknown recipe, key or method comes with the nearest valid names.
+    """
+    values = _read(name)
+    for key, value in (settings or {}).items():
+        _set(values, key, value)
+    _check_keys(Recipe, values, "")
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        raise FedcoreError(_first_problem(error)) from error
+
+
+def parse_settings(assignments: Sequence[str]) -> dict[str, Any]:
+    """``["rounds=6", "adapter.layers=[4,5]"]`` as keys and values; text that is no TOML is a string.
+
+    Raises:
+        FedcoreError: an assignment without ``=``.
+    """
+    found = {}
+    for assignment in assignments:
+        key, equals, text = assignment.partition("=")
+        if not equals or not key.strip():
+            raise FedcoreError(f"{assignment!r} is not of the form key=value")
+        found[key.strip()] = parse_value(text.strip())
+    return found
+
+
+def parse_value(text: str) -> Any:
+    """One value in TOML's notation; anything else is taken as a string."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def to_toml(recipe: Recipe) -> str:
+    """The recipe with every key written out; reading it back gives an equal recipe."""
+    values = recipe.plain()
+    lines = [f"{key} = {_toml(v)}" for key, v in values.items() if not isinstance(v, dict)]
+    for section, table in values.items():
+        if isinstance(table, dict):
+            lines += ["", f"[{section}]"]
+            lines += [f"{key} = {_toml(value)}" for key, value in table.items()]
+    return "\n".join(lines) + "\n"
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{json.dumps(k)} = {_toml(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(_toml(item) for item in value) + "]"
+    # JSON's strings, numbers and booleans are TOML's.
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _read(name: str | Path) -> dict[str, Any]:
+    path = Path(name)
+    if path.suffix == ".toml" or path.is_file():
+        if not path.is_file():
+            raise FedcoreError(f"there is no recipe file {path}")
+        text = path.read_text(encoding="utf-8")
+    elif str(name) in shipped_recipes():
+        text = (files("fedcore.recipes") / f"{name}.toml").read_text(encoding="utf-8")
+    else:
+        raise unknown_name("recipe", str(name), shipped_recipes())
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise FedcoreError(f"recipe {name}: {error}") from error
+
+
+def _set(values: dict[str, Any], key: str, value: Any) -> None:
+    *sections, last = key.split(".")
+    table = values
+    for section in sections:
+        table = table.setdefault(section, {})
+        if not isinstance(table, dict):
+            raise FedcoreError(f"recipe key {key}: {section} is not a section")
+    table[last] = value
+
+
+def _check_keys(model: type[BaseModel], values: Mapping[str, Any], prefix: str) -> None:
+    """Every key must be known; pydantic would say so too, but not which name is near."""
+    for key, value in values.items():
+        if key not in model.model_fields:
+            if model is MethodSection:
+                continue
+            raise unknown_name("recipe key", f"{prefix}{key}", _all_keys(Recipe, ""))
+        inner = model.model_fields[key].annotation
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            if not isinstance(value, Mapping):
+                raise FedcoreError(f"recipe key {prefix}{key} is a section, not a value: {value!r}")
+            _check_keys(inner, value, f"{prefix}{key}.")
+
+
+def _all_keys(model: type[BaseModel], prefix: str) -> list[str]:
+    found = []
+    for key, field in model.model_fields.items():
+        inner = field.annotation
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            found += _all_keys(inner, f"{prefix}{key}.")
+        else:
+            found.append(f"{prefix}{key}")
+    return found
+
+
+def _first_problem(error: ValidationError) -> str:
+    problem = error.errors()[0]
+    cause = problem.get("ctx", {}).get("error")
+    if isinstance(cause, FedcoreError):
+        return str(cause)
+    where = ".".join(str(part) for part in problem["loc"])
+    return f"recipe key {where}: {problem['msg']}; got {problem['input']!r}"
+

@@ -1,0 +1,181 @@
+"""A recipe: everything that decides a run, checked before anything is loaded or trained."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from fedcore.data.validation import OnInvalid
+from fedcore.methods import Method, create_method, find_method
+from fedcore.training.local_training import LocalSettings
+from fedcore.training.optimisers import OptimiserSettings
+
+
+class Section(BaseModel):
+    """A table of a recipe: immutable, and strict about unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ModelSection(Section):
+    """Which pretrained model. ``source``: ``minilm``, a local folder, or a hub id ``org/name``."""
+
+    source: str = "minilm"
+    max_length: int = Field(64, ge=4)
+
+
+class DataSection(Section):
+    """Which labelled texts. ``source``: ``bbc-news``, a CSV, TSV or JSONL file, or a data set's name."""
+
+    source: str = "bbc-news"
+    text_column: str = "text"
+    label_column: str = "label"
+    test_fraction: float = Field(0.2, gt=0, lt=1)
+    max_examples: int | None = Field(None, ge=10)
+
+
+class PartitionSection(Section):
+    """How the training examples are spread over the clients."""
+
+    kind: Literal["iid", "dirichlet", "by_label"] = "dirichlet"
+    alpha: float = Field(0.5, gt=0)
+    labels_per_client: int = Field(2, ge=1)
+    min_examples: int = Field(8, ge=1)
+
+
+class AdapterSection(Section):
+    """The adapter every client trains; which family it is follows from the method."""
+
+    rank: int = Field(4, ge=1)
+    alpha: float = Field(16.0, gt=0)
+    use_rslora: bool = False
+    target_modules: tuple[str, ...] = ("query", "value")
+    layers: tuple[int, ...] | None = None
+    init_std: float | None = Field(None, gt=0)
+    frame: Literal["structured", "qr"] = "structured"
+
+
+class MethodSection(BaseModel):
+    """The aggregation method by name, and its own options as further keys."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    name: str = "florg"
+
+    @model_validator(mode="after")
+    def _known(self) -> MethodSection:
+        self.create()
+        return self
+
+    def create(self) -> Method:
+        """The method with its options."""
+        return create_method(self.name, **(self.model_extra or {}))
+
+
+class OptimiserSection(Section):
+    """The clients' optimiser. ``rates`` overrides ``rate`` for methods by name or family."""
+
+    name: Literal["adamw", "sgd"] = "adamw"
+    rate: float = Field(2e-3, gt=0)
+    rates: dict[str, float] = Field(default_factory=dict)
+    head_rate: float | None = Field(None, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+    momentum: float = Field(0.0, ge=0, lt=1)
+    beta1: float = Field(0.9, ge=0, lt=1)
+    beta2: float = Field(0.999, ge=0, lt=1)
+    state: Literal["reset", "keep"] = "reset"
+
+    @field_validator("rates")
+    @classmethod
+    def _rates(cls, rates: dict[str, float]) -> dict[str, float]:
+        for name, rate in rates.items():
+            if name not in ("lora", "gram", "none"):
+                find_method(name)
+            if not rate > 0:
+                raise ValueError(f"the learning rate of {name} is {rate}; it must be positive")
+        return rates
+
+    def settings(self, method: Method) -> OptimiserSettings:
+        """The settings for one method: its own rate, else its family's, else the common one."""
+        by_name = {find_method(n).name: r for n, r in self.rates.items() if n not in _FAMILIES}
+        rate = by_name.get(method.name, self.rates.get(method.family, self.rate))
+        return OptimiserSettings(
+            name=self.name,
+            rate=rate,
+            head_rate=self.head_rate,
+            weight_decay=self.weight_decay,
+            momentum=self.momentum,
+            beta1=self.beta1,
+            beta2=self.beta2,
+            state=self.state,
+        )
+
+
+_FAMILIES = ("lora", "gram", "none")
+
+
+class TrainingSection(Section):
+    """How much a client trains in a round: ``steps`` if given, otherwise ``epochs``."""
+
+    batch_size: int = Field(16, ge=1)
+    steps: int | None = Field(None, ge=1)
+    epochs: int = Field(1, ge=1)
+    clip_norm: float | None = Field(1.0, gt=0)
+    autocast: bool = False
+    device: str = "auto"
+    reuse_prefix: bool = True
+
+    def settings(self) -> LocalSettings:
+        """The same as the training loop takes it."""
+        return LocalSettings(
+            batch_size=self.batch_size,
+            steps=self.steps,
+            epochs=self.epochs,
+            clip_norm=self.clip_norm,
+            autocast=self.autocast,
+        )
+
+
+class RoundsSection(Section):
+    """Who takes part in a round, and what happens to those who fail."""
+
+    participation: float = Field(1.0, gt=0, le=1)
+    dropout: float = Field(0.0, ge=0, lt=1)
+    weighting: Literal["examples", "uniform"] = "examples"
+    on_invalid: OnInvalid = "raise"
+    allow_identical_uploads: bool = False
+
+
+class EvaluationSection(Section):
+    """When the models are evaluated, and the accuracy that traffic is counted up to."""
+
+    every: int = Field(1, ge=1)
+    batch_size: int = Field(64, ge=1)
+    target_accuracy: float = Field(0.9, gt=0, le=1)
+    diagnostics: bool = True
+
+
+class Recipe(Section):
+    """A federated fine-tuning job."""
+
+    name: str = "unnamed"
+    description: str = ""
+    seed: int = Field(0, ge=0)
+    rounds: int = Field(12, ge=1)
+    clients: int = Field(10, ge=1)
+    engine: Literal["local"] = "local"
+    model: ModelSection = ModelSection()
+    data: DataSection = DataSection()
+    partition: PartitionSection = PartitionSection()
+    adapter: AdapterSection = AdapterSection()
+    method: MethodSection = MethodSection()
+    optimiser: OptimiserSection = OptimiserSection()
+    training: TrainingSection = TrainingSection()
+    round: RoundsSection = RoundsSection()
+    evaluation: EvaluationSection = EvaluationSection()
+
+    def plain(self) -> dict[str, Any]:
+        """The recipe as nested plain values, without keys that are None."""
+        found: dict[str, Any] = self.model_dump(mode="json", exclude_none=True)
+        return found

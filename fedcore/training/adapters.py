@@ -1,0 +1,95 @@
+"""Put an adapter on a base model: LoRA, FLoRG's Gram adapter, or none."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from fedcore.errors import FedcoreError, missing_extra
+
+
+def attach_adapter(
+    model: nn.Module,
+    family: str,
+    *,
+    rank: int,
+    alpha: float,
+    target_modules: Sequence[str],
+    layers: Sequence[int] | None,
+    use_rslora: bool,
+    init_std: float | None,
+    frame: str,
+    seed: int,
+) -> nn.Module:
+    """Wrap ``model`` so that only the adapter and the classifier head train.
+
+    Args:
+        family: ``"lora"``, ``"gram"`` or ``"none"`` (the head alone).
+        target_modules: names of the adapted linear layers, as PEFT matches them.
+        layers: transformer layers to adapt, counted from 0, negative from the end; all by default.
+        init_std: standard deviation of a Gram adapter's initial factor; its own default if None.
+        frame: the kind of FLoRG's frames.
+        seed: seeds the initial factors and the frames, independently of the global generator.
+
+    Raises:
+        FedcoreError: no layer of the model is called so, or a layer index is out of range.
+    """
+    if family == "none":
+        _freeze_all_but_head(model)
+        return model
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise missing_extra("peft", "run") from error
+    common: dict[str, Any] = {
+        "task_type": "SEQ_CLS",
+        "r": rank,
+        "lora_alpha": alpha,
+        "use_rslora": use_rslora,
+        "target_modules": list(target_modules),
+        "layers_to_transform": _layer_indices(model, layers),
+    }
+    _check_targets(model, target_modules)
+    if family == "lora":
+        config = LoraConfig(lora_dropout=0.0, bias="none", **common)
+    else:
+        from fedcore.tuners import GramConfig
+
+        if init_std is not None:
+            common["init_std"] = init_std
+        config = GramConfig(frame=frame, frame_seed=seed % 2**31, init_seed=seed % 2**31, **common)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return get_peft_model(model, config)
+
+
+def _freeze_all_but_head(model: nn.Module) -> None:
+    names = [name for name, _ in model.named_children() if name in ("classifier", "score")]
+    if not names:
+        found = ", ".join(name for name, _ in model.named_children())
+        raise FedcoreError(f"the model has no head called classifier or score, only {found}")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.split(".")[0] in names)
+
+
+def _check_targets(model: nn.Module, targets: Sequence[str]) -> None:
+    linear = {name for name, module in model.named_modules() if hasattr(module, "weight")}
+    for target in targets:
+        if not any(name == target or name.endswith(f".{target}") for name in linear):
+            ends = sorted({name.rsplit(".", 1)[-1] for name in linear})
+            raise FedcoreError(
+                f"target module {target!r} is not in the model; its layers end in {', '.join(ends)}"
+            )
+
+
+def _layer_indices(model: nn.Module, layers: Sequence[int] | None) -> list[int] | None:
+    if layers is None:
+        return None
+    count = int(getattr(model.config, "num_hidden_layers", 0))  # type: ignore[arg-type]
+    for layer in layers:
+        if not -count <= layer < count:
+            raise FedcoreError(f"layer {layer} does not exist; the model has {count} layers")
+    return sorted({layer % count for layer in layers})

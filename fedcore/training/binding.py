@@ -1,0 +1,95 @@
+"""The one model in memory, seen as a flat row."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from fedcore_kernels.layout import FactorLayout
+from torch import Tensor, nn
+
+from fedcore.data.peft_keys import TRANSPOSED_FACTORS, parse_key
+from fedcore.errors import FedcoreError
+
+
+@dataclass(frozen=True)
+class ModelBinding:
+    """Which parameter of a model each slot of a row is.
+
+    However many clients there are, one model exists: a client is loaded by copying its row into
+    these parameters and read back the same way.
+
+    Attributes:
+        layout: every trained factor and dense tensor of the model.
+        parameters: slot name to the model's parameter.
+        constants: name to buffer that no client may change (initial factors, stored frames).
+    """
+
+    layout: FactorLayout
+    parameters: Mapping[str, nn.Parameter]
+    constants: Mapping[str, Tensor]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> ModelBinding:
+        """Bind every parameter of ``model`` that requires a gradient.
+
+        Raises:
+            FedcoreError: nothing trains.
+        """
+        factors, dense, parameters = [], [], {}
+        for key, parameter in model.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            meaning = parse_key(key)
+            if meaning.role == "factor":
+                shape = _stored(meaning.factor, parameter).shape
+                factors.append((meaning.module, meaning.factor, shape[0], shape[1]))
+                parameters[f"{meaning.module}.{meaning.factor}"] = parameter
+            else:
+                dense.append((meaning.module, tuple(parameter.shape)))
+                parameters[meaning.module] = parameter
+        if not parameters:
+            raise FedcoreError("the model has no trained parameter to federate")
+        constants = {}
+        for key, buffer in model.named_buffers():
+            meaning = parse_key(key)
+            if meaning.role == "constant":
+                constants[f"{meaning.module}.{meaning.factor}"] = buffer
+        return cls(FactorLayout.build(factors, dense), parameters, constants)
+
+    @torch.no_grad()
+    def load(self, row: Tensor, layout: FactorLayout | None = None) -> None:
+        """Copy ``row`` into the model's parameters."""
+        chosen = layout or self.layout
+        for slot in chosen:
+            parameter = self.parameters[slot.name]
+            values = chosen.view(row, slot)
+            parameter.copy_(_stored(slot.factor, values))
+
+    @torch.no_grad()
+    def read(self, layout: FactorLayout | None = None, out: Tensor | None = None) -> Tensor:
+        """The model's parameters as a row of ``layout``, written into ``out`` if given."""
+        chosen = layout or self.layout
+        row = torch.zeros(chosen.size) if out is None else out.zero_()
+        for slot in chosen:
+            values = _stored(slot.factor, self.parameters[slot.name])
+            chosen.view(row, slot).copy_(values)
+        return row
+
+    def trained(self, factors: Iterable[str]) -> dict[str, nn.Parameter]:
+        """Freeze every factor that is not named and return what trains, dense tensors included."""
+        kept = set(factors)
+        chosen = {}
+        for slot in self.layout:
+            parameter = self.parameters[slot.name]
+            trains = slot.dense or slot.factor in kept
+            parameter.requires_grad_(trains)
+            parameter.grad = None
+            if trains:
+                chosen[slot.name] = parameter
+        return chosen
+
+
+def _stored(factor: str, tensor: Tensor) -> Tensor:
+    return tensor.T if factor in TRANSPOSED_FACTORS else tensor

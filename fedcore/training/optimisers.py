@@ -1,0 +1,78 @@
+"""The clients' optimisers, and carrying their state across rounds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class OptimiserSettings:
+    """How a client steps.
+
+    ``state = "reset"`` starts every round afresh; ``"keep"`` carries moments and step counts of each
+    client from one of its rounds to the next. ``head_rate`` is the learning rate of dense tensors
+    (the head); the adapter's if None.
+    """
+
+    name: Literal["adamw", "sgd"] = "adamw"
+    rate: float = 1e-3
+    head_rate: float | None = None
+    weight_decay: float = 0.0
+    momentum: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.999
+    state: Literal["reset", "keep"] = "reset"
+
+
+def build_optimiser(
+    parameters: Mapping[str, nn.Parameter],
+    dense: frozenset[str],
+    settings: OptimiserSettings,
+    state: Mapping[str, Tensor] | None = None,
+) -> torch.optim.Optimizer:
+    """An optimiser over the named ``parameters``, continuing from ``state`` where it has any.
+
+    Frozen factors are not among the parameters, so their moments are not advanced.
+    """
+    names = sorted(parameters)
+    groups = [
+        {"params": [parameters[n] for n in names if n not in dense], "lr": settings.rate},
+        {
+            "params": [parameters[n] for n in names if n in dense],
+            "lr": settings.rate if settings.head_rate is None else settings.head_rate,
+        },
+    ]
+    groups = [group for group in groups if group["params"]]
+    optimiser: torch.optim.Optimizer
+    if settings.name == "adamw":
+        betas = (settings.beta1, settings.beta2)
+        optimiser = torch.optim.AdamW(groups, betas=betas, weight_decay=settings.weight_decay)
+    else:
+        optimiser = torch.optim.SGD(
+            groups, momentum=settings.momentum, weight_decay=settings.weight_decay
+        )
+    for key, tensor in (state or {}).items():
+        name, _, field = key.rpartition("/")
+        if name in parameters:
+            moved = tensor if field == "step" else tensor.to(parameters[name].device)
+            optimiser.state[parameters[name]][field] = moved.clone()
+    return optimiser
+
+
+def optimiser_state(
+    optimiser: torch.optim.Optimizer,
+    parameters: Mapping[str, nn.Parameter],
+    before: Mapping[str, Tensor] | None = None,
+) -> dict[str, Tensor]:
+    """The optimiser's tensors as ``name/field``; entries of ``before`` that did not train stay."""
+    found = dict(before or {})
+    for name, parameter in parameters.items():
+        for field, value in optimiser.state.get(parameter, {}).items():
+            if isinstance(value, Tensor):
+                found[f"{name}/{field}"] = value.detach().cpu().clone()
+    return found
