@@ -30,7 +30,9 @@ def compare(
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="Any recipe key, as key=value.")
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder for all runs; continued if it exists.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for all runs; continued if it exists.")
+    ] = None,
     json_: Annotated[
         bool, typer.Option("--json", help="Print the table as one JSON array of rows.")
     ] = False,

@@ -21,8 +21,19 @@ def methods(json_: _AsJson = False) -> None:
     if json_:
         print(json.dumps(rows))
         return
-    table = Table(title="methods; numbers sent per adapted matrix, client and round", title_justify="left")
-    for column in ("method", "what it is", "exact", "linear", "mixed ranks", "up", "down", "source"):
+    table = Table(
+        title="methods; numbers sent per adapted matrix, client and round", title_justify="left"
+    )
+    for column in (
+        "method",
+        "what it is",
+        "exact",
+        "linear",
+        "mixed ranks",
+        "up",
+        "down",
+        "source",
+    ):
         table.add_column(column, overflow="fold")
     for row in rows:
         table.add_row(
@@ -41,8 +52,16 @@ def methods(json_: _AsJson = False) -> None:
 def recipes(json_: _AsJson = False) -> None:
     """List the recipes that can be run by name."""
     found = [load_recipe(name) for name in shipped_recipes()]
-    rows = [{"name": r.name, "description": r.description, "rounds": r.rounds,
-             "clients": r.clients, "method": r.method.name} for r in found]
+    rows = [
+        {
+            "name": r.name,
+            "description": r.description,
+            "rounds": r.rounds,
+            "clients": r.clients,
+            "method": r.method.name,
+        }
+        for r in found
+    ]
     if json_:
         print(json.dumps(rows))
         return

@@ -78,9 +78,7 @@ class ProgressDisplay(Observer):
     def client_started(self, client_id: str) -> None:
         """Say whose turn it is."""
         self._seen += 1
-        self._bars.update(
-            self._steps, description=f"{client_id} ({self._seen} of {self._clients})"
-        )
+        self._bars.update(self._steps, description=f"{client_id} ({self._seen} of {self._clients})")
 
     def step_done(self, loss: float) -> None:
         """Advance the bar of the round's steps."""
@@ -94,7 +92,6 @@ class ProgressDisplay(Observer):
         parts.append("train loss  -   " if loss is None else f"train loss {loss:.3f}")
         if accuracy is not None:
             parts.append(f"held-out accuracy {accuracy:.3f}")
-        for dropped in record["dropped"]:
-            parts.append(f"{dropped['client']} dropped: {dropped['reason']}")
+        parts += [f"{d['client']} dropped: {d['reason']}" for d in record["dropped"]]
         parts += record["flags"]
         self.message("   ".join(part.strip() for part in parts))

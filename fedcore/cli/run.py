@@ -19,7 +19,9 @@ def run(
     recipe: Annotated[
         str | None, typer.Argument(help="A recipe's name, such as bbc-news, or a TOML file.")
     ] = None,
-    method: Annotated[str | None, typer.Option(help="Aggregation method; see fedcore methods.")] = None,
+    method: Annotated[
+        str | None, typer.Option(help="Aggregation method; see fedcore methods.")
+    ] = None,
     rounds: Annotated[int | None, typer.Option(help="Rounds to run.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of everything random in the run.")] = None,
     engine: Annotated[str | None, typer.Option(help="Where clients run: local.")] = None,

@@ -10,11 +10,11 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from fedcore_kernels.layout import FactorLayout
 from torch import Tensor
 
 from fedcore.data.peft_keys import TRANSPOSED_FACTORS, parse_key
 from fedcore.errors import FedcoreError
+from fedcore_kernels.layout import FactorLayout
 
 _PAIRS = {"lora": ("A", "B"), "gram": ("A",)}
 
@@ -82,7 +82,9 @@ class AdapterState:
         for key, tensor in tensors.items():
             meaning = parse_key(key)
             if not tensor.dtype.is_floating_point:
-                raise FedcoreError(f"{name}: {key} has dtype {tensor.dtype}; a float dtype is needed")
+                raise FedcoreError(
+                    f"{name}: {key} has dtype {tensor.dtype}; a float dtype is needed"
+                )
             if meaning.role == "dense":
                 dense[meaning.module] = tensor
                 keys[meaning.module] = key
@@ -199,7 +201,9 @@ def declared_rank_and_scaling(config: Mapping[str, Any], module: str) -> tuple[i
     if not isinstance(rank, int) or rank < 1:
         raise FedcoreError(f"module {module}: r is {rank!r} in the adapter's configuration")
     if not isinstance(alpha, int | float) or not 0 < alpha < float("inf"):
-        raise FedcoreError(f"module {module}: lora_alpha is {alpha!r} in the adapter's configuration")
+        raise FedcoreError(
+            f"module {module}: lora_alpha is {alpha!r} in the adapter's configuration"
+        )
     return rank, alpha / sqrt(rank) if config.get("use_rslora") else alpha / rank
 
 

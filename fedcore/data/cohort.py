@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from fedcore_kernels.layout import FactorLayout
 from torch import Tensor
 
 from fedcore.data.adapter_state import AdapterState
@@ -21,13 +20,14 @@ from fedcore.data.validation import (
     enforce,
 )
 from fedcore.errors import FedcoreError
+from fedcore_kernels.layout import FactorLayout
 
 SCALE_POWER: Mapping[str, Mapping[str, float]] = {
     "lora": {"B": 1.0},
     "gram": {"A": 0.5},
     "none": {},
 }
-"""How a factor takes up its module's scaling: the update is ``s B A``, or ``s left A^T A right``."""
+"""How a factor takes up its scaling: the update is ``s B A``, or ``s left A^T A right``."""
 
 
 @dataclass(frozen=True)

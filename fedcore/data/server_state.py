@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fedcore_kernels.layout import FactorLayout
 from torch import Tensor
 
 from fedcore.data.peft_files import read_tensors, write_tensors, write_text
 from fedcore.errors import FedcoreError
+from fedcore_kernels.layout import FactorLayout
 
 Private = Mapping[str, Mapping[str, Tensor]]
 
@@ -62,7 +62,7 @@ class ServerState:
         cohort: tuple[str, ...],
         private: Private,
     ) -> ServerState:
-        """The state one round later: ``changed`` slots are new, the clients of ``cohort`` saw this one."""
+        """The state one round later: ``changed`` slots are new, ``cohort`` saw this state."""
         versions = {**self.versions, **{slot.name: self.round for slot in changed}}
         seen = {**self.client_versions, **dict.fromkeys(cohort, self.round - 1)}
         return replace(

@@ -9,11 +9,11 @@ from math import isfinite
 from typing import Literal
 
 import torch
-from fedcore_kernels.layout import FactorLayout
 from torch import Tensor
 
 from fedcore.data.adapter_state import AdapterState
 from fedcore.errors import FedcoreError
+from fedcore_kernels.layout import FactorLayout
 
 OnInvalid = Literal["raise", "drop"]
 
@@ -72,7 +72,7 @@ def check_state(state: AdapterState, layout: FactorLayout, *, mixed_ranks: bool)
 
 
 def digest(row: Tensor, layout: FactorLayout, constants: Iterable[Tensor] = ()) -> str:
-    """A hash of the bytes of every tensor in ``row`` and of ``constants``, to compare frozen parts."""
+    """A hash of the bytes of ``row``'s tensors and of ``constants``, to compare frozen parts."""
     total = sha256()
     pieces = [layout.view(row, slot) for slot in layout]
     for piece in [*pieces, *constants]:

@@ -16,8 +16,8 @@ from fedcore.engines.workbench import Workbench
 def write_adapters(bench: Workbench, state: ServerState, folder: Path) -> list[Path]:
     """Write the final adapter below ``folder`` and return the folders written.
 
-    ``adapter/`` is the global adapter (``adapters/CLIENT/`` one a client where clients train alone);
-    a Gram adapter is also written as plain LoRA, ``adapter-lora/``, which PEFT loads without
+    ``adapter/`` is the global adapter (``adapters/CLIENT/`` where clients train alone); a Gram
+    adapter is also written as plain LoRA, ``adapter-lora/``, which PEFT loads without
     fedcore. A run without adapter leaves its head in ``head/``.
     """
     if bench.method.family == "none":

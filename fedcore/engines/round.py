@@ -9,7 +9,6 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from fedcore_kernels.layout import FactorLayout
 from torch import Tensor
 
 from fedcore.data.cohort import Cohort, CohortBuilder
@@ -23,6 +22,7 @@ from fedcore.methods.base import Broadcast
 from fedcore.methods.diagnostics import diagnose
 from fedcore.training.evaluation import Evaluation, evaluate
 from fedcore.training.local_training import LocalResult, train_client
+from fedcore_kernels.layout import FactorLayout
 
 BYTES_PER_NUMBER = 4
 """Adapters travel as fp32."""
@@ -30,7 +30,7 @@ BYTES_PER_NUMBER = 4
 
 @dataclass(frozen=True)
 class Trained:
-    """What local training left: the cohort, each client's loss, local accuracy and private tensors."""
+    """What local training left: the cohort and each client's loss, accuracy, private tensors."""
 
     cohort: Cohort
     losses: Mapping[str, float]
@@ -76,9 +76,7 @@ def run_round(bench: Workbench, state: ServerState, observer: Observer) -> Serve
         "train_loss": _weighted_loss(bench, trained),
         "clients": _client_records(bench, trained, outcome),
         "sampled": list(sampled),
-        "dropped": [
-            {"client": d.client_id, "reason": d.reason} for d in trained.cohort.dropped
-        ],
+        "dropped": [{"client": d.client_id, "reason": d.reason} for d in trained.cohort.dropped],
         "flags": list(result.flags),
         "bytes_up": up,
         "bytes_down": down,
@@ -167,7 +165,7 @@ def _train(
     sent = method.upload_layout(state.layout, t)
     frozen = method.frozen_layout(state.layout, t)
     constants = [bench.binding.constants[name] for name in sorted(bench.binding.constants)]
-    expected = digest(state.row, frozen, constants)
+    expected = digest(state.layout.gather(state.row, frozen), frozen, constants)
     builder = CohortBuilder(sent, sampled, round=t, dtype=state.row.dtype)
     local = recipe.training.settings()
     if method.population == "pooled" and local.steps is not None:
@@ -180,8 +178,10 @@ def _train(
     accuracy: dict[str, float] = {}
     private = {client: dict(tensors) for client, tensors in state.private.items()}
     reported = []
-    steps = sum(_steps(bench.training_indices(c), local.steps, local.epochs, local.batch_size)
-                for c in sampled)
+    steps = sum(
+        _steps(bench.training_indices(c), local.steps, local.epochs, local.batch_size)
+        for c in sampled
+    )
     observer.round_started(t, len(sampled), steps)
     for client in sampled:
         if _fails(bench, t, client):
@@ -216,7 +216,7 @@ def _train(
             private[client] = kept
         reported.append(client)
         bench.binding.read(sent, out=builder.row(client))
-        held = digest(bench.binding.read(), frozen, constants)
+        held = digest(bench.binding.read(frozen), frozen, constants)
         examples = len(bench.training_indices(client))
         weight = float(examples) if recipe.round.weighting == "examples" else 1.0
         builder.receive(client, weight, round=t, frozen=held, expected_frozen=expected)
@@ -230,9 +230,9 @@ def _refuse_identical(bench: Workbench, cohort: Cohort) -> None:
     if linear or bench.recipe.round.allow_identical_uploads or not identical_rows(cohort.updates):
         return
     raise FedcoreError(
-        f"round {cohort.round}: all {len(cohort)} uploads are the same bits, which {bench.method.name} "
-        "cannot aggregate usefully; clients did not train, or a sum-only aggregator replaced their "
-        "uploads (round.allow_identical_uploads = true accepts it)"
+        f"round {cohort.round}: all {len(cohort)} uploads are the same bits, which "
+        f"{bench.method.name} cannot aggregate usefully; clients did not train, or a sum-only "
+        "aggregator replaced their uploads (round.allow_identical_uploads = true accepts it)"
     )
 
 
@@ -325,4 +325,3 @@ def _nullable(value: Any) -> Any:
     if isinstance(value, list):
         return [_nullable(item) for item in value]
     return value
-

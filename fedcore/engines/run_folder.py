@@ -36,7 +36,9 @@ class RunFolder:
             FedcoreError: the folder already holds something.
         """
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise FedcoreError(f"{path} is not empty; resume it with --resume or choose another --out")
+            raise FedcoreError(
+                f"{path} is not empty; resume it with --resume or choose another --out"
+            )
         path.mkdir(parents=True, exist_ok=True)
         write_text(to_toml(recipe), path / "recipe.toml")
         return cls(path)

@@ -20,8 +20,8 @@ from fedcore.training.datasets import (
     TextDataset,
     check_data_source,
     load_dataset,
-    stratified_split,
-    stratified_subsample,
+    split_indices,
+    subsample,
 )
 from fedcore.training.encoding import EncodedDataset, encode
 from fedcore.training.forward import Forward
@@ -133,15 +133,15 @@ def build_workbench(recipe: Recipe, observer: Observer, shelf: Shelf | None = No
         observer.preparing(f"encoding {len(texts.texts)} texts")
         shelf.texts[dataset_key] = (texts, encode(texts, tokenizer, recipe.model.max_length))
     examples = shelf.texts[dataset_key][1]
-    train, test = stratified_split(
-        texts.labels, recipe.data.test_fraction, derive_seed(seed, "split")
+    train, test = (
+        torch.as_tensor(indices)
+        for indices in split_indices(texts, recipe.data.test_fraction, derive_seed(seed, "split"))
     )
-    train, test = torch.as_tensor(train), torch.as_tensor(test)
     parts = _partition(recipe, examples.labels[train])
     held_out = assign_like(parts, examples.labels[test].numpy(), derive_seed(seed, "held-out"))
     ids = client_ids(recipe.clients)
-    shards = {c: train[torch.as_tensor(i)] for c, i in zip(ids, parts.indices, strict=True)}
-    test_shards = {c: test[torch.as_tensor(i)] for c, i in zip(ids, held_out, strict=True)}
+    shards = {c: train[torch.tensor(i)] for c, i in zip(ids, parts.indices, strict=True)}
+    test_shards = {c: test[torch.tensor(i)] for c, i in zip(ids, held_out.indices, strict=True)}
     prefix, states = _prefix(recipe, model, examples, dataset_key, shelf, observer)
     return Workbench(
         recipe=recipe,
@@ -172,12 +172,10 @@ def client_ids(clients: int) -> tuple[str, ...]:
 def _load_texts(recipe: Recipe, observer: Observer) -> TextDataset:
     data = recipe.data
     observer.preparing(f"data {data.source}")
-    texts = load_dataset(
-        data.source, text_column=data.text_column, label_column=data.label_column
-    )
-    if data.max_examples is not None and data.max_examples < len(texts.texts):
+    texts = load_dataset(data.source, text_column=data.text_column, label_column=data.label_column)
+    if data.max_examples is not None and data.max_examples < len(texts):
         # Drawn once for all seeds: which texts exist is part of the data, not of the draw.
-        texts = stratified_subsample(texts, data.max_examples, seed=0)
+        texts = subsample(texts, data.max_examples, seed=0)
     return texts
 
 
@@ -208,14 +206,14 @@ def _prefix(
         return prefix, None
     key = (dataset_key, prefix.length)
     if key not in shelf.states:
-        observer.preparing(f"states of {prefix.length} frozen layers for {len(examples.labels)} texts")
+        observer.preparing(
+            f"states of {prefix.length} frozen layers for {len(examples.labels)} texts"
+        )
         shelf.states[key] = prefix.compute(examples, recipe.evaluation.batch_size)
     return prefix, shelf.states[key]
 
 
-def _count(
-    shards: Mapping[str, Tensor], examples: EncodedDataset, classes: int
-) -> list[list[int]]:
+def _count(shards: Mapping[str, Tensor], examples: EncodedDataset, classes: int) -> list[list[int]]:
     return [
         torch.bincount(examples.labels[shards[client]], minlength=classes).tolist()
         for client in sorted(shards)

@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
-from fedcore_kernels.layout import FactorLayout
 from torch import Tensor
 
 from fedcore.data.cohort import Cohort
 from fedcore.errors import FedcoreError
+from fedcore_kernels.layout import FactorLayout
 
 Family = Literal["lora", "gram", "none"]
 
@@ -51,8 +51,8 @@ class Traits:
 class ClientPlan:
     """The client half for one round: which factors train, and which of them are sent.
 
-    Factors of the family that are not in ``trains`` are frozen: the client must hold them exactly as
-    broadcast.
+    Factors of the family that are not in ``trains`` are frozen: the client must hold them exactly
+    as broadcast.
     """
 
     trains: frozenset[str]
@@ -72,8 +72,8 @@ class Broadcast:
 class StepReport:
     """What the server step found out about one module.
 
-    ``rank`` kept, ``condition`` number of what was kept, ``gap`` between the last kept and the first
-    dropped eigenvalue relative to the first (``nan`` where not known).
+    ``rank`` kept, ``condition`` number of what was kept, ``gap`` between the last kept and the
+    first dropped eigenvalue relative to the first (``nan`` where not known).
     """
 
     rank: int
@@ -111,10 +111,10 @@ class Method(ABC):
     family: ClassVar[Family]
     traits: ClassVar[Traits]
     population: ClassVar[Literal["clients", "alone", "pooled"]] = "clients"
-    """``"clients"`` exchange each round, ``"alone"`` never do, ``"pooled"`` is one holder of all data."""
+    """``"clients"`` exchange each round, ``"alone"`` never, ``"pooled"`` is one holder of all."""
 
     def plan(self, round: int) -> ClientPlan:
-        """The client half for ``round`` (counted from 0 by the server); trains and sends everything."""
+        """The client half for ``round``, counted from 0 by the server; all trains, all is sent."""
         factors = frozenset(FACTORS[self.family])
         return ClientPlan(trains=factors, sends=factors)
 
@@ -152,8 +152,8 @@ class Method(ABC):
             if bool((ranks != full).any()):
                 module = cohort.layout.modules[int((ranks != full).nonzero()[0])]
                 raise FedcoreError(
-                    f"round {cohort.round}: client {client} has rank {int(ranks.min())} in {module}, "
-                    f"others up to {int(full.max())}; {self.name} needs equal ranks, "
+                    f"round {cohort.round}: client {client} has rank {int(ranks.min())} in "
+                    f"{module}, others up to {int(full.max())}; {self.name} needs equal ranks, "
                     "florg accepts mixed ones"
                 )
 

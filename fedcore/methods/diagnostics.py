@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from math import nan
 
 import torch
-from fedcore_kernels import product_norm
-from fedcore_kernels.layout import FactorLayout
 from torch import Tensor
 
 from fedcore.data.cohort import Cohort
 from fedcore.methods.base import Aggregate, Broadcast, Family
+from fedcore_kernels import product_norm
+from fedcore_kernels.layout import FactorLayout
 
 
 @dataclass(frozen=True)
@@ -20,8 +20,8 @@ class ModuleDiagnosis:
     """One module of one round.
 
     Attributes:
-        aggregation_error: ``||M - result||_F / ||M||_F``, the broadcast product against the weighted
-            mean of the clients' products, both as updates of the base model; ``nan`` if M is zero.
+        aggregation_error: ``||M - result||_F / ||M||_F``, the broadcast product against the
+            weighted mean of the clients' products, both as updates of the base model; ``nan`` if M is zero.
         factor_drift: how far the factors moved, ``||new - old||_F / ||old||_F``; ``nan`` from zero.
         kept_rank, condition: as the server step reported them; ``None`` for plain means.
     """
@@ -84,7 +84,7 @@ def diagnose(
 def _factors(
     row: Tensor, layout: FactorLayout, module: str, family: Family
 ) -> tuple[Tensor, Tensor]:
-    """Left and right factor ``(r, width)`` whose product ``left^T right`` is the module's update."""
+    """Left and right factor ``(r, width)``; ``left^T right`` is the module's update."""
     right = layout.view(row, layout.by_name[f"{module}.A"]).to(torch.float64)
     if family == "gram":
         return right, right

@@ -14,8 +14,8 @@ class FedIT(LinearMethod):
     """Average ``A`` and ``B`` separately: ``Abar = sum w_n A_n``, ``Bbar = sum w_n B_n``.
 
     Cheapest and linear, but not the mean of the products: the error is the weighted covariance
-    ``sum w_n (B_n - Bbar)(A_n - Abar)``. Rotating one client's factors, which leaves its model as it
-    is, changes the result.
+    ``sum w_n (B_n - Bbar)(A_n - Abar)``. Rotating one client's factors, which leaves its
+    model as it is, changes the result.
 
     Source: Towards Building the Federated GPT: Federated Instruction Tuning, arXiv 2305.05644.
     """

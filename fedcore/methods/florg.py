@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from fedcore_kernels import FlorgRound, florg_round
-
 from fedcore.data.cohort import Cohort
 from fedcore.errors import FedcoreError
 from fedcore.methods.base import (
@@ -21,6 +19,7 @@ from fedcore.methods.base import (
     unchanged,
 )
 from fedcore.methods.linear import LinearMethod
+from fedcore_kernels import FlorgRound, florg_round
 
 _SOURCE = "arXiv 2602.17095"
 
@@ -30,8 +29,8 @@ class FlorgTruncated(Method):
     """The best rank-r Gram of ``Q = sum w_n A_n^T A_n``, turned towards the previous factor.
 
     The model is ``W0 + s left A^T A right`` with fixed frames; ``A (r, k)`` is all that trains and
-    travels. With ``F = [sqrt(w_n) A_n]`` the server takes the top eigenvectors ``U`` of the dual Gram
-    ``F F^T``, forms ``Til = U^T F`` and broadcasts ``O Til`` with ``O`` the orthogonal matrix that
+    travels. With ``F = [sqrt(w_n) A_n]`` the server takes the top eigenvectors ``U`` of the dual
+    Gram ``F F^T``, forms ``Til = U^T F`` and broadcasts ``O Til`` with ``O`` the orthogonal matrix that
     brings it nearest to the previous factor (square Procrustes, reflections allowed). The Gram
     error is the Eckart-Young tail; it is exact when ``rank Q <= r``.
 
@@ -76,7 +75,9 @@ class FlorgTruncated(Method):
             raise FedcoreError("florg uploads hold every trained tensor; this layout does not")
         for slot in layout.factor_slots:
             if not bool(layout.view(previous.row, slot).any()):
-                raise FedcoreError(f"{slot.name} of the previous state is zero; it has no direction")
+                raise FedcoreError(
+                    f"{slot.name} of the previous state is zero; it has no direction"
+                )
         result = florg_round(
             cohort.updates,
             cohort.weights,
@@ -101,8 +102,8 @@ class FlorgSketched(FlorgTruncated):
     Equal to ``A = K^{-1/2} A_prev Q`` with ``K = A_prev Q A_prev^T``, so that
     ``A^T A = Q A_prev^T K^{-1} A_prev Q`` is the Nystrom approximation of ``Q`` sketched by the
     previous factor: no eigenproblem beyond r x r. The Gram never gains energy. It is not the
-    minimiser that the rule is derived from once ``rank Q > r``, and differs from ``truncated`` at third
-    order in the local step.
+    minimiser that the rule is derived from once ``rank Q > r``, and differs from ``truncated`` at
+    third order in the local step.
 
     Source: FLoRG, arXiv 2602.17095.
     """

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
-from fedcore_kernels import weighted_mean
 from torch import Tensor
 
 from fedcore.data.cohort import Cohort
 from fedcore.methods.base import EMPTY_ROUND, Aggregate, Broadcast, Method, unchanged
+from fedcore_kernels import weighted_mean
 
 
 class LinearMethod(Method):

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import tomllib
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import tomli_w
 from pydantic import BaseModel, ValidationError
 
 from fedcore.errors import FedcoreError, unknown_name
@@ -18,7 +18,9 @@ from fedcore.recipes.schema import MethodSection, Recipe
 def shipped_recipes() -> list[str]:
     """Names of the recipes that come with the package."""
     folder = files("fedcore.recipes")
-    return sorted(f.name.removesuffix(".toml") for f in folder.iterdir() if f.name.endswith(".toml"))
+    return sorted(
+        f.name.removesuffix(".toml") for f in folder.iterdir() if f.name.endswith(".toml")
+    )
 
 
 def load_recipe(name: str | Path, settings: Mapping[str, Any] | None = None) -> Recipe:
@@ -38,7 +40,7 @@ def load_recipe(name: str | Path, settings: Mapping[str, Any] | None = None) -> 
 
 
 def parse_settings(assignments: Sequence[str]) -> dict[str, Any]:
-    """``["rounds=6", "adapter.layers=[4,5]"]`` as keys and values; text that is no TOML is a string.
+    """``["rounds=6", "adapter.layers=[4,5]"]`` as keys and values; what is no TOML is a string.
 
     Raises:
         FedcoreError: an assignment without ``=``.
@@ -62,22 +64,7 @@ def parse_value(text: str) -> Any:
 
 def to_toml(recipe: Recipe) -> str:
     """The recipe with every key written out; reading it back gives an equal recipe."""
-    values = recipe.plain()
-    lines = [f"{key} = {_toml(v)}" for key, v in values.items() if not isinstance(v, dict)]
-    for section, table in values.items():
-        if isinstance(table, dict):
-            lines += ["", f"[{section}]"]
-            lines += [f"{key} = {_toml(value)}" for key, value in table.items()]
-    return "\n".join(lines) + "\n"
-
-
-def _toml(value: Any) -> str:
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{json.dumps(k)} = {_toml(v)}" for k, v in value.items()) + "}"
-    if isinstance(value, list):
-        return "[" + ", ".join(_toml(item) for item in value) + "]"
-    # JSON's strings, numbers and booleans are TOML's.
-    return json.dumps(value, ensure_ascii=False)
+    return tomli_w.dumps(recipe.plain())
 
 
 def _read(name: str | Path) -> dict[str, Any]:
@@ -138,4 +125,3 @@ def _first_problem(error: ValidationError) -> str:
         return str(cause)
     where = ".".join(str(part) for part in problem["loc"])
     return f"recipe key {where}: {problem['msg']}; got {problem['input']!r}"
-

@@ -26,7 +26,7 @@ class ModelSection(Section):
 
 
 class DataSection(Section):
-    """Which labelled texts. ``source``: ``bbc-news``, a CSV, TSV or JSONL file, or a data set's name."""
+    """Which labelled texts. ``source``: ``bbc-news``, a CSV, TSV or JSONL file, or a data set."""
 
     source: str = "bbc-news"
     text_column: str = "text"

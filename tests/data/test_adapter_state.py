@@ -2,11 +2,11 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import save_file
+
 from fedcore.data.adapter_state import AdapterState, declared_rank_and_scaling
 from fedcore.data.peft_files import read_adapter, write_adapter
 from fedcore.errors import FedcoreError
-from safetensors.torch import save_file
-
 from tests.property.adapters import lora_state, lora_tensors
 
 
@@ -108,8 +108,8 @@ def test_damaged_folders_are_named_and_refused(tmp_path):
         weights.write_bytes(broken)
         with pytest.raises(FedcoreError, match="cannot read"):
             read_adapter(folder)
+    weights.write_bytes(whole)
     with pytest.raises(FedcoreError, match="more than the budget 10"):
-        weights.write_bytes(whole)
         read_adapter(folder, budget=10)
     weights.unlink()
     (folder / "adapter_model.bin").write_bytes(b"pickle")

@@ -2,10 +2,10 @@ import math
 
 import pytest
 import torch
+
 from fedcore.data.cohort import Cohort, CohortBuilder, absorb
 from fedcore.data.validation import digest, identical_rows
 from fedcore.errors import FedcoreError
-
 from tests.property.adapters import gram_state, lora_state, lora_tensors
 
 
@@ -74,7 +74,10 @@ def broken(**change):
 
 
 BROKEN = [
-    (broken(nan=math.nan), r"encoder.layer.0.query.A holds 1 values that are not finite, such as nan"),
+    (
+        broken(nan=math.nan),
+        r"encoder.layer.0.query.A holds 1 values that are not finite, such as nan",
+    ),
     (broken(nan=math.inf), "such as inf"),
     (broken(shape=11), "has width 11, expected 12"),
     (broken(extra=True), "pooler.weight was not asked for"),
@@ -170,7 +173,9 @@ def test_digests_see_one_bit():
     view = layout.view(other, slot)
     view[0, 0] = torch.nextafter(view[0, 0], torch.tensor(9.0))
     assert digest(layout.gather(row, frozen), frozen) == digest(layout.gather(same, frozen), frozen)
-    assert digest(layout.gather(row, frozen), frozen) != digest(layout.gather(other, frozen), frozen)
+    assert digest(layout.gather(row, frozen), frozen) != digest(
+        layout.gather(other, frozen), frozen
+    )
 
 
 def test_identical_rows_are_noticed():
@@ -185,7 +190,9 @@ def test_folders_become_a_cohort_and_bad_ones_are_named(tmp_path):
 
     folders = {c: write_adapter(lora_state(i), tmp_path / c) for i, c in enumerate("ab")}
     cohort = Cohort.from_folders(folders, {"a": 1.0, "b": 3.0})
-    direct = Cohort.from_states({c: lora_state(i) for i, c in enumerate("ab")}, {"a": 1.0, "b": 3.0})
+    direct = Cohort.from_states(
+        {c: lora_state(i) for i, c in enumerate("ab")}, {"a": 1.0, "b": 3.0}
+    )
     assert torch.equal(cohort.updates, direct.updates)
     (tmp_path / "b" / "adapter_model.safetensors").write_bytes(b"nonsense")
     with pytest.raises(FedcoreError, match="client b"):

@@ -1,9 +1,10 @@
 import pytest
 import torch
-from fedcore_kernels.errors import KernelInputError
-from fedcore_kernels.layout import ALIGNMENT, FactorLayout
 from hypothesis import given
 from hypothesis import strategies as st
+
+from fedcore_kernels.errors import KernelInputError
+from fedcore_kernels.layout import ALIGNMENT, FactorLayout
 
 FACTORS = st.lists(
     st.tuples(

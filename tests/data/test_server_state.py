@@ -1,5 +1,6 @@
 import pytest
 import torch
+
 from fedcore.data.server_state import (
     ServerState,
     latest_state,
@@ -27,7 +28,11 @@ def test_a_state_round_trips_to_the_bit(tmp_path):
     assert torch.equal(back.row, state.row)
     assert torch.equal(back.private["client-1"]["q.A/exp_avg"], private["client-1"]["q.A/exp_avg"])
     assert (back.round, back.versions, back.client_versions, back.traffic) == (
-        4, {"q.A": 2, "q.B": 3, "head": 3, "scale": 3}, {"client-1": 2}, {"up_head": 7})
+        4,
+        {"q.A": 2, "q.B": 3, "head": 3, "scale": 3},
+        {"client-1": 2},
+        {"up_head": 7},
+    )
 
 
 def test_equal_states_give_equal_bytes(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+
 from fedcore.data.adapter_state import AdapterState
 
 MODULES = (("encoder.layer.0.query", 12, 10), ("encoder.layer.0.value", 12, 7))
@@ -33,15 +34,15 @@ def lora_tensors(
     return found
 
 
-def lora_state(
-    seed: int, rank: int = 3, alpha: float = 3.0, **options: object
-) -> AdapterState:
+def lora_state(seed: int, rank: int = 3, alpha: float = 3.0, **options: object) -> AdapterState:
     """One client's LoRA adapter."""
     config = {"peft_type": "LORA", "r": rank, "lora_alpha": alpha}
     return AdapterState.from_peft(lora_tensors(seed, rank, **options), config)  # type: ignore[arg-type]
 
 
-def gram_state(seed: int, rank: int = 3, width: int = 12, alpha: float | None = None) -> AdapterState:
+def gram_state(
+    seed: int, rank: int = 3, width: int = 12, alpha: float | None = None
+) -> AdapterState:
     """One client's Gram adapter on two modules of equal width, with a head."""
     generator = torch.Generator().manual_seed(seed)
     tensors = {
