@@ -39,7 +39,7 @@ def run(
     if (recipe is None) == (resume_ is None):
         raise FedcoreError("pass a recipe, or --resume with a run's folder")
     if resume_ is not None:
-        given = {"--method": method, "--rounds": rounds, "--seed": seed, "--engine": engine}
+        given: dict[str, Any] = {"--method": method, "--rounds": rounds, "--seed": seed, "--engine": engine}
         given |= {"--out": out, "--set": set_}
         for option, value in given.items():
             if value is not None:

@@ -97,7 +97,7 @@ class Cohort:
         """
         if not states:
             raise FedcoreError("no adapters were given")
-        chosen = layout or _widest_layout(states)
+        chosen = _widest_layout(states) if layout is None else layout
         family = next(iter(states.values())).family
         builder = CohortBuilder(chosen, sorted(states), round=round)
         for client_id in sorted(states):
@@ -277,6 +277,17 @@ def absorb(
         scale = scaling[slot.module] ** (power * sign)
         if scale != 1.0:
             layout.view(row, slot).mul_(scale)
+
+
+def adapter_from_row(row: Tensor, layout: FactorLayout, like: AdapterState) -> AdapterState:
+    """A row of absorbed factors as an adapter with the scalings, ranks and keys of ``like``.
+
+    The way down: what a cohort of adapters absorbed is divided by the receiver's own scaling, so
+    that the adapter's update is the row's product.
+    """
+    own = row.clone()
+    absorb(own, layout, like.family, like.scaling, sign=-1)
+    return like.with_row(own, layout)
 
 
 def _widest_layout(states: Mapping[str, AdapterState]) -> FactorLayout:

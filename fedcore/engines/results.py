@@ -52,5 +52,5 @@ def adapter_state(model: nn.Module, row: Tensor, bench: Workbench) -> AdapterSta
         key: tensor.detach().cpu().clone()
         for key, tensor in get_peft_model_state_dict(model).items()
     }
-    config: dict[str, Any] = {**model.peft_config["default"].to_dict(), "inference_mode": True}  # type: ignore[index,union-attr,operator]
+    config: dict[str, Any] = {**model.peft_config["default"].to_dict(), "inference_mode": True}  # type: ignore[index,union-attr]
     return AdapterState.from_peft(tensors, config, name="the final adapter")

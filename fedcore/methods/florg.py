@@ -152,7 +152,7 @@ class FlorgAvgA(LinearMethod):
 
 def _reports(result: FlorgRound) -> Mapping[str, StepReport]:
     reports = {}
-    for group, step in result.steps:
+    for group, step in result.steps.items():
         for j, module in enumerate(group.modules):
             reports[module] = StepReport(
                 rank=int(step.rank[j]),

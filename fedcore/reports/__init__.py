@@ -1,0 +1,1 @@
+"""Tables, figures and pages of run folders. Nothing here trains."""

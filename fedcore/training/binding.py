@@ -6,11 +6,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
-from fedcore_kernels.layout import FactorLayout
 from torch import Tensor, nn
 
 from fedcore.data.peft_keys import TRANSPOSED_FACTORS, parse_key
 from fedcore.errors import FedcoreError
+from fedcore_kernels.layout import FactorLayout
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class ModelBinding:
     @torch.no_grad()
     def load(self, row: Tensor, layout: FactorLayout | None = None) -> None:
         """Copy ``row`` into the model's parameters."""
-        chosen = layout or self.layout
+        chosen = self.layout if layout is None else layout
         for slot in chosen:
             parameter = self.parameters[slot.name]
             values = chosen.view(row, slot)
@@ -70,7 +70,7 @@ class ModelBinding:
     @torch.no_grad()
     def read(self, layout: FactorLayout | None = None, out: Tensor | None = None) -> Tensor:
         """The model's parameters as a row of ``layout``, written into ``out`` if given."""
-        chosen = layout or self.layout
+        chosen = self.layout if layout is None else layout
         row = torch.zeros(chosen.size) if out is None else out.zero_()
         for slot in chosen:
             values = _stored(slot.factor, self.parameters[slot.name])

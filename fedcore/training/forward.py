@@ -45,6 +45,11 @@ class Forward:
         plain: Tensor = self._model(**inputs).logits
         return plain
 
+    @property
+    def reuses_prefix(self) -> bool:
+        """Whether the frozen prefix is read from the cache."""
+        return self._prefix is not None and self._states is not None
+
     def train(self) -> None:
         """Training mode for the layers that train; the frozen prefix stays in eval mode."""
         self._model.train()

@@ -18,7 +18,7 @@ from fedcore.training.optimisers import OptimiserSettings, build_optimiser, opti
 class LocalSettings:
     """How much and how a client trains in a round.
 
-    ``steps`` optimiser steps, or ``epochs`` passes over the client's examples when ``steps`` is None.
+    ``steps`` optimiser steps, or ``epochs`` passes over the client's examples if ``steps`` is None.
     ``clip_norm`` bounds the gradient's global norm. ``autocast`` computes in bf16 where the device
     supports it.
     """

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 class OptimiserSettings:
     """How a client steps.
 
-    ``state = "reset"`` starts every round afresh; ``"keep"`` carries moments and step counts of each
-    client from one of its rounds to the next. ``head_rate`` is the learning rate of dense tensors
+    ``state = "reset"`` starts every round afresh; ``"keep"`` carries moments and step counts of
+    each client from one of its rounds to the next. ``head_rate`` is the learning rate of dense tensors
     (the head); the adapter's if None.
     """
 

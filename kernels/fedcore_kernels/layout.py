@@ -1,10 +1,10 @@
 """Where each tensor of each module stands in a flat row.
 
 A round's uploads are one matrix: a row a client, a column a parameter. ``FactorLayout`` says which
-columns belong to which factor. Factors are stored as ``rank x width`` with contiguous rows (``A`` as
-it is, ``B`` transposed, a core as it is); tensors that are not factors (heads, norms, magnitudes) are
-*dense* slots of one row. Every offset is a multiple of 16 elements, so that loads stay wide and one
-launch can cover modules of any width.
+columns belong to which factor. Factors are stored as ``rank x width`` with contiguous rows (``A``
+as it is, ``B`` transposed, a core as it is); tensors that are not factors (heads, norms,
+magnitudes) are *dense* slots of one row. Every offset is a multiple of 16 elements, so that loads
+stay wide and one launch can cover modules of any width.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class SlotGroup:
     modules: tuple[str, ...]
 
     def view(self, flat: Tensor) -> Tensor:
-        """The group's factors in ``flat``, without a copy: ``(..., P)`` becomes ``(..., L, r, k)``."""
+        """The group's factors in ``flat (..., P)`` as ``(..., L, r, k)``, without a copy."""
         lead, lead_strides = flat.shape[:-1], flat.stride()[:-1]
         step = flat.stride(-1)
         return flat.as_strided(
@@ -88,9 +88,9 @@ class FactorLayout:
     Build it with :meth:`build`; two layouts made from the same tensors in any order are equal.
 
     Example:
-        >>> layout = FactorLayout.build([("q", "A", 2, 32), ("v", "A", 2, 32)], [("head.bias", (5,))])
+        >>> layout = FactorLayout.build([("q", "A", 2, 32), ("v", "A", 2, 32)], [("bias", (5,))])
         >>> layout.size, [slot.name for slot in layout]
-        (144, ['q.A', 'v.A', 'head.bias'])
+        (144, ['q.A', 'v.A', 'bias'])
     """
 
     slots: tuple[FactorSlot, ...]
@@ -121,7 +121,9 @@ class FactorLayout:
         Raises:
             KernelInputError: a rank or width below 1, or a name that appears twice.
         """
-        wanted = [FactorSlot(factor, rows, width, module) for module, factor, rows, width in factors]
+        wanted = [
+            FactorSlot(factor, rows, width, module) for module, factor, rows, width in factors
+        ]
         wanted.sort()
         wanted += [
             FactorSlot("", 1, prod(shape), name, shape=tuple(shape))
@@ -131,7 +133,7 @@ class FactorLayout:
         for slot in wanted:
             if slot.rows < 1 or slot.width < 1:
                 raise KernelInputError(
-                    f"slot {slot.name!r} has {slot.rows} rows of width {slot.width}; both must be >= 1"
+                    f"slot {slot.name!r} is {slot.rows} x {slot.width}; both must be at least 1"
                 )
             slots.append(
                 FactorSlot(slot.factor, slot.rows, slot.width, slot.module, offset, slot.shape)
@@ -175,7 +177,9 @@ class FactorLayout:
             stride = _align(rows * width)
             start = run[0].offset
             if any(slot.offset != start + i * stride for i, slot in enumerate(run)):
-                raise KernelInputError(f"slots of factor {factor!r} do not stand at equal distances")
+                raise KernelInputError(
+                    f"slots of factor {factor!r} do not stand at equal distances"
+                )
             names = tuple(slot.module for slot in run)
             found.append(SlotGroup(factor, rows, width, start, stride, names))
         return tuple(found)
@@ -186,10 +190,10 @@ class FactorLayout:
         return sum(slot.numel for slot in self.slots)
 
     def view(self, flat: Tensor, slot: FactorSlot) -> Tensor:
-        """The slot's elements of ``flat (..., P)`` as ``(..., r, k)``, or in a dense slot's shape."""
+        """The slot's elements of ``flat (..., P)`` as ``(..., r, k)`` or a dense slot's shape."""
         piece = flat.narrow(-1, slot.offset, slot.numel)
         shape = (slot.rows, slot.width) if slot.shape is None else slot.shape
-        return piece.view(*piece.shape[:-1], *shape)
+        return piece.view((*piece.shape[:-1], *shape))
 
     def select(self, factors: Iterable[str], dense: bool = True) -> FactorLayout:
         """A layout of its own with only the named ``factors`` and, if asked, the dense slots."""
@@ -210,7 +214,7 @@ class FactorLayout:
         return out
 
     def scatter(self, flat: Tensor, part: FactorLayout, values: Tensor) -> Tensor:
-        """A copy of ``flat (..., P)`` with the columns that ``part`` names taken from ``values``."""
+        """A copy of ``flat (..., P)`` with the columns that ``part`` names from ``values``."""
         out = flat.clone()
         for slot in part:
             target = self.by_name[slot.name]
@@ -239,6 +243,8 @@ class FactorLayout:
         for g, group in enumerate(self.groups):
             for j in range(len(group.modules)):
                 offset = group.offset + j * group.stride
-                for first in range(0, group.width, block):
-                    rows.append((g, j, offset, first, min(first + block, group.width)))
+                rows += [
+                    (g, j, offset, first, min(first + block, group.width))
+                    for first in range(0, group.width, block)
+                ]
         return torch.tensor(rows, dtype=torch.int64).reshape(-1, 5)

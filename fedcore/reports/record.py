@@ -1,0 +1,241 @@
+"""What a run left behind, as frozen data.
+
+Rounds are counted from 0; the round -1 is the initial model, evaluated before any training. A
+number that is undefined or was not measured is ``None``, never 0 and never NaN. Bytes and seconds
+of a round are sums over its clients.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from statistics import fmean
+
+
+def mean_or_none(values: list[float]) -> float | None:
+    """The arithmetic mean, or ``None`` of nothing."""
+    return fmean(values) if values else None
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes in one direction; heads and other dense tensors never count as adapter traffic."""
+
+    adapter: int = 0
+    head: int = 0
+
+    @property
+    def total(self) -> int:
+        """Adapter and head together."""
+        return self.adapter + self.head
+
+    def __add__(self, other: Traffic) -> Traffic:
+        return Traffic(self.adapter + other.adapter, self.head + other.head)
+
+
+@dataclass(frozen=True)
+class ClientRound:
+    """One client in one round.
+
+    ``global_accuracy`` is the new global model's, ``local_accuracy`` that of the client's own model
+    after local training and before aggregation; both on the client's own held-out shard.
+    """
+
+    client: str
+    examples: int = 0
+    train_loss: float | None = None
+    global_accuracy: float | None = None
+    local_accuracy: float | None = None
+
+
+@dataclass(frozen=True)
+class DroppedClient:
+    """A client that was selected and whose upload was not used."""
+
+    client: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class ModuleRound:
+    """One adapted module in one round.
+
+    ``aggregation_error`` is the Frobenius distance of the broadcast product to the exact weighted
+    mean of products, relative to that mean; ``factor_drift`` is how far the factors moved,
+    relative to their size.
+    """
+
+    module: str
+    aggregation_error: float | None = None
+    factor_drift: float | None = None
+    kept_rank: int | None = None
+    condition: float | None = None
+
+
+@dataclass(frozen=True)
+class RoundRecord:
+    """One completed round.
+
+    ``clients`` may hold more than the ``sampled`` ones, which took part; ``flags`` is what the
+    method wants a user to know.
+    """
+
+    index: int
+    accuracy: float | None = None
+    loss: float | None = None
+    train_loss: float | None = None
+    clients: tuple[ClientRound, ...] = ()
+    sampled: tuple[str, ...] = ()
+    dropped: tuple[DroppedClient, ...] = ()
+    flags: tuple[str, ...] = ()
+    bytes_up: Traffic = Traffic()
+    bytes_down: Traffic = Traffic()
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    modules: tuple[ModuleRound, ...] = ()
+
+    @property
+    def done(self) -> int:
+        """Rounds completed once this one is: 0 for the initial model."""
+        return self.index + 1
+
+    @property
+    def client_accuracies(self) -> list[float]:
+        """Accuracy at each client that was evaluated: the global model's, or, where clients train
+        alone and there is none, their own models'.
+        """
+        found = [c.global_accuracy for c in self.clients if c.global_accuracy is not None]
+        return found or [c.local_accuracy for c in self.clients if c.local_accuracy is not None]
+
+    @property
+    def gap(self) -> float | None:
+        """Mean of local minus global accuracy over the clients that have both."""
+        return mean_or_none(
+            [
+                c.local_accuracy - c.global_accuracy
+                for c in self.clients
+                if c.local_accuracy is not None and c.global_accuracy is not None
+            ]
+        )
+
+    def module_values(self, quantity: str) -> list[float]:
+        """The defined values of a :class:`ModuleRound` field over the modules."""
+        return [v for m in self.modules if (v := getattr(m, quantity)) is not None]
+
+
+@dataclass(frozen=True)
+class Partition:
+    """Examples by client and class: ``class_counts`` and ``test_counts`` are (clients, classes)."""
+
+    label_names: tuple[str, ...]
+    client_ids: tuple[str, ...]
+    class_counts: tuple[tuple[int, ...], ...]
+    test_counts: tuple[tuple[int, ...], ...]
+
+    @property
+    def majority_rate(self) -> float | None:
+        """Accuracy on all held-out examples of always answering their most frequent class."""
+        totals = [sum(column) for column in zip(*self.test_counts, strict=True)]
+        return max(totals) / sum(totals) if sum(totals) else None
+
+    @property
+    def smallest_test(self) -> int | None:
+        """Held-out examples of the client with the fewest."""
+        return min((sum(row) for row in self.test_counts), default=None)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The outcome as the engine wrote it; of an unfinished run, as far as the rounds tell it.
+
+    ``rounds`` are those planned, which a finished run has completed.
+    """
+
+    recipe: str
+    method: str
+    seed: int | None
+    rounds: int
+    finished: bool
+    accuracy: float | None = None
+    best_accuracy: float | None = None
+    worst_client: float | None = None
+    mean_client: float | None = None
+    best_client: float | None = None
+    bytes_up: Traffic = Traffic()
+    bytes_down: Traffic = Traffic()
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    peak_memory_bytes: int | None = None
+    git: str | None = None
+    versions: Mapping[str, str] = field(default_factory=dict)
+    target_accuracy: float | None = None
+    rounds_to_target: int | None = None
+    bytes_to_target: int | None = None
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """A run folder, read and checked.
+
+    ``interrupted_line`` says that the last line of ``metrics.jsonl`` was cut off in the middle, and
+    ``not_finite`` counts the NaN and infinite numbers that were read as ``None``.
+    """
+
+    folder: Path
+    recipe: str
+    environment: Mapping[str, object]
+    partition: Partition
+    rounds: tuple[RoundRecord, ...]
+    summary: Summary
+    interrupted_line: bool = False
+    not_finite: int = 0
+
+    @cached_property
+    def trained(self) -> tuple[RoundRecord, ...]:
+        """The rounds without the initial evaluation."""
+        return tuple(r for r in self.rounds if r.index >= 0)
+
+    @cached_property
+    def evaluated(self) -> tuple[RoundRecord, ...]:
+        """The rounds, the initial one included, in which the global model was evaluated."""
+        return tuple(r for r in self.rounds if r.accuracy is not None)
+
+    @cached_property
+    def client_evaluated(self) -> tuple[RoundRecord, ...]:
+        """The rounds with an accuracy at the clients."""
+        return tuple(r for r in self.rounds if r.client_accuracies)
+
+    @cached_property
+    def cumulated(self) -> dict[int, tuple[Traffic, Traffic]]:
+        """Bytes up and down from the start to the end of each round, by round index."""
+        up, down, found = Traffic(), Traffic(), {}
+        for r in self.rounds:
+            up, down = up + r.bytes_up, down + r.bytes_down
+            found[r.index] = (up, down)
+        return found
+
+    @cached_property
+    def client_rounds(self) -> int:
+        """Selected clients summed over the rounds, dropped ones included."""
+        return sum(len(r.sampled) for r in self.trained)
+
+    @cached_property
+    def dropped(self) -> Counter[tuple[str, str]]:
+        """How often each (client, reason) was dropped."""
+        return Counter((d.client, d.reason) for r in self.rounds for d in r.dropped)
+
+    @cached_property
+    def flags(self) -> Counter[str]:
+        """In how many rounds the method raised each flag."""
+        return Counter(flag for r in self.rounds for flag in set(r.flags))
+
+    @property
+    def gap(self) -> float | None:
+        """Local minus global accuracy in the last round that has both."""
+        return next((r.gap for r in reversed(self.rounds) if r.gap is not None), None)
+
+    def mean_over_modules(self, quantity: str) -> float | None:
+        """Mean over rounds of the mean over modules of a :class:`ModuleRound` field."""
+        rounds = [mean_or_none(r.module_values(quantity)) for r in self.trained]
+        return mean_or_none([value for value in rounds if value is not None])

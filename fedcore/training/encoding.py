@@ -1,0 +1,100 @@
+"""A dataset as token ids of one fixed length.
+
+Fixed padding makes what a layer computes for an example independent of the batch it is in, which is
+what lets :mod:`fedcore.training.prefix` compute it once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedcore.errors import FedcoreError
+from fedcore.training.datasets import TextDataset
+
+
+@dataclass(frozen=True, eq=False)
+class EncodedDataset:
+    """Token ids of n examples, T tokens each.
+
+    Attributes:
+        input_ids: int64 ``(n, T)``.
+        attention_mask: int64 ``(n, T)``, 1 at tokens and 0 at padding.
+        labels: int64 ``(n,)``.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    labels: Tensor
+
+    def __post_init__(self) -> None:
+        ids, mask, labels = self.input_ids.shape, self.attention_mask.shape, self.labels.shape
+        if len(ids) != 2 or mask != ids or labels != ids[:1]:
+            raise FedcoreError(
+                f"input_ids {tuple(ids)}, attention_mask {tuple(mask)} and labels {tuple(labels)} "
+                "must be (n, T), (n, T) and (n,)"
+            )
+
+    def __len__(self) -> int:
+        return self.input_ids.shape[0]
+
+    @property
+    def length(self) -> int:
+        """Tokens an example, T."""
+        return self.input_ids.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the three tensors."""
+        return self.input_ids.nbytes + self.attention_mask.nbytes + self.labels.nbytes
+
+    def take(self, indices: Tensor | np.ndarray | Sequence[int]) -> EncodedDataset:
+        """A copy of the examples at ``indices``, in that order."""
+        index = torch.as_tensor(indices, dtype=torch.int64, device=self.input_ids.device)
+        return EncodedDataset(self.input_ids[index], self.attention_mask[index], self.labels[index])
+
+    def to(self, device: torch.device | str) -> EncodedDataset:
+        """The same examples on ``device``."""
+        return EncodedDataset(
+            self.input_ids.to(device), self.attention_mask.to(device), self.labels.to(device)
+        )
+
+
+def encode(dataset: TextDataset, tokenizer: Any, max_length: int) -> EncodedDataset:
+    """Tokenise ``dataset``; every example is cut or padded to ``max_length`` tokens.
+
+    Args:
+        dataset: n texts.
+        tokenizer: a transformers tokenizer with a padding token.
+        max_length: T, special tokens included.
+
+    Raises:
+        FedcoreError: no examples, no padding token, or a ``max_length`` that leaves no room for
+            text or that the model has no positions for.
+    """
+    if len(dataset) == 0:
+        raise FedcoreError(f"dataset {dataset.name!r} has no examples to encode")
+    if tokenizer.pad_token is None:
+        raise FedcoreError("the tokenizer has no padding token; set tokenizer.pad_token")
+    special = tokenizer.num_special_tokens_to_add()
+    # Tokenizers without a limit of their own report an astronomic one.
+    if not special < max_length <= tokenizer.model_max_length:
+        raise FedcoreError(
+            f"max_length is {max_length}; it must lie between {special + 1} and "
+            f"{tokenizer.model_max_length}"
+        )
+    batch = tokenizer(
+        list(dataset.texts),
+        max_length=max_length,
+        padding="max_length",
+        truncation=True,
+        return_attention_mask=True,
+        return_tensors="pt",
+    )
+    labels = torch.tensor(dataset.labels, dtype=torch.int64)
+    return EncodedDataset(batch["input_ids"], batch["attention_mask"], labels)

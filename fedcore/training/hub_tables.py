@@ -1,0 +1,50 @@
+"""Labelled texts from a dataset of the Hugging Face hub."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from fedcore.errors import FedcoreError, unknown_name
+
+
+def _usable(label: Any, classes: Sequence[str] | None) -> bool:
+    # Public test splits mark withheld labels with -1.
+    if classes:
+        return isinstance(label, int) and 0 <= label < len(classes)
+    return isinstance(label, str | int) and not isinstance(label, bool) and str(label).strip() != ""
+
+
+def read_hub_table(
+    hub_id: str, *, text_column: str, label_column: str, split: str
+) -> tuple[list[str], list[str], list[str] | None]:
+    """Download (or take from the cache) one split; its texts, label names, and declared classes.
+
+    The classes are those of a ``ClassLabel`` column, in its order; None where the labels are plain
+    strings or integers.
+
+    Raises:
+        FedcoreError: a dataset or split that cannot be read, an absent column, or a row without a
+            text or a label.
+    """
+    import datasets
+
+    where = f"dataset {hub_id!r}, split {split!r}"
+    try:
+        table = datasets.load_dataset(hub_id, split=split)
+    # The library raises many kinds: network, configuration, absent split, script refused.
+    except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise FedcoreError(f"{where}: {reason}") from error
+    for column in (text_column, label_column):
+        if column not in table.column_names:
+            raise FedcoreError(f"{where}: {unknown_name('column', column, table.column_names)}")
+    texts, labels = list(table[text_column]), list(table[label_column])
+    classes: list[str] | None = getattr(table.features[label_column], "names", None)
+    for row, (text, label) in enumerate(zip(texts, labels, strict=True)):
+        if not isinstance(text, str) or not text.strip():
+            raise FedcoreError(f"{where}, row {row}: {text_column!r} is {text!r}, not a text")
+        if not _usable(label, classes):
+            raise FedcoreError(f"{where}, row {row}: {label_column!r} is {label!r}, not a label")
+    names = [classes[label] if classes else str(label).strip() for label in labels]
+    return texts, names, list(classes) if classes else None

@@ -1,0 +1,112 @@
+"""Labelled texts from CSV, TSV and JSON-lines files, read strictly.
+
+Every defect is an error that names the file and the line; nothing is skipped or guessed.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from fedcore.errors import FedcoreError, unknown_name
+
+TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl")
+"""Endings of the files that :func:`read_table` understands."""
+
+
+def _decode(path: Path) -> str:
+    data = path.read_bytes()
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        byte = f"0x{data[error.start]:02x}"
+        raise FedcoreError(f"{path}:{line}: byte {byte} is not UTF-8 ({error.reason})") from None
+
+
+def _check_columns(where: str, columns: Iterable[str], wanted: tuple[str, str]) -> None:
+    known = list(columns)
+    for column in wanted:
+        if column not in known:
+            raise FedcoreError(f"{where}: {unknown_name('column', column, known)}")
+
+
+def _csv_rows(
+    path: Path, delimiter: str, wanted: tuple[str, str]
+) -> Iterator[tuple[int, object, object]]:
+    # newline="" keeps line breaks inside quoted fields as they are.
+    stream = io.StringIO(_decode(path), newline="")
+    reader = csv.reader(stream, delimiter=delimiter, strict=True)
+    try:
+        header = next(reader, [])
+        _check_columns(f"{path}:1", header, wanted)
+        for column in wanted:
+            if header.count(column) > 1:
+                raise FedcoreError(
+                    f"{path}:1: column {column!r} appears {header.count(column)} times"
+                )
+        text_at, label_at = (header.index(column) for column in wanted)
+        for row in reader:
+            if not row:
+                continue
+            if len(row) != len(header):
+                raise FedcoreError(
+                    f"{path}:{reader.line_num}: {len(row)} fields; the header has {len(header)}"
+                )
+            yield reader.line_num, row[text_at], row[label_at]
+    except csv.Error as error:
+        raise FedcoreError(f"{path}:{reader.line_num}: {error}") from None
+
+
+def _jsonl_rows(path: Path, wanted: tuple[str, str]) -> Iterator[tuple[int, object, object]]:
+    # Only \n ends a line: JSON strings may hold U+2028 and the like unescaped.
+    for number, line in enumerate(_decode(path).split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise FedcoreError(f"{path}:{number}: not JSON: {error.msg}") from None
+        if not isinstance(record, dict):
+            raise FedcoreError(f"{path}:{number}: {type(record).__name__}, not a JSON object")
+        _check_columns(f"{path}:{number}", record, wanted)
+        yield number, record[wanted[0]], record[wanted[1]]
+
+
+def read_table(
+    path: Path, *, text_column: str = "text", label_column: str = "label"
+) -> tuple[list[str], list[str]]:
+    """The texts and label names of a ``.csv``, ``.tsv`` or ``.jsonl`` file, in file order.
+
+    Files are UTF-8, with or without a byte-order mark; CSV and TSV have a header line. Labels may
+    be strings or integers.
+
+    Raises:
+        FedcoreError: an unknown ending, an absent column, a row with too few or too many fields, a
+            broken quote, an empty or non-string text, an empty or other label, bytes that are not
+            UTF-8, or no rows at all; with file and line.
+    """
+    wanted = (text_column, label_column)
+    if path.suffix.lower() not in TABLE_SUFFIXES:
+        valid = ", ".join(TABLE_SUFFIXES)
+        raise FedcoreError(f"{path}: unknown ending {path.suffix!r}; valid: {valid}")
+    if path.suffix.lower() == ".jsonl":
+        rows = _jsonl_rows(path, wanted)
+    else:
+        rows = _csv_rows(path, "\t" if path.suffix.lower() == ".tsv" else ",", wanted)
+    texts, labels = [], []
+    for line, text, label in rows:
+        if not isinstance(text, str) or not text.strip():
+            raise FedcoreError(f"{path}:{line}: column {text_column!r} is {text!r}, not a text")
+        if isinstance(label, bool) or not isinstance(label, str | int) or not str(label).strip():
+            raise FedcoreError(
+                f"{path}:{line}: column {label_column!r} is {label!r}, not a string or an integer"
+            )
+        texts.append(text)
+        labels.append(str(label).strip())
+    if not texts:
+        raise FedcoreError(f"{path}: no rows")
+    return texts, labels

@@ -1,0 +1,135 @@
+"""The streaming form of the sketched step, with whitened uploads.
+
+The server writes its factor as ``A_prev = T V`` with orthonormal rows V and broadcasts both. A
+client uploads ``Z_n = (V A_n^T) A_n``, as large as its factor. The weighted sum
+``Z = sum_n w_n Z_n`` is all the server needs, so memory does not grow with the clients and a
+secure sum suffices:
+
+    sym(Z V^T) = W diag(e) W^T,    A = polar(T W diag(e)^(1/2)) diag(e)^(-1/2) W^T Z
+
+The result equals :func:`~fedcore_kernels.nystrom_step` on the clients' factors. ``Z_n`` is
+quadratic in the factor where ``A_prev A_n^T A_n`` is cubic, which is why single precision on the
+wire suffices.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fedcore_kernels import checks
+from fedcore_kernels.errors import KernelInputError
+from fedcore_kernels.polar import polar
+from fedcore_kernels.spectra import eigh_small
+from fedcore_kernels.steps import EPS_REL, FactorStep, spread
+
+
+def whiten(previous: Tensor) -> tuple[Tensor, Tensor]:
+    """``(T, V)`` with ``previous = T V``, fp64 (L, q, q) and (L, q, k), V with orthonormal rows."""
+    q, r = torch.linalg.qr(previous.double().mT)
+    return r.mT, q.mT
+
+
+def whitened_basis(previous: checks.ArrayLike) -> tuple[Tensor, Tensor]:
+    """Split ``previous`` into ``T V`` with orthonormal rows V.
+
+    Args:
+        previous: (L, q, k) floating point, q <= k.
+
+    Returns:
+        T (L, q, q) and V (L, q, k), fp64. Cast V only together with ``T = previous V^T`` of the
+        cast.
+
+    Raises:
+        KernelInputError: a wrong shape or dtype, or q > k.
+
+    Example:
+        >>> mixing, basis = whitened_basis([[[3.0, 4.0]]])
+        >>> (mixing @ basis).round(decimals=12), basis.norm()
+        (tensor([[[3., 4.]]], dtype=torch.float64), tensor(1., dtype=torch.float64))
+    """
+    before = checks.tensor("previous", previous, ("L", "q", "k"))
+    if before.shape[1] > before.shape[2]:
+        raise KernelInputError(
+            f"previous has shape {tuple(before.shape)}; its rank q must not exceed its width k"
+        )
+    with torch.no_grad():
+        return whiten(before)
+
+
+def whitened_upload(factor: checks.ArrayLike, basis: checks.ArrayLike) -> Tensor:
+    """What one client uploads: ``Z_n = (V A_n^T) A_n``.
+
+    Args:
+        factor: (L, r, k) the client's factors.
+        basis: (L, q, k) the server's V.
+
+    Returns:
+        (L, q, k), computed in fp64; fp32 unless ``factor`` is fp64.
+
+    Raises:
+        KernelInputError: a wrong shape, dtype or device.
+
+    Example:
+        >>> whitened_upload([[[1.0, 2.0]]], [[[1.0, 0.0]]])
+        tensor([[[1., 2.]]])
+    """
+    own = checks.tensor("factor", factor, ("L", "r", "k"))
+    rows = checks.tensor("basis", basis, ("L", "q", "k"))
+    checks.same_device("basis", rows, "factor", own)
+    checks.same_size("basis", rows, 0, own.shape[0], "the modules of factor")
+    checks.same_size("basis", rows, 2, own.shape[2], "the width of factor")
+    with torch.no_grad():
+        wide = own.double()
+        return ((rows.double() @ wide.mT) @ wide).to(checks.accumulator(own.dtype))
+
+
+def whitened_step(
+    total: checks.ArrayLike,
+    mixing: checks.ArrayLike,
+    basis: checks.ArrayLike,
+    eps_rel: float = EPS_REL,
+) -> FactorStep:
+    """The sketched step from the weighted sum of whitened uploads.
+
+    Args:
+        total: (L, q, k) ``Z = sum_n w_n Z_n`` with weights that sum to 1.
+        mixing: (L, q, q) the server's T.
+        basis: (L, q, k) the server's V.
+        eps_rel: eigenvalues ``e`` and singular values of ``T W diag(e)^(1/2)`` not above this
+            share of the largest are dropped.
+
+    Returns:
+        :class:`FactorStep`; gap and tail are not known to this form. The factor is fp32 unless
+        ``total`` is fp64.
+
+    Raises:
+        KernelInputError: a wrong shape, dtype or device, or ``eps_rel`` outside [0, 1).
+
+    Example:
+        >>> whitened_step([[[1.0, 2.0]]], [[[1.0]]], [[[1.0, 0.0]]]).factor
+        tensor([[[1., 2.]]])
+    """
+    summed = checks.tensor("total", total, ("L", "q", "k"))
+    outer = checks.tensor("mixing", mixing, ("L", "q", "q"))
+    rows = checks.tensor("basis", basis, ("L", "q", "k"))
+    for name, value in (("mixing", outer), ("basis", rows)):
+        checks.same_device(name, value, "total", summed)
+        checks.same_size(name, value, 0, summed.shape[0], "the modules of total")
+        checks.same_size(name, value, 1, summed.shape[1], "the rank of total")
+    checks.same_size("mixing", outer, 2, summed.shape[1], "the rank of total")
+    checks.same_size("basis", rows, 2, summed.shape[2], "the width of total")
+    cutoff = checks.fraction("eps_rel", eps_rel)
+    with torch.no_grad():
+        wide = summed.double()
+        energies, vectors = eigh_small(wide @ rows.double().mT)
+        kept = (energies > cutoff * energies[:, :1]) & (energies > 0)
+        scale = torch.where(kept, energies, 0.0).sqrt()
+        inverse = torch.where(kept, scale.reciprocal(), 0.0)
+        core = outer.double() @ (vectors * scale[:, None, :])
+        turn = polar(core, cutoff)
+        factor = turn.factor @ (inverse[:, :, None] * (vectors.mT @ wide))
+        condition = spread(torch.linalg.svdvals(core), turn.rank)
+    unknown = torch.full_like(condition, float("nan"))
+    dtype = checks.accumulator(summed.dtype)
+    return FactorStep(factor.to(dtype), turn.rank, condition, unknown, unknown, turn.rank)
