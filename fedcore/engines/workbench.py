@@ -14,7 +14,6 @@ from fedcore.engines.observer import Observer
 from fedcore.errors import FedcoreError
 from fedcore.methods import Method
 from fedcore.recipes import Recipe
-from fedcore.training.adapters import attach_adapter
 from fedcore.training.binding import ModelBinding
 from fedcore.training.datasets import (
     TextDataset,
@@ -28,6 +27,7 @@ from fedcore.training.forward import Forward
 from fedcore.training.models import check_model_source, load_classifier
 from fedcore.training.partitions import Partition, assign_like, partition
 from fedcore.training.prefix import FrozenPrefix
+from fedcore.tuners.attach import attach_adapter
 
 POOLED = "everyone"
 """The one client of the centralised baseline."""

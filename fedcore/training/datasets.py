@@ -171,7 +171,7 @@ def load_dataset(
 
 
 def _shares(counts: np.ndarray, total: int, least: np.ndarray, most: np.ndarray) -> np.ndarray:
-    """``total`` in proportion to ``counts`` by largest remainder, between ``least`` and ``most``."""
+    """``total`` shared as ``counts`` are, by largest remainder, within ``least`` and ``most``."""
     exact = counts * (total / counts.sum())
     taken = np.clip(np.floor(exact).astype(np.int64), least, most)
     while (missing := total - int(taken.sum())) != 0:

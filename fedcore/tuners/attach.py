@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+from peft import LoraConfig, PeftConfig, get_peft_model
 from torch import nn
 
-from fedcore.errors import FedcoreError, missing_extra
+from fedcore.errors import FedcoreError
+from fedcore.tuners.gram_config import GramConfig
 
 
 def attach_adapter(
@@ -40,10 +43,6 @@ def attach_adapter(
     if family == "none":
         _freeze_all_but_head(model)
         return model
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError as error:
-        raise missing_extra("peft", "run") from error
     common: dict[str, Any] = {
         "task_type": "SEQ_CLS",
         "r": rank,
@@ -53,17 +52,20 @@ def attach_adapter(
         "layers_to_transform": _layer_indices(model, layers),
     }
     _check_targets(model, target_modules)
+    config: PeftConfig
     if family == "lora":
         config = LoraConfig(lora_dropout=0.0, bias="none", **common)
     else:
-        from fedcore.tuners import GramConfig
-
-        if init_std is not None:
-            common["init_std"] = init_std
-        config = GramConfig(frame=frame, frame_seed=seed % 2**31, init_seed=seed % 2**31, **common)
-    with torch.random.fork_rng(devices=[]):
+        small = seed % 2**31
+        config = GramConfig(
+            frame=frame, frame_seed=small, init_seed=small, init_std=init_std, **common
+        )
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        # transformers deprecates a property that peft still reads.
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
         torch.manual_seed(seed)
-        return get_peft_model(model, config)
+        wrapped: nn.Module = get_peft_model(model, config)
+        return wrapped
 
 
 def _freeze_all_but_head(model: nn.Module) -> None:
@@ -88,7 +90,7 @@ def _check_targets(model: nn.Module, targets: Sequence[str]) -> None:
 def _layer_indices(model: nn.Module, layers: Sequence[int] | None) -> list[int] | None:
     if layers is None:
         return None
-    count = int(getattr(model.config, "num_hidden_layers", 0))  # type: ignore[arg-type]
+    count = int(getattr(model.config, "num_hidden_layers", 0))
     for layer in layers:
         if not -count <= layer < count:
             raise FedcoreError(f"layer {layer} does not exist; the model has {count} layers")
