@@ -39,8 +39,8 @@ def run(
     if (recipe is None) == (resume_ is None):
         raise FedcoreError("pass a recipe, or --resume with a run's folder")
     if resume_ is not None:
-        given: dict[str, Any] = {"--method": method, "--rounds": rounds, "--seed": seed, "--engine": engine}
-        given |= {"--out": out, "--set": set_}
+        given: dict[str, Any] = {"--method": method, "--rounds": rounds, "--seed": seed}
+        given |= {"--engine": engine, "--out": out, "--set": set_}
         for option, value in given.items():
             if value is not None:
                 raise FedcoreError(f"{option} cannot change a run that is resumed")

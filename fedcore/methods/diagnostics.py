@@ -21,7 +21,8 @@ class ModuleDiagnosis:
 
     Attributes:
         aggregation_error: ``||M - result||_F / ||M||_F``, the broadcast product against the
-            weighted mean of the clients' products, both as updates of the base model; ``nan`` if M is zero.
+            weighted mean of the clients' products, both as updates of the base model; ``nan``
+            if M is zero.
         factor_drift: how far the factors moved, ``||new - old||_F / ||old||_F``; ``nan`` from zero.
         kept_rank, condition: as the server step reported them; ``None`` for plain means.
     """

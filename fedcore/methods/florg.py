@@ -30,8 +30,8 @@ class FlorgTruncated(Method):
 
     The model is ``W0 + s left A^T A right`` with fixed frames; ``A (r, k)`` is all that trains and
     travels. With ``F = [sqrt(w_n) A_n]`` the server takes the top eigenvectors ``U`` of the dual
-    Gram ``F F^T``, forms ``Til = U^T F`` and broadcasts ``O Til`` with ``O`` the orthogonal matrix that
-    brings it nearest to the previous factor (square Procrustes, reflections allowed). The Gram
+    Gram ``F F^T``, forms ``Til = U^T F`` and broadcasts ``O Til`` with ``O`` the orthogonal matrix
+    that brings it nearest to the previous factor (square Procrustes, reflections allowed). The Gram
     error is the Eckart-Young tail; it is exact when ``rank Q <= r``.
 
     ``align=False`` leaves the factor in its principal gauge (orthogonal rows of falling norm). The

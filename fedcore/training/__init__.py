@@ -1,0 +1,1 @@
+"""Local training: texts, models, partitions, the frozen prefix, steps and evaluation."""

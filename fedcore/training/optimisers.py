@@ -15,8 +15,8 @@ class OptimiserSettings:
     """How a client steps.
 
     ``state = "reset"`` starts every round afresh; ``"keep"`` carries moments and step counts of
-    each client from one of its rounds to the next. ``head_rate`` is the learning rate of dense tensors
-    (the head); the adapter's if None.
+    each client from one of its rounds to the next. ``head_rate`` is the learning rate of dense
+    tensors (the head); the adapter's if None.
     """
 
     name: Literal["adamw", "sgd"] = "adamw"

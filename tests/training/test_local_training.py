@@ -65,8 +65,11 @@ def train(forward, local=None, optimiser=None, **named):
 
 def test_sgd_steps_are_those_done_by_hand():
     forward, twin = TinyForward(), TinyForward()
-    train(forward, LocalSettings(batch_size=20, steps=2, clip_norm=None),
-          OptimiserSettings(name="sgd", rate=0.1, head_rate=0.5))
+    train(
+        forward,
+        LocalSettings(batch_size=20, steps=2, clip_norm=None),
+        OptimiserSettings(name="sgd", rate=0.1, head_rate=0.5),
+    )
     for _ in range(2):
         loss = nn.functional.cross_entropy(twin(EVERYTHING), EXAMPLES.labels)
         grads = torch.autograd.grad(loss, [twin.layer.weight, twin.layer.bias])
@@ -86,12 +89,15 @@ def test_the_gradient_norm_is_bounded():
     assert total == pytest.approx(0.1 * 1e-3, rel=1e-3)
 
 
-@pytest.mark.parametrize(("settings", "examples", "steps"), [
-    (LocalSettings(batch_size=4, epochs=2), 20, 10),
-    (LocalSettings(batch_size=8, epochs=1), 20, 3),
-    (LocalSettings(batch_size=8, steps=7), 3, 7),
-    (LocalSettings(batch_size=8, steps=7), 0, 0),
-])
+@pytest.mark.parametrize(
+    ("settings", "examples", "steps"),
+    [
+        (LocalSettings(batch_size=4, epochs=2), 20, 10),
+        (LocalSettings(batch_size=8, epochs=1), 20, 3),
+        (LocalSettings(batch_size=8, steps=7), 3, 7),
+        (LocalSettings(batch_size=8, steps=7), 0, 0),
+    ],
+)
 def test_steps_and_epochs_count_as_they_say(settings, examples, steps):
     losses = []
     result = train(TinyForward(), settings, indices=EVERYTHING[:examples], on_step=losses.append)
