@@ -12,7 +12,7 @@ from rich.console import Console
 
 from fedcore.cli.progress import ProgressDisplay
 from fedcore.data.peft_files import write_text
-from fedcore.engines.compare import plan_trials, run_trials
+from fedcore.engines.trials import plan_trials
 from fedcore.errors import FedcoreError
 from fedcore.recipes import parse_settings, parse_value
 
@@ -46,6 +46,9 @@ def compare(
     trials = plan_trials(
         recipe, names, range(seeds), _parse_vary(vary or []), parse_settings(set_ or [])
     )
+    # Imported once every trial is known to be sound: it loads transformers.
+    from fedcore.engines.compare import run_trials
+
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
     folder = out or Path("runs") / f"compare-{trials[0].recipe.name}-{stamp}"
     console = Console(stderr=True)

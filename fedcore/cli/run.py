@@ -10,7 +10,6 @@ import typer
 from rich.console import Console
 
 from fedcore.cli.progress import ProgressDisplay
-from fedcore.engines.local import resume, start
 from fedcore.errors import FedcoreError
 from fedcore.recipes import Recipe, load_recipe, parse_settings
 
@@ -48,6 +47,9 @@ def run(
     else:
         chosen = _resolve(str(recipe), method, rounds, seed, engine, set_ or [])
         folder = out or _fresh_folder(chosen)
+    # Imported once the recipe is known to be sound: it loads transformers.
+    from fedcore.engines.local import resume, start
+
     with ProgressDisplay(console) as display:
         try:
             if resume_ is not None:

@@ -1,62 +1,17 @@
-"""Many runs of one recipe: methods x seeds x any keys of the recipe."""
+"""Many runs of one recipe, sharing what they can."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import product
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from fedcore.engines.local import resume, start
 from fedcore.engines.observer import Observer
-from fedcore.engines.workbench import Shelf, check_sources
+from fedcore.engines.trials import Trial
+from fedcore.engines.workbench import Shelf
 from fedcore.errors import FedcoreError
-from fedcore.methods import METHODS, find_method
-from fedcore.recipes import Recipe, load_recipe
-
-
-@dataclass(frozen=True)
-class Trial:
-    """One run of a comparison: its recipe, what was varied, and its folder's name."""
-
-    recipe: Recipe
-    method: str
-    seed: int
-    varied: Mapping[str, Any]
-    folder: str
-
-
-def plan_trials(
-    recipe_name: str | Path,
-    methods: Sequence[str],
-    seeds: Sequence[int],
-    vary: Mapping[str, Sequence[Any]] | None = None,
-    settings: Mapping[str, Any] | None = None,
-) -> list[Trial]:
-    """Every combination, each validated before the first one trains.
-
-    ``methods = ["all"]`` takes every method there is.
-
-    Raises:
-        FedcoreError: an unknown recipe, method or key, or nothing to compare.
-    """
-    names = [m.name for m in METHODS] if list(methods) == ["all"] else list(methods)
-    resolved = list(dict.fromkeys(find_method(name).name for name in names))
-    if not resolved or not seeds:
-        raise FedcoreError("a comparison needs at least one method and one seed")
-    varied = dict(vary or {})
-    trials = []
-    for values in product(*varied.values()):
-        chosen = dict(zip(varied, values, strict=True))
-        for method, seed in product(resolved, seeds):
-            overrides = {**(settings or {}), **chosen, "method.name": method, "seed": seed}
-            recipe = load_recipe(recipe_name, overrides)
-            tags = [f"{key}={value}" for key, value in chosen.items()]
-            name = "_".join([*tags, method, f"seed{seed}"]).replace("/", "-")
-            trials.append(Trial(recipe, method, seed, chosen, name))
-    check_sources(trials[0].recipe)
-    return trials
+from fedcore.recipes import load_recipe
 
 
 def run_trials(

@@ -15,7 +15,8 @@ from fedcore.engines.observer import Observer
 from fedcore.engines.results import write_adapters
 from fedcore.engines.round import initial_record, run_round
 from fedcore.engines.run_folder import RunFolder
-from fedcore.engines.workbench import Shelf, Workbench, build_workbench, check_sources
+from fedcore.engines.trials import check_sources
+from fedcore.engines.workbench import Shelf, Workbench, build_workbench
 from fedcore.recipes import Recipe
 
 

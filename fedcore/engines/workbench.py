@@ -11,20 +11,20 @@ from torch import Tensor, nn
 
 from fedcore.data.seeding import derive_seed
 from fedcore.engines.observer import Observer
+from fedcore.engines.trials import check_sources
 from fedcore.errors import FedcoreError
 from fedcore.methods import Method
 from fedcore.recipes import Recipe
 from fedcore.training.binding import ModelBinding
 from fedcore.training.datasets import (
     TextDataset,
-    check_data_source,
     load_dataset,
     split_indices,
     subsample,
 )
 from fedcore.training.encoding import EncodedDataset, encode
 from fedcore.training.forward import Forward
-from fedcore.training.models import check_model_source, load_classifier
+from fedcore.training.models import load_classifier
 from fedcore.training.partitions import Partition, assign_like, partition
 from fedcore.training.prefix import FrozenPrefix
 from fedcore.tuners.attach import attach_adapter
@@ -85,16 +85,6 @@ class Workbench:
             for name, buffer in self.binding.constants.items()
             if name.endswith(suffix)
         }
-
-
-def check_sources(recipe: Recipe) -> None:
-    """Refuse a model or data set that cannot exist, before anything is loaded.
-
-    Raises:
-        FedcoreError: one line with the nearest valid names.
-    """
-    check_data_source(recipe.data.source)
-    check_model_source(recipe.model.source)
 
 
 def build_workbench(recipe: Recipe, observer: Observer, shelf: Shelf | None = None) -> Workbench:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from fedcore.cli import main
 from fedcore.recipes import to_toml
 from tests.engines.jobs import tiny_recipe
 
@@ -134,20 +135,34 @@ def test_interrupting_leaves_a_resumable_folder_and_says_how(home, tmp_path):
         (["compare", "bbc-news", "--vary", "clients"], "'clients' is not of the form"),
     ],
 )
-def test_mistakes_end_with_one_line_before_anything_is_written(arguments, message, tmp_path):
-    done = fedcore(*arguments, cwd=tmp_path, check=False)
-    assert done.returncode == 2
-    (line,) = done.stderr.strip().splitlines()
+def test_mistakes_end_with_one_line_before_anything_is_written(
+    arguments, message, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["fedcore", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
     assert line.startswith("fedcore: ")
     assert message in line
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("listing", ["methods", "recipes"])
-def test_listings_print_tables_or_one_json_array(listing, tmp_path):
-    rows = json.loads(fedcore(listing, "--json", cwd=tmp_path).stdout)
+def test_listings_print_tables_or_one_json_array(listing, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "160")
+
+    def printed(*arguments):
+        monkeypatch.setattr(sys, "argv", ["fedcore", listing, *arguments])
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        assert stopped.value.code == 0
+        return capsys.readouterr().out
+
+    rows = json.loads(printed("--json"))
     assert all(not isinstance(v, dict | list) for row in rows for v in row.values())
-    text = fedcore(listing, cwd=tmp_path).stdout
+    text = printed()
     assert all(row["name"] in text for row in rows)
 
 

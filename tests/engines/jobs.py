@@ -46,6 +46,7 @@ def write_model(folder: Path, layers: int = 3) -> Path:
         intermediate_size=48,
         num_hidden_layers=layers,
         num_attention_heads=4,
+        num_labels=3,
         max_position_embeddings=32,
     )
     with torch.random.fork_rng():

@@ -2,8 +2,9 @@ import pytest
 import torch
 
 from fedcore.data.server_state import latest_state, read_state
-from fedcore.engines.compare import plan_trials, run_trials
+from fedcore.engines.compare import run_trials
 from fedcore.engines.local import start
+from fedcore.engines.trials import plan_trials
 from fedcore.errors import FedcoreError
 from fedcore.recipes import to_toml
 from tests.engines.jobs import tiny_recipe

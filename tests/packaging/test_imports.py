@@ -1,6 +1,7 @@
 """What importing the packages loads, and what must never be importable from here."""
 
 import importlib.util
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
+PATHS = os.pathsep.join(str(ROOT / part) for part in ("", "kernels", "theory"))
+ENVIRONMENT = {**os.environ, "PYTHONPATH": PATHS}
 HEAVY = ("transformers", "peft", "triton", "flwr", "matplotlib", "typer", "pydantic", "datasets")
 
 
@@ -19,6 +22,7 @@ def run(code: str, *, cwd: Path = ROOT) -> str:
         text=True,
         timeout=300,
         check=False,
+        env=ENVIRONMENT,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -66,6 +70,7 @@ def test_a_missing_extra_is_named():
         text=True,
         timeout=120,
         check=False,
+        env=ENVIRONMENT,
     )
     assert done.stdout.strip() == "2"
     assert "pip install 'fedcore-lora[run]'" in done.stderr

@@ -1,0 +1,69 @@
+"""Which runs a comparison is made of: methods x seeds x any keys of the recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from fedcore.errors import FedcoreError
+from fedcore.methods import METHODS, find_method
+from fedcore.recipes import Recipe, load_recipe
+from fedcore.training.datasets import check_data_source
+from fedcore.training.models import check_model_source
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One run of a comparison: its recipe, what was varied, and its folder's name."""
+
+    recipe: Recipe
+    method: str
+    seed: int
+    varied: Mapping[str, Any]
+    folder: str
+
+
+def plan_trials(
+    recipe_name: str | Path,
+    methods: Sequence[str],
+    seeds: Sequence[int],
+    vary: Mapping[str, Sequence[Any]] | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> list[Trial]:
+    """Every combination, each validated before the first one trains.
+
+    ``methods = ["all"]`` takes every method there is.
+
+    Raises:
+        FedcoreError: an unknown recipe, method or key, or nothing to compare.
+    """
+    names = [m.name for m in METHODS] if list(methods) == ["all"] else list(methods)
+    resolved = list(dict.fromkeys(find_method(name).name for name in names))
+    if not resolved or not seeds:
+        raise FedcoreError("a comparison needs at least one method and one seed")
+    varied = dict(vary or {})
+    trials = []
+    for values in product(*varied.values()):
+        chosen = dict(zip(varied, values, strict=True))
+        for method, seed in product(resolved, seeds):
+            overrides = {**(settings or {}), **chosen, "method.name": method, "seed": seed}
+            recipe = load_recipe(recipe_name, overrides)
+            tags = [f"{key}={value}" for key, value in chosen.items()]
+            name = "_".join([*tags, method, f"seed{seed}"]).replace("/", "-")
+            trials.append(Trial(recipe, method, seed, chosen, name))
+    for trial in trials:
+        check_sources(trial.recipe)
+    return trials
+
+
+def check_sources(recipe: Recipe) -> None:
+    """Refuse a model or data set that cannot exist, before anything is loaded.
+
+    Raises:
+        FedcoreError: one line with the nearest valid names.
+    """
+    check_data_source(recipe.data.source)
+    check_model_source(recipe.model.source)
