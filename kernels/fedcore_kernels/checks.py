@@ -76,7 +76,9 @@ def shares(weights: ArrayLike, count: int) -> Tensor:
         KernelInputError: another shape than ``(count,)``, a complex or boolean dtype, an entry that
             is negative, NaN or infinite (with its index), or no positive entry.
     """
-    found = torch.as_tensor(weights)
+    # A plain list would become fp32, where counts above 2^24 lose their last digits.
+    plain = isinstance(weights, list | tuple)
+    found = torch.as_tensor(weights, dtype=torch.float64 if plain else None)
     if found.shape != (count,):
         raise KernelInputError(
             f"weights has shape {tuple(found.shape)}; pass ({count},), one weight a client"

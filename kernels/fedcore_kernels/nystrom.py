@@ -24,8 +24,8 @@ from torch import Tensor
 from fedcore_kernels import checks
 from fedcore_kernels.dispatch import register, run
 from fedcore_kernels.errors import KernelInputError
-from fedcore_kernels.rows import module_groups, working_rows
-from fedcore_kernels.stacks import root_shares
+from fedcore_kernels.rows import working_copies
+from fedcore_kernels.stacks import root_shares, row_scale
 from fedcore_kernels.steps import (
     EPS_REL,
     FactorStep,
@@ -54,19 +54,19 @@ def _whitened_polar(
     return (outer * kept[:, None, :]) @ inner @ right, cut, kept.sum(-1)
 
 
-def _coefficients(previous: Tensor, rows: Tensor, eps_rel: float) -> tuple[Tensor, Tensor, Tensor]:
-    """``polar(previous rows^T)`` (l, q, m), kept rank (l,) and condition (l,)."""
-    product = previous @ rows.mT
+def _coefficients(
+    previous: Tensor, rows: Tensor, scale: Tensor, eps_rel: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``polar(previous F^T)`` (l, q, m) for ``F = scale rows``, kept rank (l,), condition (l,)."""
+    product = (previous @ rows.mT) * scale
     energies, vectors = torch.linalg.eigh(product @ product.mT)
-    safe = energies[:, 0] * _GRAM_LIMIT > energies[:, -1]
-    inverse = energies.clamp(min=torch.finfo(energies.dtype).tiny).rsqrt()
-    factor = ((vectors * inverse[:, None, :]) @ vectors.mT) @ product
-    rank = torch.full_like(safe, previous.shape[1], dtype=torch.int64)
+    unsafe = (energies[:, 0] * _GRAM_LIMIT <= energies[:, -1]).nonzero()[:, 0]
+    factor = ((vectors * energies.abs().rsqrt()[:, None, :]) @ vectors.mT) @ product
+    rank = torch.full_like(energies[:, 0], previous.shape[1], dtype=torch.int64)
     condition = (energies[:, -1] / energies[:, 0]).sqrt()
-    unsafe = (~safe).nonzero()[:, 0]
     if len(unsafe):
         factor[unsafe], values, rank[unsafe] = _whitened_polar(
-            previous[unsafe], rows[unsafe], eps_rel
+            previous[unsafe], scale[:, None] * rows[unsafe], eps_rel
         )
         condition[unsafe] = spread(values, rank[unsafe])
     return factor, rank, condition
@@ -76,11 +76,11 @@ def _torch_body(
     stack: Tensor, root: Tensor, previous: Tensor, eps_rel: float, align: bool, on_rank_loss: str
 ) -> FactorStep:
     parts = []
-    dtype = checks.accumulator(stack.dtype)
-    for part in module_groups(stack):
-        rows, before = working_rows(stack[:, part], root), previous[part].double()
-        coefficients, rank, condition = _coefficients(before, rows, eps_rel)
-        factor = coefficients @ rows
+    scale = row_scale(root, stack)
+    for part, rows in working_copies(stack):
+        before = previous[part].double()
+        coefficients, rank, condition = _coefficients(before, rows, scale, eps_rel)
+        factor = (coefficients * scale) @ rows
         if on_rank_loss == "keep_prev":
             lost = torch.eye(before.shape[1], dtype=before.dtype, device=before.device)
             lost = lost - coefficients @ coefficients.mT
@@ -90,7 +90,8 @@ def _torch_body(
             factor = principal(factor)
         unknown = torch.full_like(condition, float("nan"))
         aligned = rank if align else torch.zeros_like(rank)
-        parts.append(FactorStep(factor.to(dtype), rank, condition, unknown, unknown, aligned))
+        factor = factor.to(checks.accumulator(stack.dtype))
+        parts.append(FactorStep(factor, rank, condition, unknown, unknown, aligned))
     return concatenate(parts)
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-CACHE_BYTES = 8 << 20
+CACHE_BYTES = 4 << 20
 """Size of a working copy on the CPU: a share of the last-level cache."""
 
 DEVICE_BYTES = 256 << 20
@@ -23,23 +23,18 @@ DEVICE_BYTES = 256 << 20
 _PADDING = 16
 
 
-def module_groups(stack: Tensor) -> Iterator[slice]:
-    """Consecutive slices of the module axis of ``stack (N, L, r, k)``, each one working copy."""
+def working_copies(stack: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Consecutive slices of the modules of ``stack (N, L, r, k)`` with their fp64 rows (l, m, k).
+
+    The rows are client-major and live in one buffer: they are overwritten by the next group.
+    """
     clients, modules, rank, width = stack.shape
     budget = CACHE_BYTES if stack.device.type == "cpu" else DEVICE_BYTES
-    size = max(1, budget // (8 * clients * rank * (width + _PADDING)))
+    stride = width + _PADDING
+    size = min(modules, max(1, budget // (8 * clients * rank * stride)))
+    buffer = torch.empty((size, clients, rank, stride), dtype=torch.float64, device=stack.device)
     for first in range(0, modules, size):
-        yield slice(first, min(first + size, modules))
-
-
-def working_rows(stack: Tensor, root: Tensor | None = None) -> Tensor:
-    """The fp64 rows ``(l, m, k)`` of ``stack (N, l, r, k)``, scaled by ``root (N,)``."""
-    clients, modules, rank, width = stack.shape
-    padded = torch.empty(
-        (modules, clients, rank, width + _PADDING), dtype=torch.float64, device=stack.device
-    )
-    rows = padded[..., :width]
-    rows.copy_(stack.transpose(0, 1))
-    if root is not None:
-        rows.mul_(root[:, None, None])
-    return padded.view(modules, clients * rank, width + _PADDING)[..., :width]
+        part = slice(first, min(first + size, modules))
+        copy = buffer[: part.stop - first]
+        copy[..., :width].copy_(stack[:, part].transpose(0, 1))
+        yield part, copy.flatten(1, 2)[..., :width]

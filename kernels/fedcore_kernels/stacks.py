@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fedcore_kernels import checks
 from fedcore_kernels.dispatch import register, run
-from fedcore_kernels.rows import module_groups, working_rows
+from fedcore_kernels.rows import working_copies
 
 STACK_AXES = ("N", "L", "r", "k")
 
@@ -22,30 +22,27 @@ def root_shares(weights: checks.ArrayLike, stack: Tensor) -> Tensor:
     return checks.shares(weights, stack.shape[0]).sqrt().to(stack.device)
 
 
+def row_scale(root: Tensor, stack: Tensor) -> Tensor:
+    """``root (N,)`` once for every row of a module's stack: (m,)."""
+    return root.repeat_interleave(stack.shape[2])
+
+
 def _gram_body(stack: Tensor, root: Tensor) -> Tensor:
-    found = []
-    for part in module_groups(stack):
-        rows = working_rows(stack[:, part], root)
-        found.append(rows @ rows.mT)
-    return torch.cat(found)
+    scale = row_scale(root, stack)
+    weights = scale[:, None] * scale
+    return torch.cat([(rows @ rows.mT) * weights for _, rows in working_copies(stack)])
 
 
 def _cross_gram_body(stack: Tensor, reference: Tensor) -> Tensor:
-    clients, _, rank, _ = stack.shape
-    found = []
-    for part in module_groups(stack):
-        product = reference[part].double() @ working_rows(stack[:, part]).mT
-        found.append(product.unflatten(-1, (clients, rank)))
-    return torch.cat(found)
+    wide = reference.double()
+    found = torch.cat([wide[part] @ rows.mT for part, rows in working_copies(stack)])
+    return found.unflatten(-1, (stack.shape[0], stack.shape[2]))
 
 
 def _apply_cores_body(stack: Tensor, cores: Tensor) -> Tensor:
-    modules, out_rows = cores.shape[:2]
+    wide = cores.double().flatten(-2)
     dtype = checks.accumulator(stack.dtype)
-    out = torch.empty((modules, out_rows, stack.shape[-1]), dtype=dtype, device=stack.device)
-    for part in module_groups(stack):
-        out[part] = cores[part].double().flatten(-2) @ working_rows(stack[:, part])
-    return out
+    return torch.cat([(wide[part] @ rows).to(dtype) for part, rows in working_copies(stack)])
 
 
 register("gram", "torch", _gram_body)

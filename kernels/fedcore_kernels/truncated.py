@@ -19,9 +19,9 @@ from torch import Tensor
 from fedcore_kernels import checks
 from fedcore_kernels.dispatch import register, run
 from fedcore_kernels.errors import KernelInputError
-from fedcore_kernels.rows import module_groups, working_rows
+from fedcore_kernels.rows import working_copies
 from fedcore_kernels.spectra import column_signs
-from fedcore_kernels.stacks import STACK_AXES, root_shares
+from fedcore_kernels.stacks import STACK_AXES, root_shares, row_scale
 from fedcore_kernels.steps import (
     EPS_REL,
     FactorStep,
@@ -71,8 +71,9 @@ def _torch_body(
     parts = []
     dtype = checks.accumulator(stack.dtype)
     size = min(rank, stack.shape[0] * stack.shape[2], stack.shape[3])
-    for part in module_groups(stack):
-        values, leading = _leading(working_rows(stack[:, part], root), size)
+    scale = row_scale(root, stack)[:, None]
+    for part, rows in working_copies(stack):
+        values, leading = _leading(rows.mul_(scale), size)
         kept = (values[:, :size] > eps_rel * values[:, :1]) & (values[:, :size] > 0)
         leading = leading * kept[:, :, None]
         count = kept.sum(-1)

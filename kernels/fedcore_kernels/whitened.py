@@ -5,11 +5,14 @@ client uploads ``Z_n = (V A_n^T) A_n``, as large as its factor. The weighted sum
 ``Z = sum_n w_n Z_n`` is all the server needs, so memory does not grow with the clients and a
 secure sum suffices:
 
-    sym(Z V^T) = W diag(e) W^T,    A = polar(T W diag(e)^(1/2)) diag(e)^(-1/2) W^T Z
+    Z V^T = W diag(e) W^T,    A = polar(T W diag(e)^(1/2)) diag(e)^(-1/2) W^T Z
 
-The result equals :func:`~fedcore_kernels.nystrom_step` on the clients' factors. ``Z_n`` is
-quadratic in the factor where ``A_prev A_n^T A_n`` is cubic, which is why single precision on the
-wire suffices.
+V holds the right singular vectors in descending order, and only the lower triangle of ``Z V^T`` is
+read. Row i of ``Z_n`` then has the size of ``sigma_i^2``, and rounding on the wire reaches a weak
+direction through its own small row alone. With an arbitrary basis of the same space, or with both
+triangles averaged, single precision loses the square of the condition.
+
+The result equals :func:`~fedcore_kernels.nystrom_step` on the clients' factors.
 """
 
 from __future__ import annotations
@@ -20,14 +23,13 @@ from torch import Tensor
 from fedcore_kernels import checks
 from fedcore_kernels.errors import KernelInputError
 from fedcore_kernels.polar import polar
-from fedcore_kernels.spectra import eigh_small
 from fedcore_kernels.steps import EPS_REL, FactorStep, spread
 
 
 def whiten(previous: Tensor) -> tuple[Tensor, Tensor]:
-    """``(T, V)`` with ``previous = T V``, fp64 (L, q, q) and (L, q, k), V with orthonormal rows."""
-    q, r = torch.linalg.qr(previous.double().mT)
-    return r.mT, q.mT
+    """``(T, V)`` with ``previous = T V``, fp64 (L, q, s) and (L, s, k), s = min(q, k)."""
+    left, values, right = torch.linalg.svd(previous.double(), full_matrices=False)
+    return left * values[:, None], right
 
 
 def whitened_basis(previous: checks.ArrayLike) -> tuple[Tensor, Tensor]:
@@ -122,7 +124,8 @@ def whitened_step(
     cutoff = checks.fraction("eps_rel", eps_rel)
     with torch.no_grad():
         wide = summed.double()
-        energies, vectors = eigh_small(wide @ rows.double().mT)
+        energies, vectors = torch.linalg.eigh(wide @ rows.double().mT, UPLO="L")
+        energies, vectors = energies.flip(-1), vectors.flip(-1)
         kept = (energies > cutoff * energies[:, :1]) & (energies > 0)
         scale = torch.where(kept, energies, 0.0).sqrt()
         inverse = torch.where(kept, scale.reciprocal(), 0.0)
