@@ -1,0 +1,48 @@
+from __future__ import annotations
+
+import doctest
+import importlib
+import pkgutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import fedcore_kernels
+
+MODULES = sorted(module.name for module in pkgutil.iter_modules(fedcore_kernels.__path__))
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_examples_in_docstrings(name: str) -> None:
+    module = importlib.import_module(f"fedcore_kernels.{name}")
+    failures, _ = doctest.testmod(module)
+    assert failures == 0
+
+
+def test_every_public_function_has_an_example() -> None:
+    functions = [getattr(fedcore_kernels, name) for name in fedcore_kernels.__all__]
+    without = [
+        function.__name__
+        for function in functions
+        if callable(function) and not isinstance(function, type) and ">>>" not in function.__doc__
+    ]
+    assert without == []
+
+
+def test_importing_needs_torch_alone() -> None:
+    code = (
+        "import sys, torch; before = set(sys.modules); import fedcore_kernels; "
+        "print(*sorted({m.split('.')[0] for m in set(sys.modules) - before}))"
+    )
+    kernels = Path(fedcore_kernels.__file__).parents[1]
+    found = subprocess.run(
+        [sys.executable, "-S", "-c", f"import sys; sys.path[:0] = {sys.path!r}; {code}"],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=kernels,
+    ).stdout.split()
+    foreign = {name for name in found if name not in sys.stdlib_module_names}
+    assert foreign == {"fedcore_kernels"}
