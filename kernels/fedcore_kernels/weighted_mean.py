@@ -18,9 +18,9 @@ from fedcore_kernels import checks
 from fedcore_kernels.dispatch import register, run
 from fedcore_kernels.errors import KernelInputError
 
-# Columns of the running mean in cache at a time (1 MiB in fp32), and, for dtypes that are converted
+# Columns of the running mean in cache at a time (2 MiB in fp32), and, for dtypes that are converted
 # first, columns and rows of the converted block (4 MiB).
-_COLUMNS = 1 << 18
+_COLUMNS = 1 << 19
 _CONVERTED_COLUMNS, _CONVERTED_ROWS = 1 << 16, 16
 
 

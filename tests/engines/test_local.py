@@ -152,6 +152,22 @@ def test_who_takes_part_is_drawn_by_round(home):
     assert sample_clients(bench, 3) == sample_clients(bench, 3)
 
 
+@pytest.mark.parametrize("method", ["florg", "rolora", "local_only"])
+def test_the_order_in_which_clients_train_changes_nothing(method, home, tmp_path, monkeypatch):
+    from fedcore.engines import round as round_room
+
+    recipe = tiny_recipe(home, **{"method.name": method, "optimiser.state": "keep"})
+    start(recipe, tmp_path / "forward")
+    drawn = round_room.sample_clients
+    monkeypatch.setattr(round_room, "sample_clients", lambda *a: tuple(reversed(drawn(*a))))
+    start(recipe, tmp_path / "backward")
+    one, other = final_rows(tmp_path / "forward"), final_rows(tmp_path / "backward")
+    assert torch.equal(one.row, other.row)
+    for client, tensors in one.private.items():
+        for name, tensor in tensors.items():
+            assert torch.equal(tensor, other.private[client][name])
+
+
 def test_rounds_without_any_client_keep_the_state(home, tmp_path):
     recipe = tiny_recipe(home, **{"round.dropout": 0.99})
     start(recipe, tmp_path / "run")

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import fedcore_kernels
@@ -19,6 +20,15 @@ def test_examples_in_docstrings(name: str) -> None:
     module = importlib.import_module(f"fedcore_kernels.{name}")
     failures, _ = doctest.testmod(module)
     assert failures == 0
+
+
+def test_the_example_of_the_readme() -> None:
+    readme = Path(fedcore_kernels.__file__).parents[1] / "README.md"
+    code = readme.read_text().split("```python\n")[1].split("```")[0]
+    adapters = [np.full((2, 3), value, dtype=np.float32) for value in (1.0, 4.0)]
+    names = {"adapters": adapters, "sample_counts": [20, 10]}
+    exec(code, names)
+    assert np.array_equal(names["mean"], np.full(6, 2.0, dtype=np.float32))
 
 
 def test_every_public_function_has_an_example() -> None:

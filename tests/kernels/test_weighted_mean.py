@@ -49,7 +49,7 @@ def test_mean_of_identical_rows_is_that_row(dtype: torch.dtype) -> None:
 
 def test_columns_beyond_one_block_are_averaged_too() -> None:
     for dtype in (torch.float32, torch.bfloat16):
-        updates = rows(3, 2**18 + 2**16 + 17, 0, dtype)
+        updates = rows(3, 2**19 + 2**16 + 17, 0, dtype)
         expected = updates.double().mean(0)
         assert (weighted_mean(updates, [1, 1, 1]) - expected).abs().max() < 1e-6
 

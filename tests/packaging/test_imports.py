@@ -53,10 +53,14 @@ def test_importing_loads_torch_alone(package):
     assert run(code) == base
 
 
-def test_a_missing_extra_is_named():
+@pytest.mark.parametrize(
+    ("package", "extra"), [("typer", "run"), ("rich", "run"), ("peft", "peft")]
+)
+def test_a_missing_extra_is_named(package, extra, tmp_path):
     code = (
         "import sys\n"
-        "sys.modules['typer'] = None\n"
+        f"sys.modules[{package!r}] = None\n"
+        f"sys.argv = ['fedcore', 'run', 'bbc-news', '--out', {str(tmp_path / 'run')!r}]\n"
         "from fedcore.cli import main\n"
         "try:\n"
         "    main()\n"
@@ -73,7 +77,8 @@ def test_a_missing_extra_is_named():
         env=ENVIRONMENT,
     )
     assert done.stdout.strip() == "2"
-    assert "pip install 'fedcore-lora[run]'" in done.stderr
+    assert f"pip install 'fedcore-lora[{extra}]'" in done.stderr
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_wheel_holds_exactly_three_packages_and_the_recipes(tmp_path):
