@@ -144,6 +144,35 @@ def test_the_cached_prefix_does_not_change_the_run(home, tmp_path):
     torch.testing.assert_close(rows[0], rows[1], rtol=1e-5, atol=1e-5)
 
 
+def test_every_client_draws_its_own_batches_in_every_round(home, tmp_path, monkeypatch):
+    from fedcore.engines import round as round_room
+
+    genuine, seeds = round_room.train_client, []
+
+    def recorded(*arguments, **named):
+        seeds.append(named["seed"])
+        return genuine(*arguments, **named)
+
+    monkeypatch.setattr(round_room, "train_client", recorded)
+    start(tiny_recipe(home, rounds=3), tmp_path / "run")
+    assert len(seeds) == len(set(seeds)) == 3 * 4
+
+
+def test_pooled_training_steps_as_often_as_all_clients_together(home, tmp_path):
+    class Steps(Observer):
+        count = 0
+
+        def step_done(self, loss: float) -> None:
+            self.count += 1
+
+    counts = []
+    for method in ("centralised", "fedit"):
+        steps = Steps()
+        start(tiny_recipe(home, **{"method.name": method}), tmp_path / method, steps)
+        counts.append(steps.count)
+    assert counts == [2 * 4 * 2] * 2
+
+
 def test_who_takes_part_is_drawn_by_round(home):
     bench = build_workbench(tiny_recipe(home, **{"round.participation": 0.5}), Observer())
     drawn = {sample_clients(bench, t) for t in range(12)}
