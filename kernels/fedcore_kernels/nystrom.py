@@ -30,9 +30,9 @@ from fedcore_kernels.steps import (
     EPS_REL,
     FactorStep,
     check_stack_and_previous,
-    concatenate,
     principal,
     spread,
+    with_reports,
 )
 from fedcore_kernels.whitened import whiten
 
@@ -75,7 +75,9 @@ def _coefficients(
 def _torch_body(
     stack: Tensor, root: Tensor, previous: Tensor, eps_rel: float, align: bool, on_rank_loss: str
 ) -> FactorStep:
-    parts = []
+    # Written module group by module group, so that no second copy of all factors is made.
+    factors = stack.new_empty(previous.shape, dtype=checks.accumulator(stack.dtype))
+    reports = []
     scale = row_scale(root, stack)
     for part, rows in working_copies(stack):
         before = previous[part].double()
@@ -90,9 +92,9 @@ def _torch_body(
             factor = principal(factor)
         unknown = torch.full_like(condition, float("nan"))
         aligned = rank if align else torch.zeros_like(rank)
-        factor = factor.to(checks.accumulator(stack.dtype))
-        parts.append(FactorStep(factor, rank, condition, unknown, unknown, aligned))
-    return concatenate(parts)
+        factors[part] = factor
+        reports.append((rank, condition, unknown, unknown, aligned))
+    return with_reports(factors, reports)
 
 
 register("nystrom_step", "torch", _torch_body)

@@ -41,9 +41,9 @@ class FactorStep(NamedTuple):
     aligned: Tensor
 
 
-def concatenate(parts: Iterable[FactorStep]) -> FactorStep:
-    """Steps of consecutive modules as one."""
-    return FactorStep(*(torch.cat(field) for field in zip(*parts, strict=True)))
+def with_reports(factor: Tensor, reports: Iterable[tuple[Tensor, ...]]) -> FactorStep:
+    """A step from all modules' factors and the reports of consecutive groups of modules."""
+    return FactorStep(factor, *(torch.cat(field) for field in zip(*reports, strict=True)))
 
 
 def spread(values: Tensor, rank: Tensor) -> Tensor:
@@ -76,7 +76,7 @@ def check_stack_and_previous(
     checks.same_device("previous", before, "stack", uploads)
     checks.same_size("previous", before, 0, uploads.shape[1], "the modules of stack")
     checks.same_size("previous", before, 2, uploads.shape[3], "the width of stack")
-    zero = (before == 0).flatten(1).all(1)
+    zero = ~before.flatten(1).any(1)
     if zero.any():
         raise KernelInputError(
             f"previous[{int(zero.nonzero()[0])}] is all zero and fixes no gauge; "

@@ -26,8 +26,8 @@ from fedcore_kernels.steps import (
     EPS_REL,
     FactorStep,
     check_stack_and_previous,
-    concatenate,
     spread,
+    with_reports,
 )
 
 # Squared condition of the kept directions up to which the Gram of F is used: an eigenvector of the
@@ -68,8 +68,11 @@ def _align(
 def _torch_body(
     stack: Tensor, root: Tensor, previous: Tensor, rank: int, eps_rel: float, align: bool
 ) -> FactorStep:
-    parts = []
-    dtype = checks.accumulator(stack.dtype)
+    reports = []
+    modules, rows_out = stack.shape[1], previous.shape[1] if align else rank
+    factors = stack.new_empty(
+        (modules, rows_out, stack.shape[3]), dtype=checks.accumulator(stack.dtype)
+    )
     size = min(rank, stack.shape[0] * stack.shape[2], stack.shape[3])
     scale = row_scale(root, stack)[:, None]
     for part, rows in working_copies(stack):
@@ -88,8 +91,9 @@ def _torch_body(
         gap = torch.where(last > 0, 1 - rest[:, 0] / last, 1.0)
         tail = torch.linalg.vector_norm(rest, dim=-1)
         condition = spread(values.sqrt(), count)
-        parts.append(FactorStep(factor.to(dtype), count, condition, gap, tail, aligned))
-    return concatenate(parts)
+        factors[part] = factor
+        reports.append((count, condition, gap, tail, aligned))
+    return with_reports(factors, reports)
 
 
 register("truncated_step", "torch", _torch_body)
