@@ -75,7 +75,7 @@ def test_gather_and_scatter_are_inverse_on_the_part():
 def test_bad_layouts_are_refused():
     with pytest.raises(KernelInputError, match=r"'q\.A' appears twice"):
         FactorLayout.build([("q", "A", 2, 5), ("q", "A", 2, 5)])
-    with pytest.raises(KernelInputError, match="0 rows"):
+    with pytest.raises(KernelInputError, match="0 x 5; both must be at least 1"):
         FactorLayout.build([("q", "A", 0, 5)])
     with pytest.raises(KernelInputError, match="last axis must be 16"):
         FactorLayout.build([("q", "A", 2, 5)]).check(torch.zeros(3, 15))
