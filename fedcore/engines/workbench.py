@@ -78,10 +78,10 @@ class Workbench:
 
     @property
     def offset(self) -> dict[str, Tensor]:
-        """Module to the initial Gram factor that the model subtracts."""
+        """Module to the initial Gram factor that the model subtracts, where the server is."""
         suffix = ".gram_A0"
         return {
-            name.removesuffix(suffix): buffer
+            name.removesuffix(suffix): buffer.cpu()
             for name, buffer in self.binding.constants.items()
             if name.endswith(suffix)
         }
@@ -106,8 +106,9 @@ def build_workbench(recipe: Recipe, observer: Observer, shelf: Shelf | None = No
     model, tokenizer = load_classifier(
         recipe.model.source, classes, seed=derive_seed(seed, "head"), dtype=torch.float32
     )
+    # Onto its device before it is wrapped: adapters are created beside their base weights.
     model = attach_adapter(
-        model,
+        model.to(_device(recipe.training.device)),
         method.family,
         rank=recipe.adapter.rank,
         alpha=recipe.adapter.alpha,
@@ -118,7 +119,6 @@ def build_workbench(recipe: Recipe, observer: Observer, shelf: Shelf | None = No
         frame=recipe.adapter.frame,
         seed=derive_seed(seed, "adapter"),
     )
-    model.to(_device(recipe.training.device))
     if dataset_key not in shelf.texts:
         observer.preparing(f"encoding {len(texts.texts)} texts")
         shelf.texts[dataset_key] = (texts, encode(texts, tokenizer, recipe.model.max_length))

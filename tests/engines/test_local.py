@@ -173,6 +173,36 @@ def test_pooled_training_steps_as_often_as_all_clients_together(home, tmp_path):
     assert counts == [2 * 4 * 2] * 2
 
 
+@pytest.mark.parametrize(
+    ("optimiser", "same"),
+    [
+        ({"optimiser.name": "sgd", "optimiser.rate": 0.5}, True),
+        ({"optimiser.name": "sgd", "optimiser.rate": 0.2, "optimiser.momentum": 0.9}, True),
+        ({"optimiser.name": "adamw", "optimiser.state": "keep"}, False),
+    ],
+)
+def test_alignment_matters_only_to_optimisers_that_see_coordinates(optimiser, same, home, tmp_path):
+    grams = []
+    for align in (True, False):
+        settings = {"adapter.init_std": 0.3, "method.align": align, "rounds": 3, **optimiser}
+        start(tiny_recipe(home, **settings), tmp_path / str(align))
+        state = final_rows(tmp_path / str(align))
+        views = [state.layout.view(state.row, s).double() for s in state.layout.factor_slots]
+        grams.append(torch.stack([view.T @ view for view in views]))
+    gap = float((grams[0] - grams[1]).norm() / grams[0].norm())
+    assert (gap < 1e-5) == same
+
+
+def test_bf16_autocast_trains_fp32_adapters(home, tmp_path):
+    summary = start(tiny_recipe(home, **{"training.autocast": True}), tmp_path / "run")
+    start(tiny_recipe(home), tmp_path / "plain")
+    assert summary["finished"]
+    rows = [final_rows(tmp_path / name).row for name in ("run", "plain")]
+    assert rows[0].dtype == torch.float32
+    assert not torch.equal(*rows)
+    torch.testing.assert_close(*rows, rtol=0.5, atol=0.05)
+
+
 def test_who_takes_part_is_drawn_by_round(home):
     bench = build_workbench(tiny_recipe(home, **{"round.participation": 0.5}), Observer())
     drawn = {sample_clients(bench, t) for t in range(12)}
