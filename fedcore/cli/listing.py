@@ -6,6 +6,7 @@ import json
 from typing import Annotated
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -21,32 +22,28 @@ def methods(json_: _AsJson = False) -> None:
     if json_:
         print(json.dumps(rows))
         return
-    table = Table(
-        title="methods; numbers sent per adapted matrix, client and round", title_justify="left"
+    console = Console()
+    what = _table("Methods", "method", "what it is", "source")
+    traits = _table(
+        "Traits; up and down in numbers per adapted matrix, client and round",
+        *("method", "exact", "linear", "mixed ranks", "up", "down"),
     )
-    for column in (
-        "method",
-        "what it is",
-        "exact",
-        "linear",
-        "mixed ranks",
-        "up",
-        "down",
-        "source",
-    ):
-        table.add_column(column, overflow="fold")
+    yes = {True: "yes", False: "no"}
     for row in rows:
-        table.add_row(
-            row["name"],
-            row["summary"],
-            row["exact"],
-            "yes" if row["linear"] else "no",
-            "yes" if row["mixed_ranks"] else "no",
-            row["uplink"],
-            row["downlink"],
-            row["paper"],
-        )
-    Console().print(table)
+        what.add_row(row["name"], row["summary"], row["paper"])
+        flags = yes[row["linear"]], yes[row["mixed_ranks"]]
+        traits.add_row(row["name"], row["exact"], *flags, row["uplink"], row["downlink"])
+    console.print(what)
+    console.print(traits)
+
+
+def _table(title: str, first: str, *others: str) -> Table:
+    """A plain table whose first column is never broken."""
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
+    table.add_column(first, no_wrap=True)
+    for column in others:
+        table.add_column(column, overflow="fold")
+    return table
 
 
 def recipes(json_: _AsJson = False) -> None:
@@ -65,9 +62,7 @@ def recipes(json_: _AsJson = False) -> None:
     if json_:
         print(json.dumps(rows))
         return
-    table = Table(title="recipes", title_justify="left")
-    for column in rows[0]:
-        table.add_column(column, overflow="fold")
+    table = _table("Recipes", *rows[0])
     for row in rows:
         table.add_row(*(str(value) for value in row.values()))
     Console().print(table)
