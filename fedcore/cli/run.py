@@ -57,7 +57,8 @@ def run(
             else:
                 start(chosen, folder, display)
         except KeyboardInterrupt:
-            display.message(f"interrupted; continue with: fedcore run --resume {folder}")
+            if (folder / "recipe.toml").exists():
+                display.message(f"interrupted; continue with: fedcore run --resume {folder}")
             raise typer.Exit(130) from None
     _show(folder)
 

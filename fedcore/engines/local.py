@@ -33,8 +33,10 @@ def start(
     """
     watcher = observer or Observer()
     check_sources(recipe)
-    folder = RunFolder.create(path, recipe)
+    RunFolder.check_free(path)
+    # Nothing is written before everything the recipe names has been found to fit together.
     bench = build_workbench(recipe, watcher, shelf)
+    folder = RunFolder.create(path, recipe)
     folder.write_json("environment.json", describe_environment())
     folder.write_json("partition.json", bench.counts)
     return _go_on(bench, folder, None, watcher)

@@ -28,6 +28,18 @@ class RunFolder:
 
     path: Path
 
+    @staticmethod
+    def check_free(path: Path) -> None:
+        """Refuse a folder that already holds something.
+
+        Raises:
+            FedcoreError: naming the folder and what to pass.
+        """
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise FedcoreError(
+                f"{path} is not empty; resume it with --resume or choose another --out"
+            )
+
     @classmethod
     def create(cls, path: Path, recipe: Recipe) -> RunFolder:
         """An empty run folder with the resolved recipe.
@@ -35,10 +47,7 @@ class RunFolder:
         Raises:
             FedcoreError: the folder already holds something.
         """
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise FedcoreError(
-                f"{path} is not empty; resume it with --resume or choose another --out"
-            )
+        cls.check_free(path)
         path.mkdir(parents=True, exist_ok=True)
         write_text(to_toml(recipe), path / "recipe.toml")
         return cls(path)

@@ -122,6 +122,22 @@ def test_a_folder_that_holds_something_is_not_overwritten(home, tmp_path):
         resume(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"adapter.target_modules": ["qurey"]}, "target module 'qurey' is not in the model"),
+        ({"adapter.layers": [7]}, "layer 7 does not exist; the model has 3 layers"),
+        ({"partition.min_examples": 500}, "min_examples=500"),
+        ({"data.label_column": "topic"}, "topic"),
+        ({"training.device": "cuda:99"}, "training.device 'cuda:99' cannot be used"),
+    ],
+)
+def test_what_does_not_fit_together_leaves_no_folder(settings, message, home, tmp_path):
+    with pytest.raises(FedcoreError, match=message):
+        start(tiny_recipe(home, **settings), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_the_seed_decides_everything_and_the_global_generator_nothing(home, tmp_path):
     rows = []
     for i, (seed, noise) in enumerate([(0, 1), (0, 2), (1, 1)]):
