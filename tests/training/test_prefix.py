@@ -1,160 +1,38 @@
 import logging
-from collections.abc import Callable
 
 import pytest
 import torch
-from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
+from peft import PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import (
     BartConfig,
     BartForSequenceClassification,
-    BertConfig,
-    BertForSequenceClassification,
-    GPT2Config,
-    GPT2ForSequenceClassification,
-    LlamaConfig,
-    LlamaForSequenceClassification,
-    OPTConfig,
-    OPTForSequenceClassification,
-    RobertaConfig,
-    RobertaForSequenceClassification,
 )
 
 from fedcore.errors import FedcoreError
-from fedcore.training.encoding import EncodedDataset
 from fedcore.training.layers import find_layers
 from fedcore.training.models import load_classifier
 from fedcore.training.prefix import FrozenPrefix
-
-LAYERS, WIDTH, TOKENS = 4, 16, 7
-
-
-def _encoder(config: Callable, **more):
-    return config(
-        vocab_size=50,
-        hidden_size=WIDTH,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=2,
-        intermediate_size=32,
-        num_labels=3,
-        **more,
-    )
-
-
-def _bert() -> nn.Module:
-    return BertForSequenceClassification(_encoder(BertConfig, max_position_embeddings=32))
-
-
-def _roberta() -> nn.Module:
-    return RobertaForSequenceClassification(_encoder(RobertaConfig, max_position_embeddings=32))
-
-
-def _llama() -> nn.Module:
-    config = _encoder(LlamaConfig, pad_token_id=0, attention_dropout=0.1)
-    return LlamaForSequenceClassification(config)
-
-
-def _gpt2() -> nn.Module:
-    return GPT2ForSequenceClassification(
-        GPT2Config(
-            vocab_size=50,
-            n_embd=WIDTH,
-            n_layer=LAYERS,
-            n_head=2,
-            n_positions=32,
-            num_labels=3,
-            pad_token_id=0,
-        )
-    )
-
-
-def _opt() -> nn.Module:
-    return OPTForSequenceClassification(
-        OPTConfig(
-            vocab_size=50,
-            hidden_size=WIDTH,
-            word_embed_proj_dim=WIDTH,
-            num_hidden_layers=LAYERS,
-            num_attention_heads=2,
-            ffn_dim=32,
-            max_position_embeddings=32,
-            num_labels=3,
-            pad_token_id=0,
-            layerdrop=0.5,
-        )
-    )
-
-
-MODELS: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
-    "bert": (_bert, ["query", "value"]),
-    "roberta": (_roberta, ["query", "value"]),
-    "llama": (_llama, ["q_proj", "v_proj"]),
-    "gpt2": (_gpt2, ["c_attn"]),
-    "opt": (_opt, ["q_proj", "v_proj"]),
-}
-
-
-def _lora(model: nn.Module, targets: list[str], layers: list[int] | None) -> nn.Module:
-    torch.manual_seed(1)
-    wrapped = get_peft_model(
-        model,
-        LoraConfig(
-            task_type="SEQ_CLS",
-            r=2,
-            lora_dropout=0.1,
-            target_modules=targets,
-            layers_to_transform=layers,
-            # LoRA's zero B would hide gradients of A.
-            init_lora_weights=False,
-        ),
-    )
-    return wrapped.eval()
-
-
-def _make(name: str, layers: list[int] | None) -> nn.Module:
-    build, targets = MODELS[name]
-    torch.manual_seed(0)
-    return _lora(build(), targets, layers)
-
-
-def _examples(n: int = 6, vocabulary: int = 50, tokens: int = TOKENS) -> EncodedDataset:
-    generator = torch.Generator().manual_seed(2)
-    ids = torch.randint(1, vocabulary, (n, tokens), generator=generator)
-    mask = torch.ones_like(ids)
-    for i in range(n):
-        mask[i, tokens - i % 4 :] = 0
-    return EncodedDataset(ids * mask, mask, torch.arange(n) % 3)
-
-
-def _step(model: nn.Module, data: EncodedDataset) -> tuple[Tensor, dict[str, Tensor]]:
-    model.zero_grad()
-    torch.manual_seed(3)
-    logits = model(input_ids=data.input_ids, attention_mask=data.attention_mask).logits
-    nn.functional.cross_entropy(logits, data.labels).backward()
-    found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-    return logits.detach(), found
-
-
-def _assert_equal_steps(
-    model: nn.Module, prefix: FrozenPrefix, data: EncodedDataset, states: Tensor
-) -> None:
-    plain, plain_grads = _step(model, data)
-    with prefix.reuse():
-        prefix.feed(states)
-        reused, reused_grads = _step(model, data)
-    torch.testing.assert_close(reused, plain, rtol=1e-5, atol=1e-6)
-    assert reused_grads.keys() == plain_grads.keys()
-    assert reused_grads.keys() == {n for n, p in model.named_parameters() if p.requires_grad}
-    for name, grad in plain_grads.items():
-        assert float(grad.abs().max()) > 0, name
-        torch.testing.assert_close(reused_grads[name], grad, rtol=1e-5, atol=1e-6, msg=name)
+from tests.training.prefix_models import (
+    LAYERS,
+    MODELS,
+    TOKENS,
+    WIDTH,
+    assert_equal_steps,
+    bert,
+    examples,
+    llama,
+    lora,
+    make,
+    step,
+)
 
 
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("name", MODELS)
 def test_logits_and_gradients_are_those_of_the_plain_model(name: str, training: bool) -> None:
-    model = _make(name, [2, 3])
-    data = _examples()
+    model = make(name, [2, 3])
+    data = examples()
     prefix = FrozenPrefix.find(model)
     assert prefix is not None
     assert (prefix.length, prefix.width) == (2, WIDTH)
@@ -166,7 +44,7 @@ def test_logits_and_gradients_are_those_of_the_plain_model(name: str, training: 
         model.train()
         prefix.eval_prefix()
     for rows in ([0, 1, 2, 3, 4, 5], [5, 0, 3], [1]):
-        _assert_equal_steps(model, prefix, data.take(rows), states[rows])
+        assert_equal_steps(model, prefix, data.take(rows), states[rows])
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -180,15 +58,15 @@ def test_head_only_training_reuses_every_layer(name: str) -> None:
     prefix = FrozenPrefix.find(model)
     assert prefix is not None
     assert prefix.length == LAYERS
-    data = _examples()
+    data = examples()
     states = prefix.compute(data, batch_size=6)
-    _assert_equal_steps(model, prefix, data, states)
+    assert_equal_steps(model, prefix, data, states)
 
 
 def test_the_prefix_is_not_run_while_reused() -> None:
-    model = _make("llama", [3])
+    model = make("llama", [3])
     prefix = FrozenPrefix.find(model)
-    data = _examples()
+    data = examples()
     states = prefix.compute(data, batch_size=6)
     calls = []
     for i, layer in enumerate(model.base_model.model.model.layers):
@@ -200,9 +78,9 @@ def test_the_prefix_is_not_run_while_reused() -> None:
 
 
 def test_fed_states_and_not_the_inputs_decide_the_output() -> None:
-    model = _make("bert", [3])
+    model = make("bert", [3])
     prefix = FrozenPrefix.find(model)
-    data = _examples()
+    data = examples()
     states = prefix.compute(data, batch_size=6)
     with prefix.reuse(), torch.no_grad():
         outputs = []
@@ -216,7 +94,7 @@ def test_fed_states_and_not_the_inputs_decide_the_output() -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_dropout_of_the_prefix_is_off_and_the_rest_trains(name: str) -> None:
-    model = _make(name, [2, 3])
+    model = make(name, [2, 3])
     prefix = FrozenPrefix.find(model)
     model.train()
     prefix.eval_prefix()
@@ -226,7 +104,7 @@ def test_dropout_of_the_prefix_is_off_and_the_rest_trains(name: str) -> None:
         assert {module.training for module in layer.modules()} == {i >= 2}
     entered: list = []
     hook = layers[1].register_forward_hook(lambda _, __, out: entered.append(out))
-    data = _examples()
+    data = examples()
     for _ in range(2):
         model(input_ids=data.input_ids, attention_mask=data.attention_mask)
     hook.remove()
@@ -237,8 +115,8 @@ def test_dropout_of_the_prefix_is_off_and_the_rest_trains(name: str) -> None:
 
 
 def test_everything_is_put_back() -> None:
-    model = _make("gpt2", [2])
-    data = _examples()
+    model = make("gpt2", [2])
+    data = examples()
     model.train()
     modes = [module.training for module in model.modules()]
     flags = [p.requires_grad for p in model.parameters()]
@@ -268,7 +146,7 @@ def test_everything_is_put_back() -> None:
 
 
 def test_a_forward_that_was_replaced_before_is_put_back() -> None:
-    model = _make("bert", [3])
+    model = make("bert", [3])
     layer = model.base_model.model.bert.encoder.layer[0]
     own = layer.forward
     wrapper = lambda *args, **kwargs: own(*args, **kwargs)  # noqa: E731
@@ -305,7 +183,7 @@ def test_layers_that_return_tuples_are_handled() -> None:
     model = Model().eval()
     trained = ["h.2.linear.weight", "head.weight"]
     prefix = FrozenPrefix.find(model, trained)
-    data = _examples()
+    data = examples()
     states = prefix.compute(data, batch_size=2)
     plain = model(data.input_ids, data.attention_mask)[0]
     with prefix.reuse():
@@ -314,24 +192,24 @@ def test_layers_that_return_tuples_are_handled() -> None:
 
 
 def test_gradient_checkpointing_of_the_trained_layers_changes_nothing() -> None:
-    model = _make("llama", [2, 3])
-    data = _examples()
+    model = make("llama", [2, 3])
+    data = examples()
     prefix = FrozenPrefix.find(model)
     states = prefix.compute(data, batch_size=6)
     model.train()
     prefix.eval_prefix()
-    _, wanted = _step(model, data)
+    _, wanted = step(model, data)
     model.base_model.model.gradient_checkpointing_enable({"use_reentrant": False})
     with prefix.reuse():
         prefix.feed(states)
-        _, found = _step(model, data)
+        _, found = step(model, data)
     assert found.keys() == wanted.keys()
     for name, grad in wanted.items():
         torch.testing.assert_close(found[name], grad, rtol=1e-5, atol=1e-6)
 
 
 def test_names_of_trained_parameters_replace_the_flags() -> None:
-    model = _bert()
+    model = bert()
     assert FrozenPrefix.find(model) is None
     last = "bert.encoder.layer.3.output.dense.weight"
     model.requires_grad_(False)
@@ -342,7 +220,7 @@ def test_names_of_trained_parameters_replace_the_flags() -> None:
 
 
 def test_an_adapter_that_is_frozen_this_round_still_ends_the_prefix() -> None:
-    model = _make("bert", [1, 3])
+    model = make("bert", [1, 3])
     for name, parameter in model.named_parameters():
         if "layer.1." in name:
             parameter.requires_grad_(False)
@@ -359,10 +237,10 @@ def _why(model: nn.Module, caplog, trainable: list[str] | None = None) -> str:
 
 def test_why_there_is_no_prefix(caplog) -> None:
     last = "bert.encoder.layer.3.output.dense.weight"
-    reason = _why(_make("bert", None), caplog)
+    reason = _why(make("bert", None), caplog)
     assert reason == "the first layer, base_model.model.bert.encoder.layer.0, is trained or adapted"
     embedding = "bert.embeddings.word_embeddings.weight"
-    reason = _why(_bert(), caplog, [last, embedding])
+    reason = _why(bert(), caplog, [last, embedding])
     assert reason == f"the trained parameter {embedding} is used before the layers"
     bart = BartForSequenceClassification(
         BartConfig(
@@ -379,12 +257,12 @@ def test_why_there_is_no_prefix(caplog) -> None:
     )
     assert _why(bart, caplog) == "the model is an encoder-decoder"
     assert _why(nn.Linear(2, 2), caplog) == "the model has no list of layers of one class"
-    assert FrozenPrefix.why_not(_make("bert", [3])) is None
+    assert FrozenPrefix.why_not(make("bert", [3])) is None
 
 
 @pytest.mark.parametrize("config", [PromptTuningConfig, PrefixTuningConfig])
 def test_trained_prompts_feed_the_first_layer(config: type, caplog) -> None:
-    model = get_peft_model(_llama(), config(task_type="SEQ_CLS", num_virtual_tokens=2))
+    model = get_peft_model(llama(), config(task_type="SEQ_CLS", num_virtual_tokens=2))
     reason = _why(model, caplog)
     assert reason.startswith("the trained parameter prompt_encoder.")
 
@@ -417,8 +295,8 @@ def test_layers_that_share_more_than_hidden_states_are_refused(caplog) -> None:
 
 
 def test_misuse_of_reuse_is_refused() -> None:
-    model = _make("bert", [3])
-    data = _examples()
+    model = make("bert", [3])
+    data = examples()
     prefix = FrozenPrefix.find(model)
     states = prefix.compute(data, batch_size=6)
     inputs = {"input_ids": data.input_ids, "attention_mask": data.attention_mask}
@@ -462,12 +340,12 @@ def test_experts_inside_layers_are_not_taken_for_layers() -> None:
 
 def test_minilm_with_lora_in_its_last_two_layers() -> None:
     model, _ = load_classifier("minilm", 5, seed=0)
-    model = _lora(model, ["query", "value"], [4, 5])
+    model = lora(model, ["query", "value"], [4, 5])
     prefix = FrozenPrefix.find(model)
     assert (prefix.length, prefix.width) == (4, 384)
     assert prefix.nbytes(2125, 128) == 2125 * 128 * 384 * 4
-    data = _examples(n=6, vocabulary=30000, tokens=24)
+    data = examples(n=6, vocabulary=30000, tokens=24)
     states = prefix.compute(data, batch_size=4)
     model.train()
     prefix.eval_prefix()
-    _assert_equal_steps(model, prefix, data, states)
+    assert_equal_steps(model, prefix, data, states)
