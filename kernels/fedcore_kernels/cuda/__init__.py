@@ -49,6 +49,13 @@ def _factor_rank(stack: Tensor, *others: Tensor) -> str | None:
     return None
 
 
+def _few_rows(*factors: Tensor) -> str | None:
+    rows = max(factor.shape[1] for factor in factors)
+    if rows > RANK_LIMIT:
+        return f"a factor has {rows} rows, more than {RANK_LIMIT}"
+    return None
+
+
 def _later(path: str) -> Callable[..., Any]:
     module, name = path.split(":")
 
@@ -71,6 +78,13 @@ LIMITS: dict[str, tuple[str, tuple[Obstacle, ...]]] = {
     "gram": ("stacks:gram", (_contiguous_rows, _factor_rank)),
     "cross_gram": ("stacks:cross_gram", (_contiguous_rows, _factor_rank)),
     "apply_cores": ("stacks:apply_cores", (_contiguous_rows, _factor_rank)),
+    "nystrom_step": ("florg:nystrom_step", (_contiguous_rows, _factor_rank)),
+    "truncated_step": ("florg:truncated_step", (_contiguous_rows, _factor_rank)),
+    "whitened_basis": ("whitened:whitened_basis", (_contiguous_rows, _few_rows)),
+    "whitened_upload": ("whitened:whitened_upload", (_contiguous_rows, _few_rows)),
+    "whitened_sum": ("whitened:whitened_sum", (_contiguous_rows, _factor_rank)),
+    "whitened_step": ("whitened:whitened_step", (_contiguous_rows, _few_rows)),
+    "florg_round": ("florg_round:florg_round", (_contiguous_rows,)),
 }
 """Where each body is, and what it cannot take besides tensors that are not on a card."""
 

@@ -44,6 +44,11 @@ class Segments:
                     found //= 2
         return found
 
+    def counterparts(self, rows: int) -> Segments:
+        """The counterparts, of ``rows`` rows, as the factors of a single client; their own too."""
+        table = tuple((at, step, width, at, step) for _, _, width, at, step in self.table)
+        return Segments(rows, 0, table)
+
     def to(self, device: torch.device) -> Tensor:
         """The table on ``device`` (factors, 5)."""
         return _on_device(self.table, device)

@@ -1,0 +1,201 @@
+"""FLoRG's server steps on the device: every factor of one rank in the same few launches.
+
+``sketched`` whitens first: with ``A_prev = T V``, V of orthonormal rows, and ``C = V F^T``,
+
+    C C^T = W diag(s^2) W^T,    A = polar(T W diag(s)) diag(1/s) W^T C F
+
+so that only the condition of F enters and no branch on values is needed: the step can be captured
+in a CUDA graph. The uploads are read twice, for C and for the sum; everything else is r x r, in
+fp64, or as small as one client's factors.
+
+``truncated`` reads them twice as well, for the dual Gram and for its leading directions.
+
+Products of fp32 and 16-bit uploads carry the rounding of fp32, so directions below 1e-6 of the
+largest cannot be told from noise: they are dropped and counted like those below ``eps_rel``.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fedcore_kernels import checks
+from fedcore_kernels.cuda import small
+from fedcore_kernels.cuda.grouped import apply_rows, cross_gram_rows, gram_rows
+from fedcore_kernels.cuda.stacks import segments_of
+from fedcore_kernels.cuda.tasks import Segments
+from fedcore_kernels.spectra import column_signs
+from fedcore_kernels.steps import FactorStep, principal, spread
+
+# Singular values of a product of fp32 or 16-bit uploads, and of an fp64 product through its Gram,
+# that stand clear of rounding: shares of the largest.
+_FLOOR = 1e-6
+_WIDE_FLOOR = 1e-8
+# Eigenvalues of the dual Gram of 16-bit uploads, whose products within a tile are fp32.
+_GRAM_FLOOR = 1e-6
+
+
+class Report(NamedTuple):
+    """What a step says of each factor: the fields of :class:`FactorStep` after the factor."""
+
+    rank: Tensor
+    condition: Tensor
+    gap: Tensor
+    tail: Tensor
+    aligned: Tensor
+
+
+def inverse(values: Tensor, kept: Tensor) -> Tensor:
+    """``1 / values`` where ``kept``, and zero elsewhere."""
+    return torch.where(kept, values, 1.0).reciprocal() * kept
+
+
+def row_weights(root: Tensor, segments: Segments) -> Tensor:
+    """``root (N,)`` once for every row of a factor's stack: (m, 1)."""
+    return root.repeat_interleave(segments.rank)[:, None]
+
+
+def whiten_rows(previous: Tensor, segments: Segments, basis: Tensor) -> Tensor:
+    """Write V of ``previous = T V`` into ``basis`` and return T (factors, q, q) fp64.
+
+    Directions without weight are zero in both.
+    """
+    one = torch.ones(1, dtype=torch.float64, device=previous.device)
+    energies, vectors = small.eigh(gram_rows(previous, 1, segments, one))
+    # Rounding of a Gram in fp64, for any rank the kernels take.
+    kept = (energies > 1e-14 * energies[:, :1]) & (energies > 0)
+    values = torch.where(kept, energies, 0.0).sqrt()
+    apply_rows(previous, 1, segments, vectors * inverse(values, kept)[:, None], basis)
+    return vectors * values[:, None]
+
+
+def sketched_rows(
+    uploads: Tensor,
+    clients: int,
+    segments: Segments,
+    root: Tensor,
+    previous: Tensor,
+    rows: int,
+    eps_rel: float,
+    out: Tensor,
+) -> tuple[Report, Tensor]:
+    """Write the next factors to ``out``, laid out like ``previous``; the step needs no sync.
+
+    Returns the report and, (factors, q, q), the projector on the directions of ``previous`` that
+    were kept.
+    """
+    dtype = checks.accumulator(uploads.dtype)
+    basis = torch.empty_like(previous, dtype=dtype)
+    mixing = whiten_rows(previous, segments.counterparts(rows), basis)
+    cross = cross_gram_rows(uploads, clients, segments, basis, rows)
+    weights = row_weights(root, segments)
+    half = cross * weights
+    energies, vectors = small.eigh(half.mT @ half)
+    floor = max(eps_rel, _WIDE_FLOOR if dtype == torch.float64 else _FLOOR)
+    clear = (energies > floor**2 * energies[:, :1]) & (energies > 0)
+    values = torch.where(clear, energies, 0.0).sqrt()
+    left, cut, right = small.svd(mixing @ (vectors * values[:, None]))
+    kept = (cut > eps_rel * cut[:, :1]) & (cut > 0)
+    turned = left * kept[:, None]
+    core = turned @ right @ (inverse(values, clear)[:, :, None] * vectors.mT)
+    apply_rows(uploads, clients, segments, (half * weights) @ core.mT, out)
+    rank = kept.sum(-1)
+    unknown = torch.full_like(cut[:, 0], float("nan"))
+    return Report(rank, spread(cut, rank), unknown, unknown, rank), turned @ left.mT
+
+
+def nystrom_step(
+    stack: Tensor, root: Tensor, previous: Tensor, eps_rel: float, align: bool, on_rank_loss: str
+) -> FactorStep:
+    """The ``sketched`` step of a stack (N, L, r, k)."""
+    rows = previous.shape[1]
+    dtype = checks.accumulator(stack.dtype)
+    factor = torch.empty(previous.shape, dtype=dtype, device=stack.device)
+    report, kept = sketched_rows(
+        stack,
+        stack.shape[0],
+        segments_of(stack, rows),
+        root,
+        previous.contiguous(),
+        rows,
+        eps_rel,
+        factor,
+    )
+    if on_rank_loss == "keep_prev":
+        lost = torch.eye(rows, dtype=torch.float64, device=stack.device) - kept
+        short = (report.rank < rows)[:, None, None]
+        factor = (factor + torch.where(short, lost @ previous.double(), 0.0)).to(dtype)
+    if not align:
+        factor = principal(factor.double()).to(dtype)
+        report = report._replace(aligned=torch.zeros_like(report.rank))
+    return FactorStep(factor, *report)
+
+
+def truncated_rows(
+    uploads: Tensor,
+    clients: int,
+    segments: Segments,
+    root: Tensor,
+    rank: int,
+    eps_rel: float,
+    leading: Tensor,
+) -> Report:
+    """Write the ``rank`` leading directions of F to ``leading``; the report knows no alignment."""
+    gram = gram_rows(uploads, clients, segments, root)
+    values, vectors = small.eigh(gram)
+    values = values.clamp(min=0)
+    size = min(rank, values.shape[1])
+    floor = eps_rel if uploads.dtype.itemsize > 2 else max(eps_rel, _GRAM_FLOOR)
+    kept = (values[:, :size] > floor * values[:, :1]) & (values[:, :size] > 0)
+    cores = row_weights(root, segments) * vectors[:, :, :size] * kept[:, None]
+    apply_rows(uploads, clients, segments, torch.nn.functional.pad(cores, (0, rank - size)), leading)
+    count = kept.sum(-1)
+    rest = torch.nn.functional.pad(values[:, size:], (0, 1))
+    last = torch.where(kept[:, -1], values[:, size - 1], 0.0)
+    gap = torch.where(last > 0, 1 - rest[:, 0] / torch.where(last > 0, last, 1.0), 1.0)
+    tail = torch.linalg.vector_norm(rest, dim=-1)
+    condition = spread(values.sqrt(), count)
+    return Report(count, condition, gap, tail, torch.zeros_like(count))
+
+
+def align_rows(
+    leading: Tensor,
+    segments: Segments,
+    previous: Tensor,
+    rank: int,
+    rows: int,
+    eps_rel: float,
+    out: Tensor,
+) -> Tensor:
+    """Write ``O leading`` nearest to ``previous`` to ``out``; the directions it fixed (factors,).
+
+    ``segments`` places the factors of ``leading``, with counterparts of ``rows`` rows.
+    """
+    product = cross_gram_rows(leading, 1, segments, previous, rows)
+    left, values, right = torch.linalg.svd(product.mT, full_matrices=False)
+    apply_rows(leading, 1, segments, (left @ right).mT, out)
+    return ((values > eps_rel * values[:, :1]) & (values > 0)).sum(-1)
+
+
+def truncated_step(
+    stack: Tensor, root: Tensor, previous: Tensor, rank: int, eps_rel: float, align: bool
+) -> FactorStep:
+    """The ``truncated`` step of a stack (N, L, r, k)."""
+    clients, modules, _, width = stack.shape
+    dtype, device = checks.accumulator(stack.dtype), stack.device
+    leading = torch.empty((1, modules, rank, width), dtype=dtype, device=device)
+    report = truncated_rows(
+        stack, clients, segments_of(stack, rank), root, rank, eps_rel, leading
+    )
+    if not align:
+        signs = column_signs(leading[0].mT)[:, 0, :, None]
+        return FactorStep(leading[0] * signs, *report)
+    rows = previous.shape[1]
+    factor = torch.empty((modules, rows, width), dtype=dtype, device=device)
+    aligned = align_rows(
+        leading, segments_of(leading, rows), previous.contiguous(), rank, rows, eps_rel, factor
+    )
+    aligned = torch.minimum(aligned, report.rank)
+    return FactorStep(factor, *report._replace(aligned=aligned))
