@@ -12,6 +12,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fedcore_kernels.dispatch import Obstacle, needs_cuda, register
@@ -49,6 +50,22 @@ def _factor_rank(stack: Tensor, *others: Tensor) -> str | None:
     return None
 
 
+def _contiguous_pair(left: Tensor, right: Tensor, *others: Tensor) -> str | None:
+    return _contiguous_rows(left) or _contiguous_rows(right)
+
+
+def _not_fp64(*factors: Tensor) -> str | None:
+    if torch.float64 in {factor.dtype for factor in factors[:2]}:
+        return "a Gram of fp64 factors has fewer digits than they have"
+    return None
+
+
+def _jacobi_order(matrix: Tensor) -> str | None:
+    if matrix.shape[-1] > JACOBI_LIMIT:
+        return f"matrices are of order {matrix.shape[-1]}, more than {JACOBI_LIMIT}"
+    return None
+
+
 def _few_rows(*factors: Tensor) -> str | None:
     rows = max(factor.shape[1] for factor in factors)
     if rows > RANK_LIMIT:
@@ -80,6 +97,10 @@ LIMITS: dict[str, tuple[str, tuple[Obstacle, ...]]] = {
     "apply_cores": ("stacks:apply_cores", (_contiguous_rows, _factor_rank)),
     "nystrom_step": ("florg:nystrom_step", (_contiguous_rows, _factor_rank)),
     "truncated_step": ("florg:truncated_step", (_contiguous_rows, _factor_rank)),
+    "product_svd": ("products:product_svd", (_contiguous_pair, _factor_rank, _not_fp64)),
+    "product_gram": ("products:product_gram", (_contiguous_pair, _factor_rank)),
+    "mean_pair_gram": ("products:mean_pair_gram", (_contiguous_pair, _factor_rank)),
+    "soft_rotation": ("rotations:soft_rotation", (_jacobi_order,)),
     "whitened_basis": ("whitened:whitened_basis", (_contiguous_rows, _few_rows)),
     "whitened_upload": ("whitened:whitened_upload", (_contiguous_rows, _few_rows)),
     "whitened_sum": ("whitened:whitened_sum", (_contiguous_rows, _factor_rank)),

@@ -62,10 +62,16 @@ def cross_gram_rows(
     return partials.sum(0) if slabs > 1 else partials[0]
 
 
-def gram_rows(uploads: Tensor, clients: int, segments: Segments, root: Tensor) -> Tensor:
-    """``F F^T`` of every factor: fp64 (factors, m, m), with ``root`` (N,) folded in."""
+def gram_rows(
+    uploads: Tensor, clients: int, segments: Segments, root: Tensor, exact: bool = False
+) -> Tensor:
+    """``F F^T`` of every factor: fp64 (factors, m, m), with ``root`` (N,) folded in.
+
+    Products of 16-bit uploads are summed in fp32 within a block of columns unless ``exact``.
+    """
     device, stacked = uploads.device, clients * segments.rank
-    size = configuration("gram", device, _bits(uploads.dtype), stacked)
+    wide = exact or uploads.dtype.itemsize > 2
+    size = configuration("gram", device, max(32, _bits(uploads.dtype)) if wide else 16, stacked)
     table = segments.to(device)
     tasks = tile_tasks(len(table), stacked, size["block_m"], device)
     grams = torch.empty((len(table), stacked, stacked), dtype=torch.float64, device=device)
@@ -80,7 +86,7 @@ def gram_rows(uploads: Tensor, clients: int, segments: Segments, root: Tensor) -
         RANK=segments.rank,
         BLOCK_M=size["block_m"],
         BLOCK_K=size["block_k"],
-        MODE="fp64" if uploads.dtype.itemsize > 2 else "native",
+        MODE="fp64" if wide else "native",
         ALIGNMENT=segments.alignment,
         num_warps=size["warps"],
         num_stages=size["stages"],
