@@ -14,8 +14,11 @@ import torch
 from torch import Tensor
 
 from fedcore_kernels import checks
-from fedcore_kernels.dispatch import register, run
+from fedcore_kernels.capture import reads_values
+from fedcore_kernels.dispatch import register
 from fedcore_kernels.errors import KernelInputError
+from fedcore_kernels.isometries import FEWEST, SMALLEST_SHARE, isometries
+from fedcore_kernels.library.operation import call
 
 
 class Polar(NamedTuple):
@@ -35,25 +38,64 @@ def _polar_body(matrix: Tensor, cutoff: float, regularisation: float) -> Polar:
     if regularisation:
         shift = regularisation * torch.linalg.matrix_norm(wide, keepdim=True)
         wide = wide + shift * torch.eye(wide.shape[-1], dtype=wide.dtype, device=wide.device)
-    left, values, right = torch.linalg.svd(wide, full_matrices=False)
-    kept = (values > cutoff * values[..., :1]) & (values > 0)
-    factor = (left * kept[..., None, :]) @ right
-    return Polar(factor.to(checks.accumulator(matrix.dtype)), kept.sum(-1))
+    factor, rank = _partial_isometries(wide.reshape(-1, *wide.shape[-2:]), cutoff)
+    dtype = checks.accumulator(matrix.dtype)
+    return Polar(factor.reshape(wide.shape).to(dtype), rank.reshape(wide.shape[:-2]))
+
+
+def _partial_isometries(wide: Tensor, cutoff: float) -> tuple[Tensor, Tensor]:
+    """Polar factors (b, p, q) of fp64 matrices without null directions, and their ranks (b,)."""
+    factor, rest = _settled(wide if cutoff < SMALLEST_SHARE else wide[:0], len(wide))
+    rank = torch.full((len(wide),), min(wide.shape[-2:]), device=wide.device)
+    if len(rest):
+        left, values, right = torch.linalg.svd(wide[rest], full_matrices=False)
+        kept = (values > cutoff * values[:, :1]) & (values > 0)
+        factor = _filled(factor, wide, rest, (left * kept[:, None, :]) @ right)
+        rank[rest] = kept.sum(-1)
+    return factor, rank
+
+
+def _settled(wide: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Factors that products alone determine, and the indices of the ``count`` that are missing."""
+    everything = torch.arange(count, device=wide.device)
+    if len(wide) < FEWEST:
+        return wide, everything
+    upright = wide.shape[-2] >= wide.shape[-1]
+    factor, settled = isometries(wide if upright else wide.mT)
+    return factor if upright else factor.mT, everything[~settled]
+
+
+def _filled(factor: Tensor, wide: Tensor, rest: Tensor, found: Tensor) -> Tensor:
+    """``factor`` with ``found`` at ``rest``; ``found`` itself where that is everything."""
+    if len(rest) == len(wide):
+        return found
+    factor[rest] = found
+    return factor
 
 
 def _procrustes_body(source: Tensor, target: Tensor, rotation_only: bool) -> Tensor:
-    left, _, right = torch.linalg.svd(target.double() @ source.double().mT, full_matrices=False)
-    if rotation_only:
-        # The cheapest way back to determinant +1 gives up the weakest direction.
-        flip = torch.ones_like(left[..., :1, :])
-        flip[..., 0, -1] = torch.linalg.det(left @ right).sign()
-        left = left * flip
+    product = target.double() @ source.double().mT
+    wide = product.reshape(-1, *product.shape[-2:])
+    factor, rest = _settled(wide, len(wide))
+    if rotation_only and len(rest) < len(wide):
+        # A reflection gives up its weakest direction, which a polar factor does not know.
+        missing = torch.linalg.det(factor) < 0
+        missing[rest] = True
+        rest = missing.nonzero()[:, 0]
+    if len(rest):
+        left, _, right = torch.linalg.svd(wide[rest], full_matrices=False)
+        if rotation_only:
+            # The cheapest way back to determinant +1 gives up the weakest direction.
+            flip = torch.ones_like(left[:, :1, :])
+            flip[:, 0, -1] = torch.linalg.det(left @ right).sign()
+            left = left * flip
+        factor = _filled(factor, wide, rest, left @ right)
     dtype = checks.accumulator(torch.promote_types(source.dtype, target.dtype))
-    return (left @ right).to(dtype)
+    return factor.reshape(product.shape).to(dtype)
 
 
-register("polar", "torch", _polar_body)
-register("procrustes", "torch", _procrustes_body)
+register("polar", "torch", _polar_body, reads_values)
+register("procrustes", "torch", _procrustes_body, reads_values)
 
 
 def polar(
@@ -89,8 +131,7 @@ def polar(
         raise KernelInputError(f"regularisation is {regularisation}; pass a finite number >= 0")
     if regularisation:
         checks.same_size("matrix", found, -1, found.shape[-2], "its rows, to be regularised")
-    result: Polar = run("polar", (found,), checks.fraction("cutoff", cutoff), float(regularisation))
-    return result
+    return Polar(*call("polar", found, checks.fraction("cutoff", cutoff), float(regularisation)))
 
 
 def procrustes(
@@ -128,5 +169,5 @@ def procrustes(
     checks.same_size("target", goal, -1, start.shape[-1], "the width of source")
     if rotation_only:
         checks.same_size("target", goal, -2, start.shape[-2], "the rows of source for a rotation")
-    found: Tensor = run("procrustes", (start, goal), rotation_only)
+    found: Tensor = call("procrustes", start, goal, rotation_only)
     return found

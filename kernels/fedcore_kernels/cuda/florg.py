@@ -23,9 +23,17 @@ from torch import Tensor
 
 from fedcore_kernels import checks
 from fedcore_kernels.cuda import small
-from fedcore_kernels.cuda.grouped import apply_rows, cross_gram_rows, gram_rows
+from fedcore_kernels.cuda.configurations import configuration
+from fedcore_kernels.cuda.grouped import (
+    apply_rows,
+    cross_gram_partials,
+    cross_gram_rows,
+    gram_rows,
+)
+from fedcore_kernels.cuda.spectra import SWEEPS
 from fedcore_kernels.cuda.stacks import segments_of
 from fedcore_kernels.cuda.tasks import Segments
+from fedcore_kernels.jit.sketched import sketched_core_kernel, whiten_kernel
 from fedcore_kernels.spectra import column_signs
 from fedcore_kernels.steps import FactorStep, principal, spread
 
@@ -35,6 +43,11 @@ _FLOOR = 1e-6
 _WIDE_FLOOR = 1e-8
 # Eigenvalues of the dual Gram of 16-bit uploads, whose products within a tile are fp32.
 _GRAM_FLOOR = 1e-6
+# Rounding of a Gram in fp64, for any rank the kernels take.
+_GRAM_ROUNDING = 1e-14
+
+FUSED_LIMIT = 32
+"""Largest rank of the previous factor whose r x r problems fit into one program."""
 
 
 class Report(NamedTuple):
@@ -45,6 +58,10 @@ class Report(NamedTuple):
     gap: Tensor
     tail: Tensor
     aligned: Tensor
+
+
+def _tile(order: int) -> int:
+    return max(2, 1 << (order - 1).bit_length())
 
 
 def inverse(values: Tensor, kept: Tensor) -> Tensor:
@@ -63,12 +80,90 @@ def whiten_rows(previous: Tensor, segments: Segments, basis: Tensor) -> Tensor:
     Directions without weight are zero in both.
     """
     one = torch.ones(1, dtype=torch.float64, device=previous.device)
-    energies, vectors = small.eigh(gram_rows(previous, 1, segments, one))
-    # Rounding of a Gram in fp64, for any rank the kernels take.
-    kept = (energies > 1e-14 * energies[:, :1]) & (energies > 0)
-    values = torch.where(kept, energies, 0.0).sqrt()
-    apply_rows(previous, 1, segments, vectors * inverse(values, kept)[:, None], basis)
-    return vectors * values[:, None]
+    grams = gram_rows(previous, 1, segments, one, exact=True)
+    order = segments.rank
+    if order <= FUSED_LIMIT:
+        mixing, cores = torch.empty_like(grams), torch.empty_like(grams)
+        size = configuration("whiten", previous.device, order)
+        whiten_kernel[(len(grams),)](
+            grams,
+            mixing,
+            cores,
+            order,
+            N=_tile(order),
+            CUTOFF=_GRAM_ROUNDING,
+            SWEEPS=SWEEPS,
+            num_warps=size["warps"],
+        )
+    else:
+        energies, vectors = small.eigh(grams)
+        kept = (energies > _GRAM_ROUNDING * energies[:, :1]) & (energies > 0)
+        values = torch.where(kept, energies, 0.0).sqrt()
+        mixing, cores = vectors * values[:, None], vectors * inverse(values, kept)[:, None]
+    apply_rows(previous, 1, segments, cores, basis)
+    return mixing
+
+
+class _Middle(NamedTuple):
+    """What stands between the two reads of the uploads.
+
+    Attributes:
+        cores: (factors, m, q) the transposed cores of the second read.
+        projector: (factors, q, q) on the directions of the previous factor that were kept.
+        cut: (factors, q) singular values of ``T C``, descending.
+        kept: (factors, q) which of them count.
+    """
+
+    cores: Tensor
+    projector: Tensor
+    cut: Tensor
+    kept: Tensor
+
+
+def _fused_middle(
+    partials: Tensor, rank: int, root: Tensor, mixing: Tensor, floor: float, eps_rel: float
+) -> _Middle:
+    """One program a factor."""
+    slabs, factors, stacked, rows = partials.shape
+    cores = partials.new_empty((factors, stacked, rows))
+    projector, cut = torch.empty_like(mixing), partials.new_empty((factors, rows))
+    size = configuration("sketched_core", partials.device, rows)
+    sketched_core_kernel[(factors,)](
+        partials,
+        root,
+        mixing,
+        cores,
+        projector,
+        cut,
+        stacked,
+        rows,
+        slabs,
+        partials.stride(0),
+        floor,
+        eps_rel,
+        RANK=rank,
+        N=_tile(rows),
+        BLOCK_M=size["block_m"],
+        SWEEPS=SWEEPS,
+        num_warps=size["warps"],
+    )
+    return _Middle(cores, projector, cut, (cut > eps_rel * cut[:, :1]) & (cut > 0))
+
+
+def _middle(
+    partials: Tensor, rank: int, root: Tensor, mixing: Tensor, floor: float, eps_rel: float
+) -> _Middle:
+    """The same for ranks beyond one program's registers, through batched products."""
+    weights = root.repeat_interleave(rank)[:, None]
+    half = partials.sum(0) * weights
+    energies, vectors = small.eigh(half.mT @ half)
+    clear = (energies > floor**2 * energies[:, :1]) & (energies > 0)
+    values = torch.where(clear, energies, 0.0).sqrt()
+    left, cut, right = small.svd(mixing @ (vectors * values[:, None]))
+    kept = (cut > eps_rel * cut[:, :1]) & (cut > 0)
+    turned = left * kept[:, None]
+    core = turned @ right @ (inverse(values, clear)[:, :, None] * vectors.mT)
+    return _Middle((half * weights) @ core.mT, turned @ left.mT, cut, kept)
 
 
 def sketched_rows(
@@ -81,7 +176,7 @@ def sketched_rows(
     eps_rel: float,
     out: Tensor,
 ) -> tuple[Report, Tensor]:
-    """Write the next factors to ``out``, laid out like ``previous``; the step needs no sync.
+    """Write the next factors to ``out``, laid out like ``previous``; the step reads no value.
 
     Returns the report and, (factors, q, q), the projector on the directions of ``previous`` that
     were kept.
@@ -89,21 +184,14 @@ def sketched_rows(
     dtype = checks.accumulator(uploads.dtype)
     basis = torch.empty_like(previous, dtype=dtype)
     mixing = whiten_rows(previous, segments.counterparts(rows), basis)
-    cross = cross_gram_rows(uploads, clients, segments, basis, rows)
-    weights = row_weights(root, segments)
-    half = cross * weights
-    energies, vectors = small.eigh(half.mT @ half)
+    partials = cross_gram_partials(uploads, clients, segments, basis, rows)
     floor = max(eps_rel, _WIDE_FLOOR if dtype == torch.float64 else _FLOOR)
-    clear = (energies > floor**2 * energies[:, :1]) & (energies > 0)
-    values = torch.where(clear, energies, 0.0).sqrt()
-    left, cut, right = small.svd(mixing @ (vectors * values[:, None]))
-    kept = (cut > eps_rel * cut[:, :1]) & (cut > 0)
-    turned = left * kept[:, None]
-    core = turned @ right @ (inverse(values, clear)[:, :, None] * vectors.mT)
-    apply_rows(uploads, clients, segments, (half * weights) @ core.mT, out)
+    middle = _fused_middle if rows <= FUSED_LIMIT else _middle
+    cores, projector, cut, kept = middle(partials, segments.rank, root, mixing, floor, eps_rel)
+    apply_rows(uploads, clients, segments, cores, out)
     rank = kept.sum(-1)
     unknown = torch.full_like(cut[:, 0], float("nan"))
-    return Report(rank, spread(cut, rank), unknown, unknown, rank), turned @ left.mT
+    return Report(rank, spread(cut, rank), unknown, unknown, rank), projector
 
 
 def nystrom_step(

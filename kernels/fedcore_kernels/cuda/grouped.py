@@ -28,18 +28,20 @@ def _padded(rows: int) -> int:
     return max(16, 1 << (rows - 1).bit_length())
 
 
-def cross_gram_rows(
+def cross_gram_partials(
     uploads: Tensor, clients: int, segments: Segments, reference: Tensor, rows: int
 ) -> Tensor:
-    """``A_n ref^T`` of every factor: fp64 (factors, N r, rows)."""
+    """``A_n ref^T`` of every factor, slab by slab of its columns: fp64 (slabs, factors, N r, rows)."""
     device, stacked = uploads.device, clients * segments.rank
-    size = configuration("cross_gram", device, _bits(uploads.dtype), _padded(rows))
+    mode = {torch.float64: "fp64", torch.bfloat16: "bf16"}.get(uploads.dtype, "tf32x3")
+    # fp16 is multiplied as fp32 and takes as many registers.
+    bits = 32 if mode == "tf32x3" else _bits(uploads.dtype)
+    size = configuration("cross_gram", device, bits, _padded(rows))
     table = segments.to(device)
     tasks, slabs = slab_tasks(segments, stacked, size["block_m"], size["block_k"], device)
     partials = torch.empty(
         (slabs, len(table), stacked, rows), dtype=torch.float64, device=device
     )
-    mode = {torch.float64: "fp64", torch.bfloat16: "bf16"}.get(uploads.dtype, "tf32x3")
     cross_gram_kernel[(len(tasks),)](
         uploads,
         reference,
@@ -59,7 +61,15 @@ def cross_gram_rows(
         num_warps=size["warps"],
         num_stages=size["stages"],
     )
-    return partials.sum(0) if slabs > 1 else partials[0]
+    return partials
+
+
+def cross_gram_rows(
+    uploads: Tensor, clients: int, segments: Segments, reference: Tensor, rows: int
+) -> Tensor:
+    """``A_n ref^T`` of every factor: fp64 (factors, N r, rows)."""
+    partials = cross_gram_partials(uploads, clients, segments, reference, rows)
+    return partials.sum(0) if len(partials) > 1 else partials[0]
 
 
 def gram_rows(
