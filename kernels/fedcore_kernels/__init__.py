@@ -4,6 +4,9 @@ Operations are plain functions on tensors or NumPy arrays that return tensors. `
 ``chosen_backend`` say which body runs.
 """
 
+from fedcore_kernels.align_and_average import Alignment, align_and_average, rotate, rotations
+from fedcore_kernels.block_grams import block_grams, mean_pair_gram, product_gram
+from fedcore_kernels.cuda import register_bodies
 from fedcore_kernels.dispatch import BACKENDS, backend, chosen_backend
 from fedcore_kernels.errors import BackendError, KernelInputError
 from fedcore_kernels.florg_round import FlorgRound, florg_round
@@ -11,15 +14,25 @@ from fedcore_kernels.layout import FactorLayout, FactorSlot, SlotGroup
 from fedcore_kernels.nystrom import nystrom_step
 from fedcore_kernels.polar import Polar, polar, procrustes
 from fedcore_kernels.product_norm import product_norm
+from fedcore_kernels.product_svd import ProductSvd, product_svd
+from fedcore_kernels.soft_rotation import SoftRotation, soft_rotation
 from fedcore_kernels.spectra import Eigh, Svd, eigh_small, svd_small
 from fedcore_kernels.stacks import apply_cores, cross_gram, gram
 from fedcore_kernels.steps import FactorStep
 from fedcore_kernels.truncated import truncated_step
 from fedcore_kernels.weighted_mean import weighted_mean
-from fedcore_kernels.whitened import whitened_basis, whitened_step, whitened_upload
+from fedcore_kernels.whitened import (
+    whitened_basis,
+    whitened_step,
+    whitened_sum,
+    whitened_upload,
+)
+
+register_bodies()
 
 __all__ = [
     "BACKENDS",
+    "Alignment",
     "BackendError",
     "Eigh",
     "FactorLayout",
@@ -28,23 +41,34 @@ __all__ = [
     "FlorgRound",
     "KernelInputError",
     "Polar",
+    "ProductSvd",
     "SlotGroup",
+    "SoftRotation",
     "Svd",
+    "align_and_average",
     "apply_cores",
     "backend",
+    "block_grams",
     "chosen_backend",
     "cross_gram",
     "eigh_small",
     "florg_round",
     "gram",
+    "mean_pair_gram",
     "nystrom_step",
     "polar",
     "procrustes",
+    "product_gram",
     "product_norm",
+    "product_svd",
+    "rotate",
+    "rotations",
+    "soft_rotation",
     "svd_small",
     "truncated_step",
     "weighted_mean",
     "whitened_basis",
     "whitened_step",
+    "whitened_sum",
     "whitened_upload",
 ]

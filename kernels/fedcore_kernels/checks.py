@@ -1,7 +1,7 @@
 """What the public operations accept, checked once where data enters.
 
 Values of ``updates`` are not scanned for NaN: that costs a pass over the largest array of a round
-and belongs to whoever receives the uploads. Weights are few and are checked in full.
+and belongs to whoever receives the uploads. ``client_weights.py`` checks the weights in full.
 """
 
 from __future__ import annotations
@@ -67,37 +67,6 @@ def same_device(name: str, value: Tensor, other_name: str, other: Tensor) -> Non
         raise KernelInputError(
             f"{name} is on {value.device} and {other_name} on {other.device}; pass one device"
         )
-
-
-def shares(weights: ArrayLike, count: int) -> Tensor:
-    """Client ``weights`` (N,) of any real dtype as fp64 shares on the CPU that sum to 1.
-
-    Raises:
-        KernelInputError: another shape than ``(count,)``, a complex or boolean dtype, an entry that
-            is negative, NaN or infinite (with its index), or no positive entry.
-    """
-    # A plain list would become fp32, where counts above 2^24 lose their last digits.
-    plain = isinstance(weights, list | tuple)
-    found = torch.as_tensor(weights, dtype=torch.float64 if plain else None)
-    if found.shape != (count,):
-        raise KernelInputError(
-            f"weights has shape {tuple(found.shape)}; pass ({count},), one weight a client"
-        )
-    if found.is_complex() or found.dtype == torch.bool:
-        raise KernelInputError(f"weights has dtype {found.dtype}; pass real numbers")
-    values = found.detach().to("cpu", torch.float64)
-    bad = ~(torch.isfinite(values) & (values >= 0))
-    if bad.any():
-        index = int(bad.nonzero()[0])
-        raise KernelInputError(
-            f"weights[{index}] is {values[index].item()}; pass finite weights that are not negative"
-        )
-    largest = values.max()
-    if largest == 0:
-        raise KernelInputError("weights are all zero; pass at least one positive weight")
-    # Divided by the largest first, so that their sum cannot overflow.
-    scaled = values / largest
-    return scaled / scaled.sum()
 
 
 def fraction(name: str, value: float) -> float:

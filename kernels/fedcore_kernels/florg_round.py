@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
+import torch
 from torch import Tensor
 
 from fedcore_kernels import checks
+from fedcore_kernels.client_weights import client_weights
+from fedcore_kernels.dispatch import register, run
 from fedcore_kernels.errors import KernelInputError
 from fedcore_kernels.layout import FactorLayout, SlotGroup
+from fedcore_kernels.library.operation import without_gradient
 from fedcore_kernels.nystrom import nystrom_step
 from fedcore_kernels.steps import FactorStep
 from fedcore_kernels.truncated import truncated_step
@@ -27,6 +31,35 @@ class FlorgRound(NamedTuple):
 
     row: Tensor
     steps: dict[SlotGroup, FactorStep]
+
+
+def by_group(
+    uploads: Tensor,
+    before: Tensor,
+    weights: Tensor,
+    layout: FactorLayout,
+    variant: Variant,
+    align: bool,
+) -> FlorgRound:
+    """The round as one step a group of factors and one mean a dense slot."""
+    row = uploads.new_zeros(layout.size, dtype=checks.accumulator(uploads.dtype))
+    steps = {}
+    for group in layout.groups:
+        stack, factors = group.view(uploads), group.view(before)
+        if variant == "truncated":
+            step = truncated_step(stack, weights, factors, group.rows, align=align)
+        else:
+            step = nystrom_step(stack, weights, factors, align=align)
+        kept = group.view(row)
+        kept.copy_(step.factor)
+        steps[group] = step._replace(factor=kept)
+    for slot in layout.dense_slots:
+        columns = slice(slot.offset, slot.offset + slot.numel)
+        row[columns] = weighted_mean(uploads[:, columns], weights)
+    return FlorgRound(row, steps)
+
+
+register("florg_round", "torch", by_group)
 
 
 def florg_round(
@@ -66,23 +99,16 @@ def florg_round(
     """
     uploads = checks.tensor("updates", updates, ("N", "P"))
     before = checks.tensor("previous", previous, ("P",))
+    without_gradient("florg_round", updates=uploads, previous=before)
     layout.check(uploads)
     layout.check(before, "previous")
     checks.same_device("previous", before, "updates", uploads)
     if variant not in ("truncated", "sketched"):
         raise KernelInputError(f"variant is {variant!r}; pass 'truncated' or 'sketched'")
-    row = uploads.new_zeros(layout.size, dtype=checks.accumulator(uploads.dtype))
-    steps = {}
-    for group in layout.groups:
-        stack, factors = group.view(uploads), group.view(before)
-        if variant == "truncated":
-            step = truncated_step(stack, weights, factors, group.rows, align=align)
-        else:
-            step = nystrom_step(stack, weights, factors, align=align)
-        kept = group.view(row)
-        kept.copy_(step.factor)
-        steps[group] = step._replace(factor=kept)
-    for slot in layout.dense_slots:
-        columns = slice(slot.offset, slot.offset + slot.numel)
-        row[columns] = weighted_mean(uploads[:, columns], weights)
-    return FlorgRound(row, steps)
+    counts = client_weights(weights, uploads.shape[0])
+    arguments = (counts, layout, variant, align)
+    if torch.compiler.is_compiling():
+        # Each group's operations are known to the compiler, a layout is not.
+        return by_group(uploads, before, *arguments)
+    found: FlorgRound = run("florg_round", (uploads, before), *arguments)
+    return found

@@ -72,13 +72,9 @@ class SlotGroup:
 
     def view(self, flat: Tensor) -> Tensor:
         """The group's factors in ``flat (..., P)`` as ``(..., L, r, k)``, without a copy."""
-        lead, lead_strides = flat.shape[:-1], flat.stride()[:-1]
-        step = flat.stride(-1)
-        return flat.as_strided(
-            (*lead, len(self.modules), self.rows, self.width),
-            (*lead_strides, self.stride * step, self.width * step, step),
-            flat.storage_offset() + self.offset * step,
-        )
+        count = len(self.modules)
+        slots = flat.narrow(-1, self.offset, count * self.stride).unflatten(-1, (count, -1))
+        return slots[..., : self.rows * self.width].unflatten(-1, (self.rows, self.width))
 
 
 @dataclass(frozen=True)
@@ -106,6 +102,8 @@ class FactorLayout:
             names.add(slot.name)
             end = slot.offset + slot.numel
         object.__setattr__(self, "size", _align(end))
+        # torch.compile does not trace the lock that a cached property takes on Python 3.11.
+        _ = self.groups, self.dense_slots
 
     @classmethod
     def build(

@@ -22,10 +22,13 @@ import torch
 from torch import Tensor
 
 from fedcore_kernels import checks
-from fedcore_kernels.dispatch import register, run
+from fedcore_kernels.capture import reads_values
+from fedcore_kernels.client_weights import client_weights
+from fedcore_kernels.dispatch import register
 from fedcore_kernels.errors import KernelInputError
+from fedcore_kernels.library.operation import call
 from fedcore_kernels.rows import working_copies
-from fedcore_kernels.stacks import root_shares, row_scale
+from fedcore_kernels.stacks import row_scale
 from fedcore_kernels.steps import (
     EPS_REL,
     FactorStep,
@@ -97,7 +100,7 @@ def _torch_body(
     return with_reports(factors, reports)
 
 
-register("nystrom_step", "torch", _torch_body)
+register("nystrom_step", "torch", _torch_body, reads_values)
 
 
 def nystrom_step(
@@ -142,6 +145,5 @@ def nystrom_step(
     if on_rank_loss not in ("zero", "keep_prev"):
         raise KernelInputError(f"on_rank_loss is {on_rank_loss!r}; pass 'zero' or 'keep_prev'")
     cutoff = checks.fraction("eps_rel", eps_rel)
-    root = root_shares(weights, uploads)
-    step: FactorStep = run("nystrom_step", (uploads, root, before), cutoff, align, on_rank_loss)
-    return step
+    counts = client_weights(weights, uploads.shape[0])
+    return FactorStep(*call("nystrom_step", uploads, counts, before, cutoff, align, on_rank_loss))

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from fedcore_kernels import checks
-from fedcore_kernels.dispatch import register, run
+from fedcore_kernels.dispatch import register
+from fedcore_kernels.library.operation import call
 
 
 def _core(factor: Tensor) -> Tensor:
@@ -51,5 +52,5 @@ def product_norm(left: checks.ArrayLike, right: checks.ArrayLike) -> Tensor:
     second = checks.tensor("right", right, ("m", "q"), batch=True)
     checks.same_device("left", first, "right", second)
     checks.same_size("right", second, -2, first.shape[-2], "the rows of left")
-    found: Tensor = run("product_norm", (first, second))
+    found: Tensor = call("product_norm", first, second)
     return found

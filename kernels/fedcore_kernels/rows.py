@@ -23,18 +23,37 @@ DEVICE_BYTES = 256 << 20
 _PADDING = 16
 
 
-def working_copies(stack: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Consecutive slices of the modules of ``stack (N, L, r, k)`` with their fp64 rows (l, m, k).
+def copy_bytes(device: torch.device) -> int:
+    """Bytes that the working copies of one group of modules may take on ``device``."""
+    return CACHE_BYTES if device.type == "cpu" else DEVICE_BYTES
 
-    The rows are client-major and live in one buffer: they are overwritten by the next group.
+
+def joint_copies(*stacks: Tensor) -> Iterator[tuple[slice, list[Tensor]]]:
+    """Consecutive slices of the modules of ``stacks (N, L, r, k_i)`` with their fp64 rows.
+
+    The rows (l, m, k_i) of each stack are client-major and live in one buffer: they are overwritten
+    by the next group.
     """
-    clients, modules, rank, width = stack.shape
-    budget = CACHE_BYTES if stack.device.type == "cpu" else DEVICE_BYTES
-    stride = width + _PADDING
-    size = min(modules, max(1, budget // (8 * clients * rank * stride)))
-    buffer = torch.empty((size, clients, rank, stride), dtype=torch.float64, device=stack.device)
+    clients, modules, rank, _ = stacks[0].shape
+    strides = [stack.shape[3] + _PADDING for stack in stacks]
+    module_bytes = 8 * clients * rank * sum(strides)
+    size = min(modules, max(1, copy_bytes(stacks[0].device) // module_bytes))
+    buffers = [
+        torch.empty((size, clients, rank, stride), dtype=torch.float64, device=stack.device)
+        for stack, stride in zip(stacks, strides, strict=True)
+    ]
     for first in range(0, modules, size):
         part = slice(first, min(first + size, modules))
-        copy = buffer[: part.stop - first]
-        copy[..., :width].copy_(stack[:, part].transpose(0, 1))
-        yield part, copy.flatten(1, 2)[..., :width]
+        rows = []
+        for stack, buffer in zip(stacks, buffers, strict=True):
+            width = stack.shape[3]
+            copy = buffer[: part.stop - first]
+            copy[..., :width].copy_(stack[:, part].transpose(0, 1))
+            rows.append(copy.flatten(1, 2)[..., :width])
+        yield part, rows
+
+
+def working_copies(stack: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """:func:`joint_copies` of a single stack: slices of its modules with their fp64 rows."""
+    for part, (rows,) in joint_copies(stack):
+        yield part, rows

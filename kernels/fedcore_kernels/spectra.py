@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from fedcore_kernels import checks
-from fedcore_kernels.dispatch import register, run
+from fedcore_kernels.capture import reads_values
+from fedcore_kernels.dispatch import register
+from fedcore_kernels.library.operation import call
 
 
 class Eigh(NamedTuple):
@@ -64,8 +66,8 @@ def _svd_body(matrix: Tensor) -> Svd:
     return Svd((left * signs).to(dtype), values.to(dtype), (right * signs.mT).to(dtype))
 
 
-register("eigh_small", "torch", _eigh_body)
-register("svd_small", "torch", _svd_body)
+register("eigh_small", "torch", _eigh_body, reads_values)
+register("svd_small", "torch", _svd_body, reads_values)
 
 
 def eigh_small(matrix: checks.ArrayLike) -> Eigh:
@@ -86,8 +88,7 @@ def eigh_small(matrix: checks.ArrayLike) -> Eigh:
     """
     found = checks.tensor("matrix", matrix, ("n", "n"), batch=True)
     checks.same_size("matrix", found, -1, found.shape[-2], "its number of rows")
-    result: Eigh = run("eigh_small", (found,))
-    return result
+    return Eigh(*call("eigh_small", found))
 
 
 def svd_small(matrix: checks.ArrayLike) -> Svd:
@@ -108,5 +109,4 @@ def svd_small(matrix: checks.ArrayLike) -> Svd:
         (tensor([0.6000, 0.8000]), tensor([7.0710, 0.0000]))
     """
     found = checks.tensor("matrix", matrix, ("p", "q"), batch=True)
-    result: Svd = run("svd_small", (found,))
-    return result
+    return Svd(*call("svd_small", found))

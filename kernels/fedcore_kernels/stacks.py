@@ -11,20 +11,31 @@ import torch
 from torch import Tensor
 
 from fedcore_kernels import checks
-from fedcore_kernels.dispatch import register, run
+from fedcore_kernels.client_weights import client_weights
+from fedcore_kernels.dispatch import register
+from fedcore_kernels.library.operation import call
 from fedcore_kernels.rows import working_copies
 
 STACK_AXES = ("N", "L", "r", "k")
 
 
-def root_shares(weights: checks.ArrayLike, stack: Tensor) -> Tensor:
-    """``sqrt(w_n)`` of the normalised ``weights``, fp64 (N,), on the device of ``stack``."""
-    return checks.shares(weights, stack.shape[0]).sqrt().to(stack.device)
-
-
 def row_scale(root: Tensor, stack: Tensor) -> Tensor:
     """``root (N,)`` once for every row of a module's stack: (m,)."""
     return root.repeat_interleave(stack.shape[2])
+
+
+def check_pair(left: checks.ArrayLike, right: checks.ArrayLike) -> tuple[Tensor, Tensor]:
+    """``left`` (N, L, r, p) and ``right`` (N, L, r, q) as matching tensors.
+
+    Raises:
+        KernelInputError: a wrong shape, dtype or device.
+    """
+    first = checks.tensor("left", left, ("N", "L", "r", "p"))
+    second = checks.tensor("right", right, ("N", "L", "r", "q"))
+    checks.same_device("right", second, "left", first)
+    for axis, meaning in enumerate(("clients", "modules", "rank")):
+        checks.same_size("right", second, axis, first.shape[axis], f"the {meaning} of left")
+    return first, second
 
 
 def _gram_body(stack: Tensor, root: Tensor) -> Tensor:
@@ -73,11 +84,8 @@ def gram(stack: checks.ArrayLike, weights: checks.ArrayLike | None = None) -> Te
                  [3., 9.]]], dtype=torch.float64)
     """
     uploads = checks.tensor("stack", stack, STACK_AXES)
-    if weights is None:
-        root = torch.ones(uploads.shape[0], dtype=torch.float64, device=uploads.device)
-    else:
-        root = root_shares(weights, uploads)
-    found: Tensor = run("gram", (uploads, root))
+    counts = None if weights is None else client_weights(weights, uploads.shape[0])
+    found: Tensor = call("gram", uploads, counts)
     return found
 
 
@@ -106,7 +114,7 @@ def cross_gram(stack: checks.ArrayLike, reference: checks.ArrayLike) -> Tensor:
     checks.same_device("reference", other, "stack", uploads)
     checks.same_size("reference", other, 0, uploads.shape[1], "the modules of stack")
     checks.same_size("reference", other, 2, uploads.shape[3], "the width of stack")
-    found: Tensor = run("cross_gram", (uploads, other))
+    found: Tensor = call("cross_gram", uploads, other)
     return found
 
 
@@ -135,5 +143,5 @@ def apply_cores(cores: checks.ArrayLike, stack: checks.ArrayLike) -> Tensor:
     checks.same_size("cores", factors, 0, uploads.shape[1], "the modules of stack")
     checks.same_size("cores", factors, 2, uploads.shape[0], "the clients of stack")
     checks.same_size("cores", factors, 3, uploads.shape[2], "the rank of stack")
-    found: Tensor = run("apply_cores", (uploads, factors))
+    found: Tensor = call("apply_cores", factors, uploads)
     return found

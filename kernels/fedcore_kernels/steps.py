@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from fedcore_kernels import checks
-from fedcore_kernels.errors import KernelInputError
 from fedcore_kernels.spectra import column_signs
 from fedcore_kernels.stacks import STACK_AXES
 
@@ -69,17 +68,11 @@ def check_stack_and_previous(
     """``stack`` (N, L, r, k) and ``previous`` (L, q, k) as matching tensors.
 
     Raises:
-        KernelInputError: a wrong shape, dtype or device, or a module whose previous factor is zero.
+        KernelInputError: a wrong shape, dtype or device.
     """
     uploads = checks.tensor("stack", stack, STACK_AXES)
     before = checks.tensor("previous", previous, ("L", "q", "k"))
     checks.same_device("previous", before, "stack", uploads)
     checks.same_size("previous", before, 0, uploads.shape[1], "the modules of stack")
     checks.same_size("previous", before, 2, uploads.shape[3], "the width of stack")
-    zero = ~before.flatten(1).any(1)
-    if zero.any():
-        raise KernelInputError(
-            f"previous[{int(zero.nonzero()[0])}] is all zero and fixes no gauge; "
-            "pass the factor broadcast at the start of the round"
-        )
     return uploads, before

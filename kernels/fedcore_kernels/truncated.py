@@ -17,11 +17,14 @@ import torch
 from torch import Tensor
 
 from fedcore_kernels import checks
-from fedcore_kernels.dispatch import register, run
+from fedcore_kernels.capture import reads_values
+from fedcore_kernels.client_weights import client_weights
+from fedcore_kernels.dispatch import register
 from fedcore_kernels.errors import KernelInputError
+from fedcore_kernels.library.operation import call
 from fedcore_kernels.rows import working_copies
 from fedcore_kernels.spectra import column_signs
-from fedcore_kernels.stacks import STACK_AXES, root_shares, row_scale
+from fedcore_kernels.stacks import STACK_AXES, row_scale
 from fedcore_kernels.steps import (
     EPS_REL,
     FactorStep,
@@ -96,7 +99,7 @@ def _torch_body(
     return with_reports(factors, reports)
 
 
-register("truncated_step", "torch", _torch_body)
+register("truncated_step", "torch", _torch_body, reads_values)
 
 
 def truncated_step(
@@ -138,17 +141,15 @@ def truncated_step(
     if previous is None:
         if align:
             raise KernelInputError("previous is None; pass (L, q, k) factors, or align=False")
-        uploads = checks.tensor("stack", stack, STACK_AXES)
-        before = uploads.new_empty(0)
+        uploads, before = checks.tensor("stack", stack, STACK_AXES), None
     else:
         uploads, before = check_stack_and_previous(stack, previous)
     if rank < 1:
         raise KernelInputError(f"rank is {rank}; pass at least 1")
-    if align and rank > before.shape[1]:
+    if align and before is not None and rank > before.shape[1]:
         raise KernelInputError(
             f"rank is {rank} and previous has {before.shape[1]} rows; pass a rank up to that number"
         )
     cutoff = checks.fraction("eps_rel", eps_rel)
-    root = root_shares(weights, uploads)
-    step: FactorStep = run("truncated_step", (uploads, root, before), rank, cutoff, align)
-    return step
+    counts = client_weights(weights, uploads.shape[0])
+    return FactorStep(*call("truncated_step", uploads, counts, before, rank, cutoff, align))

@@ -15,8 +15,11 @@ import torch
 from torch import Tensor
 
 from fedcore_kernels import checks
-from fedcore_kernels.dispatch import register, run
+from fedcore_kernels.capture import reads_values
+from fedcore_kernels.client_weights import client_weights
+from fedcore_kernels.dispatch import register
 from fedcore_kernels.errors import KernelInputError
+from fedcore_kernels.library.operation import call
 
 # Columns of the running mean in cache at a time (2 MiB in fp32), and, for dtypes that are converted
 # first, columns and rows of the converted block (4 MiB).
@@ -46,7 +49,7 @@ def _torch_body(updates: Tensor, shares: Tensor) -> Tensor:
     return mean
 
 
-register("weighted_mean", "torch", _torch_body)
+register("weighted_mean", "torch", _torch_body, reads_values)
 
 
 def weighted_mean(
@@ -77,5 +80,5 @@ def weighted_mean(
     rows = checks.tensor("updates", updates, ("N", "P"))
     if dtype is not None and not dtype.is_floating_point:
         raise KernelInputError(f"dtype is {dtype}; pass a floating-point dtype")
-    mean: Tensor = run("weighted_mean", (rows, checks.shares(weights, rows.shape[0])))
+    mean: Tensor = call("weighted_mean", rows, client_weights(weights, rows.shape[0]))
     return mean if dtype is None else mean.to(dtype)

@@ -21,8 +21,14 @@ import torch
 from torch import Tensor
 
 from fedcore_kernels import checks
+from fedcore_kernels.capture import reads_values
+from fedcore_kernels.client_weights import client_weights
+from fedcore_kernels.dispatch import register
 from fedcore_kernels.errors import KernelInputError
+from fedcore_kernels.library.operation import call
 from fedcore_kernels.polar import polar
+from fedcore_kernels.rows import working_copies
+from fedcore_kernels.stacks import STACK_AXES, row_scale
 from fedcore_kernels.steps import EPS_REL, FactorStep, spread
 
 
@@ -30,6 +36,40 @@ def whiten(previous: Tensor) -> tuple[Tensor, Tensor]:
     """``(T, V)`` with ``previous = T V``, fp64 (L, q, s) and (L, s, k), s = min(q, k)."""
     left, values, right = torch.linalg.svd(previous.double(), full_matrices=False)
     return left * values[:, None], right
+
+
+def _upload_body(factor: Tensor, basis: Tensor) -> Tensor:
+    wide = factor.double()
+    return ((basis.double() @ wide.mT) @ wide).to(checks.accumulator(factor.dtype))
+
+
+def _sum_body(stack: Tensor, root: Tensor, basis: Tensor) -> Tensor:
+    wide = basis.double()
+    weights = row_scale(root.square(), stack)
+    parts = [((wide[part] @ rows.mT) * weights) @ rows for part, rows in working_copies(stack)]
+    return torch.cat(parts).to(checks.accumulator(stack.dtype))
+
+
+def _step_body(total: Tensor, mixing: Tensor, basis: Tensor, eps_rel: float) -> FactorStep:
+    wide = total.double()
+    energies, vectors = torch.linalg.eigh(wide @ basis.double().mT, UPLO="L")
+    energies, vectors = energies.flip(-1), vectors.flip(-1)
+    kept = (energies > eps_rel * energies[:, :1]) & (energies > 0)
+    scale = torch.where(kept, energies, 0.0).sqrt()
+    inverse = torch.where(kept, scale.reciprocal(), 0.0)
+    core = mixing.double() @ (vectors * scale[:, None, :])
+    turn = polar(core, eps_rel)
+    factor = turn.factor @ (inverse[:, :, None] * (vectors.mT @ wide))
+    condition = spread(torch.linalg.svdvals(core), turn.rank)
+    unknown = torch.full_like(condition, float("nan"))
+    dtype = checks.accumulator(total.dtype)
+    return FactorStep(factor.to(dtype), turn.rank, condition, unknown, unknown, turn.rank)
+
+
+register("whitened_basis", "torch", whiten, reads_values)
+register("whitened_upload", "torch", _upload_body)
+register("whitened_sum", "torch", _sum_body)
+register("whitened_step", "torch", _step_body, reads_values)
 
 
 def whitened_basis(previous: checks.ArrayLike) -> tuple[Tensor, Tensor]:
@@ -55,8 +95,8 @@ def whitened_basis(previous: checks.ArrayLike) -> tuple[Tensor, Tensor]:
         raise KernelInputError(
             f"previous has shape {tuple(before.shape)}; its rank q must not exceed its width k"
         )
-    with torch.no_grad():
-        return whiten(before)
+    mixing, basis = call("whitened_basis", before)
+    return mixing, basis
 
 
 def whitened_upload(factor: checks.ArrayLike, basis: checks.ArrayLike) -> Tensor:
@@ -81,9 +121,46 @@ def whitened_upload(factor: checks.ArrayLike, basis: checks.ArrayLike) -> Tensor
     checks.same_device("basis", rows, "factor", own)
     checks.same_size("basis", rows, 0, own.shape[0], "the modules of factor")
     checks.same_size("basis", rows, 2, own.shape[2], "the width of factor")
-    with torch.no_grad():
-        wide = own.double()
-        return ((rows.double() @ wide.mT) @ wide).to(checks.accumulator(own.dtype))
+    found: Tensor = call("whitened_upload", own, rows)
+    return found
+
+
+def whitened_sum(
+    stack: checks.ArrayLike, weights: checks.ArrayLike, basis: checks.ArrayLike
+) -> Tensor:
+    """The weighted sum of all clients' whitened uploads from their factors.
+
+        Z = sum_n w_n (V A_n^T) A_n
+
+    With :func:`whitened_basis` before and :func:`whitened_step` after it, this is the sketched step
+    from a single read of the uploads wherever the factors of a few clients fit on the chip.
+
+    Args:
+        stack: (N, L, r, k) floating point, any strides: the clients' factors.
+        weights: (N,) real numbers, normalised in fp64.
+        basis: (L, q, k) the server's V.
+
+    Returns:
+        (L, q, k), fp32 unless ``stack`` is fp64; computed in fp64 by torch, accumulated in fp32 on
+        a card.
+
+    Raises:
+        KernelInputError: a wrong shape, dtype or device, or unusable weights.
+
+    Cost: reads N L r k numbers once; 4 q L m k flops.
+
+    Example:
+        >>> whitened_sum([[[[1.0, 2.0]]], [[[3.0, 0.0]]]], [1, 1], [[[1.0, 0.0]]])
+        tensor([[[5., 1.]]])
+    """
+    uploads = checks.tensor("stack", stack, STACK_AXES)
+    rows = checks.tensor("basis", basis, ("L", "q", "k"))
+    checks.same_device("basis", rows, "stack", uploads)
+    checks.same_size("basis", rows, 0, uploads.shape[1], "the modules of stack")
+    checks.same_size("basis", rows, 2, uploads.shape[3], "the width of stack")
+    counts = client_weights(weights, uploads.shape[0])
+    found: Tensor = call("whitened_sum", uploads, counts, rows)
+    return found
 
 
 def whitened_step(
@@ -122,17 +199,4 @@ def whitened_step(
     checks.same_size("mixing", outer, 2, summed.shape[1], "the rank of total")
     checks.same_size("basis", rows, 2, summed.shape[2], "the width of total")
     cutoff = checks.fraction("eps_rel", eps_rel)
-    with torch.no_grad():
-        wide = summed.double()
-        energies, vectors = torch.linalg.eigh(wide @ rows.double().mT, UPLO="L")
-        energies, vectors = energies.flip(-1), vectors.flip(-1)
-        kept = (energies > cutoff * energies[:, :1]) & (energies > 0)
-        scale = torch.where(kept, energies, 0.0).sqrt()
-        inverse = torch.where(kept, scale.reciprocal(), 0.0)
-        core = outer.double() @ (vectors * scale[:, None, :])
-        turn = polar(core, cutoff)
-        factor = turn.factor @ (inverse[:, :, None] * (vectors.mT @ wide))
-        condition = spread(torch.linalg.svdvals(core), turn.rank)
-    unknown = torch.full_like(condition, float("nan"))
-    dtype = checks.accumulator(summed.dtype)
-    return FactorStep(factor.to(dtype), turn.rank, condition, unknown, unknown, turn.rank)
+    return FactorStep(*call("whitened_step", summed, outer, rows, cutoff))

@@ -12,14 +12,23 @@ OPS = (
     "apply_cores",
     "cross_gram",
     "eigh_small",
+    "florg_round",
     "gram",
+    "mean_pair_gram",
     "nystrom_step",
     "polar",
     "procrustes",
+    "product_gram",
     "product_norm",
+    "product_svd",
+    "soft_rotation",
     "svd_small",
     "truncated_step",
     "weighted_mean",
+    "whitened_basis",
+    "whitened_step",
+    "whitened_sum",
+    "whitened_upload",
 )
 
 

@@ -5,23 +5,10 @@ import torch
 
 from fedcore_kernels import florg_round, nystrom_step, truncated_step
 from fedcore_kernels.layout import FactorLayout
+from tests.property.graded import graded_clients
 from tests.reference import exact
 
 KAPPAS = (1e1, 1e2, 1e3, 1e4)
-
-
-def graded_clients(
-    kappa: float, noise: float, seed: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Clients (5, 4, 20), weights, and a previous factor of condition ``kappa``, gauge random."""
-    random = torch.Generator().manual_seed(seed)
-    left = torch.linalg.qr(torch.randn(4, 4, generator=random, dtype=torch.float64)).Q
-    right = torch.linalg.qr(torch.randn(20, 4, generator=random, dtype=torch.float64)).Q
-    values = torch.logspace(0, -torch.tensor(kappa).log10().item(), 4, dtype=torch.float64)
-    previous = left * values @ right.mT
-    drift = torch.randn(5, 4, 20, generator=random, dtype=torch.float64) / 20**0.5
-    weights = torch.rand(5, generator=random, dtype=torch.float64) + 0.1
-    return previous + noise * values[-1] * drift, weights, previous
 
 
 @pytest.mark.parametrize("kappa", KAPPAS)

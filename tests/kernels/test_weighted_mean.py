@@ -103,7 +103,3 @@ def test_takes_numpy_arrays_and_leaves_them_alone() -> None:
     mean = weighted_mean(updates, np.array([1, 3]))
     assert mean.tolist() == [2.25, 3.25, 4.25]
     assert np.array_equal(updates, before)
-
-
-def test_gradients_are_not_recorded() -> None:
-    assert not weighted_mean(torch.ones(2, 3, requires_grad=True), [1, 1]).requires_grad

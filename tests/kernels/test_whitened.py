@@ -8,13 +8,15 @@ from torch import Tensor
 from fedcore_kernels import (
     FactorStep,
     KernelInputError,
+    backend,
     nystrom_step,
     whitened_basis,
     whitened_step,
+    whitened_sum,
     whitened_upload,
 )
 from tests.property.stacks import Round, make_round, rounds
-from tests.reference.tolerance import relative_error
+from tests.reference.tolerance import assert_close, relative_error
 
 
 def stream(stack: Tensor, shares: Tensor, previous: Tensor) -> FactorStep:
@@ -32,6 +34,26 @@ def test_equals_the_batch_form(case: Round) -> None:
         assert relative_error(found.factor, batch.factor) < 1e-10
         assert torch.equal(found.rank, batch.rank)
         assert relative_error(found.condition, batch.condition) < 1e-8
+
+
+@given(rounds(kinds=("random", "strided", "zero_weight")))
+def test_equals_the_definitions(case: Round) -> None:
+    mixing, basis = whitened_basis(case.previous)
+    calls = (
+        lambda: whitened_upload(case.stack[0], basis),
+        lambda: whitened_sum(case.stack, case.weights, basis),
+    )
+    for call in calls:
+        with backend("reference"):
+            expected = call()
+        assert_close(call(), expected, case.stack.shape[-1], condition=10)
+    found = whitened_step(expected, mixing, basis)
+    with backend("reference"):
+        wanted = whitened_step(expected, mixing, basis)
+    if wanted.condition.max() < 1e2:
+        assert relative_error(found.factor, wanted.factor) < 1e-10
+        assert relative_error(found.condition, wanted.condition) < 1e-10
+        assert torch.equal(found.rank, wanted.rank)
 
 
 @pytest.mark.parametrize("lost", ["previous", "clients"])

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from fedcore_kernels import Eigh, FactorStep, Polar, Svd
 from fedcore_kernels.dispatch import register
-from tests.reference import dense, florg
+from fedcore_kernels.florg_round import by_group
+from tests.reference import dense, florg, products, rotations
 
 
 def _eigh(matrix: Tensor) -> Eigh:
@@ -73,6 +74,25 @@ def _nystrom(
     return FactorStep(factor, rank, condition, unknown, unknown, rank)
 
 
+def _whitened_basis(previous: Tensor) -> tuple[Tensor, Tensor]:
+    left, values, right = torch.linalg.svd(previous.double(), full_matrices=False)
+    return left @ torch.diag_embed(values), right
+
+
+def _whitened_step(total: Tensor, mixing: Tensor, basis: Tensor, eps_rel: float) -> FactorStep:
+    outer, wide = mixing.double(), total.double()
+    lower = (wide @ basis.double().mT).tril()
+    energies = lower + lower.mT - torch.diag_embed(lower.diagonal(dim1=-2, dim2=-1))
+    core = outer @ energies @ outer.mT
+    factor = dense.symmetric_root(core, -0.5, eps_rel**2) @ outer @ wide
+    values = torch.linalg.eigvalsh(core).flip(-1).clamp(min=0).sqrt()
+    rank = ((values > eps_rel * values[:, :1]) & (values > 0)).sum(-1)
+    least = values[torch.arange(len(values)), (rank - 1).clamp(min=0)]
+    condition = torch.where(rank > 0, values[:, 0] / least, float("inf"))
+    unknown = torch.full_like(condition, float("nan"))
+    return FactorStep(factor, rank, condition, unknown, unknown, rank)
+
+
 def register_reference() -> None:
     """Register every definition as the body ``reference`` of its operation."""
     for op, body in {
@@ -85,7 +105,16 @@ def register_reference() -> None:
         "polar": _polar,
         "procrustes": dense.procrustes,
         "product_norm": dense.product_norm,
+        "product_svd": products.product_svd,
+        "product_gram": products.product_gram,
+        "mean_pair_gram": products.mean_pair_gram,
+        "soft_rotation": rotations.soft_rotation,
         "nystrom_step": _nystrom,
         "truncated_step": _truncated,
+        "whitened_basis": _whitened_basis,
+        "whitened_upload": dense.whitened_upload,
+        "whitened_step": _whitened_step,
+        "whitened_sum": dense.whitened_sum,
+        "florg_round": by_group,
     }.items():
         register(op, "reference", body)

@@ -72,6 +72,17 @@ def product_norm(left: Tensor, right: Tensor) -> Tensor:
     return torch.linalg.matrix_norm(left.double().mT @ right.double())
 
 
+def whitened_upload(factor: Tensor, basis: Tensor) -> Tensor:
+    """``V Q_n`` with the client's Gram ``Q_n = A_n^T A_n``."""
+    wide = factor.double()
+    return basis.double() @ (wide.mT @ wide)
+
+
+def whitened_sum(stack: Tensor, root: Tensor, basis: Tensor) -> Tensor:
+    """``V Q`` with ``Q = sum_n w_n A_n^T A_n``."""
+    return basis.double() @ mean_gram(stack, root.square())
+
+
 def positive_sign(vectors: Tensor) -> Tensor:
     """Sign of the entry of largest modulus of each column."""
     out = torch.ones(*vectors.shape[:-2], vectors.shape[-1], dtype=vectors.dtype)

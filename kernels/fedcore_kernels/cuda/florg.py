@@ -238,7 +238,9 @@ def truncated_rows(
     floor = eps_rel if uploads.dtype.itemsize > 2 else max(eps_rel, _GRAM_FLOOR)
     kept = (values[:, :size] > floor * values[:, :1]) & (values[:, :size] > 0)
     cores = row_weights(root, segments) * vectors[:, :, :size] * kept[:, None]
-    apply_rows(uploads, clients, segments, torch.nn.functional.pad(cores, (0, rank - size)), leading)
+    apply_rows(
+        uploads, clients, segments, torch.nn.functional.pad(cores, (0, rank - size)), leading
+    )
     count = kept.sum(-1)
     rest = torch.nn.functional.pad(values[:, size:], (0, 1))
     last = torch.where(kept[:, -1], values[:, size - 1], 0.0)
@@ -274,9 +276,7 @@ def truncated_step(
     clients, modules, _, width = stack.shape
     dtype, device = checks.accumulator(stack.dtype), stack.device
     leading = torch.empty((1, modules, rank, width), dtype=dtype, device=device)
-    report = truncated_rows(
-        stack, clients, segments_of(stack, rank), root, rank, eps_rel, leading
-    )
+    report = truncated_rows(stack, clients, segments_of(stack, rank), root, rank, eps_rel, leading)
     if not align:
         signs = column_signs(leading[0].mT)[:, 0, :, None]
         return FactorStep(leading[0] * signs, *report)

@@ -12,10 +12,11 @@ from torch import Tensor
 
 from fedcore_kernels import checks
 from fedcore_kernels.client_weights import root_shares, shares
+from fedcore_kernels.cuda import RANK_LIMIT
 from fedcore_kernels.cuda.florg import Report, align_rows, sketched_rows, truncated_rows
 from fedcore_kernels.cuda.tasks import Segments, of_slots
 from fedcore_kernels.cuda.weighted_mean import weighted_mean
-from fedcore_kernels.florg_round import FlorgRound, Variant
+from fedcore_kernels.florg_round import FlorgRound, Variant, by_group
 from fedcore_kernels.layout import FactorLayout, SlotGroup
 from fedcore_kernels.library.florg_steps import check_gauge
 from fedcore_kernels.steps import EPS_REL, FactorStep, principal
@@ -43,6 +44,14 @@ def _dense_columns(layout: FactorLayout, device: torch.device) -> tuple[int, Ten
     return first, inside.to(device)
 
 
+@lru_cache(maxsize=64)
+def _slot_order(layout: FactorLayout, device: torch.device) -> Tensor:
+    """Where the report of each factor slot stands among those of :func:`_ranks`."""
+    # Kept on the device: while a CUDA graph is captured nothing can be copied there.
+    members = [index for _, members in _ranks(layout, 0) for index in members]
+    return torch.tensor(members).argsort().to(device)
+
+
 def _step(
     uploads: Tensor,
     root: Tensor,
@@ -62,11 +71,11 @@ def _step(
 
 
 def _reports(
-    layout: FactorLayout, reports: list[tuple[tuple[int, ...], Report]], row: Tensor, align: bool
+    layout: FactorLayout, reports: list[Report], row: Tensor, align: bool
 ) -> dict[SlotGroup, FactorStep]:
     """The reports by group of the layout; without alignment the factors take their own gauge."""
-    order = torch.tensor([i for members, _ in reports for i in members]).argsort().to(row.device)
-    fields = [torch.cat(field)[order] for field in zip(*(r for _, r in reports), strict=True)]
+    order = _slot_order(layout, row.device)
+    fields = [torch.cat(field)[order] for field in zip(*reports, strict=True)]
     steps, first = {}, 0
     for group in layout.groups:
         own = Report(*(field[first : first + len(group.modules)] for field in fields))
@@ -88,6 +97,9 @@ def florg_round(
     align: bool,
 ) -> FlorgRound:
     """One round of ``uploads`` (N, P) from the row ``before`` (P,)."""
+    if any(slot.rows > RANK_LIMIT for slot in layout.factor_slots):
+        # A rank beyond the kernels' is for each group of factors to take or to refuse.
+        return by_group(uploads, before, weights, layout, variant, align)
     for group in layout.groups:
         check_gauge(group.view(before))
     root = root_shares(weights, uploads)
@@ -95,8 +107,8 @@ def florg_round(
         layout.size, dtype=checks.accumulator(uploads.dtype), device=uploads.device
     )
     reports = [
-        (members, _step(uploads, root, before.contiguous(), segments, variant, row))
-        for segments, members in _ranks(layout, uploads.stride(0))
+        _step(uploads, root, before.contiguous(), segments, variant, row)
+        for segments, _ in _ranks(layout, uploads.stride(0))
     ]
     if layout.dense_slots:
         first, inside = _dense_columns(layout, row.device)

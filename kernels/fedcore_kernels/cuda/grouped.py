@@ -39,9 +39,7 @@ def cross_gram_partials(
     size = configuration("cross_gram", device, bits, _padded(rows))
     table = segments.to(device)
     tasks, slabs = slab_tasks(segments, stacked, size["block_m"], size["block_k"], device)
-    partials = torch.empty(
-        (slabs, len(table), stacked, rows), dtype=torch.float64, device=device
-    )
+    partials = torch.empty((slabs, len(table), stacked, rows), dtype=torch.float64, device=device)
     cross_gram_kernel[(len(tasks),)](
         uploads,
         reference,

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain
+from math import gcd
 
 import torch
 from torch import Tensor
@@ -17,6 +19,11 @@ from fedcore_kernels.layout import ALIGNMENT, FactorSlot
 
 # Programs that fill any of the cards; below it a launch is cut finer.
 _PROGRAMS = 1024
+
+
+def power_of_two_in(*values: int) -> int:
+    """The largest power of two, up to 16, that divides every one of ``values``."""
+    return gcd(ALIGNMENT, *values)
 
 
 @dataclass(frozen=True)
@@ -37,12 +44,7 @@ class Segments:
     @property
     def alignment(self) -> int:
         """The power of two up to 16 that divides every offset, stride and width."""
-        found = ALIGNMENT
-        for row in (*self.table, (self.client_stride,)):
-            for value in row:
-                while value % found:
-                    found //= 2
-        return found
+        return power_of_two_in(self.client_stride, *chain.from_iterable(self.table))
 
     def counterparts(self, rows: int) -> Segments:
         """The counterparts, of ``rows`` rows, as the factors of a single client; their own too."""

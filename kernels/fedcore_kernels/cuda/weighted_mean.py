@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fedcore_kernels import checks
 from fedcore_kernels.cuda.configurations import configuration
+from fedcore_kernels.cuda.tasks import power_of_two_in
 from fedcore_kernels.jit.weighted_mean import weighted_mean_kernel
 
 
@@ -28,6 +29,7 @@ def weighted_mean(updates: Tensor, shares: Tensor) -> Tensor:
         BLOCK=size["block"],
         UNROLL=size["unroll"],
         WIDE=dtype == torch.float64,
+        ALIGNMENT=power_of_two_in(updates.stride(0)),
         num_warps=size["warps"],
     )
     return mean

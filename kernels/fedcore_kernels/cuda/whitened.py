@@ -45,9 +45,7 @@ def _one_pass(stack: Tensor, shares: Tensor, basis: Tensor) -> Tensor | None:
     groups = min(clients, max(1, 264 // modules))
     share = -(-clients // groups)
     groups = -(-clients // share)
-    partials = torch.empty(
-        (groups, modules, rows, width), dtype=torch.float32, device=stack.device
-    )
+    partials = torch.empty((groups, modules, rows, width), dtype=torch.float32, device=stack.device)
     one_pass_kernel[(modules, groups)](
         stack,
         basis.contiguous(),

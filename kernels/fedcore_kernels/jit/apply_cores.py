@@ -45,6 +45,7 @@ def apply_cores_kernel(
     total = tl.zeros((BLOCK_R, BLOCK_K), dtype)
     upload = uploads + offset + column
     core = cores + factor * clients * RANK * ROWS + row
+    client = tl.multiple_of(tl.cast(client_stride, tl.int64), ALIGNMENT)
     for _ in tl.range(0, clients):
         here = upload
         for _ in tl.range(0, RANK, loop_unroll_factor=UNROLL):
@@ -53,7 +54,7 @@ def apply_cores_kernel(
             total += c[:, None] * x[None, :]
             here += stride
             core += ROWS
-        upload += client_stride
+        upload += client
     place = out + other_offset + row[:, None] * other_stride + column[None, :]
     tl.store(place, total, mask=(row < ROWS)[:, None] & inside[None, :])
 
@@ -94,9 +95,10 @@ def apply_cores_dot_kernel(
     for start in tl.range(0, stacked, BLOCK_M):
         index = start + tl.arange(0, BLOCK_M)
         present = index < stacked
-        upload = (index // RANK).to(tl.int64) * client_stride + (index % RANK) * stride
+        client = tl.multiple_of((index // RANK).to(tl.int64) * client_stride, ALIGNMENT)
+        upload = uploads + offset + client + (index % RANK) * stride
         x = tl.load(
-            uploads + offset + upload[:, None] + column[None, :],
+            upload[:, None] + column[None, :],
             mask=present[:, None] & inside[None, :],
             other=0.0,
         )

@@ -53,7 +53,8 @@ def cross_gram_kernel(
     row = first_row + tl.arange(0, BLOCK_M)
     other = tl.arange(0, ROWS_PAD)
     present = row < rows
-    a_row = uploads + offset + (row // RANK) * client_stride + (row % RANK) * stride
+    client = tl.multiple_of((row // RANK) * client_stride, ALIGNMENT)
+    a_row = uploads + offset + client + (row % RANK) * stride
     b_row = reference + other_offset + other * other_stride
     total = tl.zeros((BLOCK_M, ROWS_PAD), tl.float64)
     for start in tl.range(first, last, BLOCK_K):
@@ -109,8 +110,10 @@ def gram_kernel(
 
     row = tl.load(task + 1) + tl.arange(0, BLOCK_M)
     col = tl.load(task + 2) + tl.arange(0, BLOCK_M)
-    a_row = uploads + offset + (row // RANK) * client_stride + (row % RANK) * stride
-    b_row = uploads + offset + (col // RANK) * client_stride + (col % RANK) * stride
+    a_client = tl.multiple_of((row // RANK) * client_stride, ALIGNMENT)
+    b_client = tl.multiple_of((col // RANK) * client_stride, ALIGNMENT)
+    a_row = uploads + offset + a_client + (row % RANK) * stride
+    b_row = uploads + offset + b_client + (col % RANK) * stride
     total = tl.zeros((BLOCK_M, BLOCK_M), tl.float64)
     for start in tl.range(0, width, BLOCK_K):
         column = start + tl.arange(0, BLOCK_K)
@@ -132,7 +135,9 @@ def gram_kernel(
     left = tl.load(root + row // RANK, mask=row < rows, other=0.0)
     right = tl.load(root + col // RANK, mask=col < rows, other=0.0)
     total *= left[:, None] * right[None, :]
-    keep = (row < rows)[:, None] & (col < rows)[None, :]
+    # A tile on the diagonal holds its mirror image too; each element is written once.
+    keep = (row < rows)[:, None] & (col[None, :] <= row[:, None])
     out = grams + factor * rows * rows
     tl.store(out + row[:, None] * rows + col[None, :], total, mask=keep)
+    keep = (row < rows)[:, None] & (col[None, :] < row[:, None])
     tl.store(out + col[None, :] * rows + row[:, None], total, mask=keep)

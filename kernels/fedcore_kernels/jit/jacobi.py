@@ -163,13 +163,13 @@ def jacobi_eigh(a, n, SWEEPS: tl.constexpr):
     a *= inverse[None, :, None]
     eye = identity(N, COUNT, N, a.dtype)
     here = tl.arange(0, N)[None, :] < n
-    # Gershgorin's bounds; the shift brings the condition to 4 or less, where it is not already.
+    # Gershgorin's bounds; the shift brings the condition to 5 or less, where it is not already.
     diagonal = tl.sum(a * eye, 0)
     radius = tl.sum(tl.abs(a), 0) - tl.abs(diagonal)
     least = tl.min(tl.where(here, diagonal - radius, float("inf")), 1)
     most = tl.max(tl.where(here, diagonal + radius, -float("inf")), 1)
-    shift = tl.maximum((most - 4 * least) / 3, 0.0)
-    shift = tl.where((least == 0) & (most == 0), 1.0, shift)
+    bound = tl.maximum(-least, most)
+    shift = tl.where(bound > 0, tl.maximum(0.5 * bound - least, 0.0), 1.0)
     positive = a + tl.where(here[None, :, :], eye, 0.0) * shift[None, :, None]
     w, _, norms, settled = orthogonalised(positive, 0, SWEEPS, False)
     lengths = root(norms)
@@ -192,7 +192,9 @@ def completed(u, rank, p, n):
     row = tl.arange(0, ROWS)[:, None]
     column = tl.arange(0, N)[None, None, :]
     for j in range(tl.min(rank, 0), n):
-        outside = tl.where(row < p, 1 - tl.sum(u * u, 2), -1.0)
+        outside = 1 - tl.sum(u * u, 2)
+        # A comparison that NaN fails, for the largest of nothing but NaN is undefined.
+        outside = tl.where((row < p) & (outside > -1), outside, -1.0)
         pivot = tl.argmax(outside, 0)[None, :] == row
         x = tl.where(pivot, 1.0, 0.0).to(u.dtype)
         for _ in range(2):
@@ -207,7 +209,9 @@ def completed(u, rank, p, n):
 def column_signs(u):
     """+1 or -1 per column (matrices, N) of ``u``: the sign of its entry of largest modulus."""
     row = tl.arange(0, u.shape[0])[:, None, None]
-    largest = row == tl.argmax(tl.abs(u), 0)[None, :, :]
+    size = tl.abs(u)
+    # The largest of nothing but NaN is undefined.
+    largest = row == tl.argmax(tl.where(size >= 0, size, 0.0), 0)[None, :, :]
     return tl.where(tl.sum(tl.where(largest, u, 0.0), 0) < 0, -1.0, 1.0).to(u.dtype)
 
 

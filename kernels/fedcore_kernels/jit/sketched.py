@@ -22,7 +22,9 @@ def product(a, b):
 
 
 @triton.jit
-def whiten_kernel(grams, mixing, cores, n, N: tl.constexpr, CUTOFF: tl.constexpr, SWEEPS: tl.constexpr):
+def whiten_kernel(
+    grams, mixing, cores, n, N: tl.constexpr, CUTOFF: tl.constexpr, SWEEPS: tl.constexpr
+):
     """``T = U L^(1/2)`` and the transposed cores ``U L^(-1/2)`` of one Gram ``U L U^T``."""
     index = tl.arange(0, N)
     place = index[:, None] * n + index[None, :]
