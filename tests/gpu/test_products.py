@@ -15,9 +15,10 @@ from fedcore_kernels import (
     product_svd,
     soft_rotation,
 )
-from tests.reference.tolerance import assert_close, relative_error
+from tests.reference.tolerance import assert_close, relative_error, tolerance
 
-SHAPES = [(1, 1, 5, 9), (4, 3, 40, 33), (5, 8, 70, 130), (3, 7, 12, 64), (40, 2, 16, 48)]
+# Up to 64 stacked rows the Jacobi kernels decompose, beyond them torch does.
+SHAPES = [(1, 1, 5, 9), (4, 3, 40, 33), (9, 8, 70, 130), (3, 5, 12, 64), (40, 2, 16, 48)]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -54,7 +55,8 @@ def test_product_svd_is_the_truncated_dense_svd(
     # The subspace at the cut is as sure as its gap.
     gap = expected.gap.min().item()
     assert_close(product.float(), expected.left.mT @ expected.right, max(p, q), condition=1 / gap)
-    assert_close(found.tail.cpu().float(), expected.tail, max(p, q))
+    allowed = tolerance(torch.float32, max(p, q)) * expected.values[:, 0]
+    assert ((found.tail.cpu() - expected.tail).abs() <= allowed).all()
     rows = found.right.double().cpu()
     assert_close((rows @ rows.mT).float(), torch.eye(kept).expand(2, kept, kept), q)
 

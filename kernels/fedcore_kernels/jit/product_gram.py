@@ -80,7 +80,9 @@ def product_gram_kernel(
     found = tl.sum(tl.sum(blocks, 3), 1)
     i = first + tl.arange(0, COUNT)
     j = second + tl.arange(0, COUNT)
-    keep = (i < clients)[:, None] & (j < clients)[None, :]
+    # A square on the diagonal holds its mirror image too; each element is written once.
+    keep = (i < clients)[:, None] & (j[None, :] <= i[:, None])
     out = grams + factor * clients * clients
     tl.store(out + i[:, None] * clients + j[None, :], found, mask=keep)
+    keep = (i < clients)[:, None] & (j[None, :] < i[:, None])
     tl.store(out + j[None, :] * clients + i[:, None], found, mask=keep)
