@@ -16,7 +16,8 @@ test: $(VENV)/.test
 	$(BIN)/python -m pytest
 
 bench: $(VENV)/.test
-	$(BIN)/python -m pytest bench --benchmark-only --benchmark-columns=median,iqr,rounds
+	$(BIN)/fedcore bench kernels
+	$(BIN)/fedcore bench server
 
 $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit("fedcore needs Python 3.11 or newer, found " + sys.version.split()[0]) if sys.version_info < (3, 11) else None'

@@ -1,4 +1,4 @@
-"""The command line: ``fedcore run``, ``compare``, ``methods``, ``recipes``, ``export``.
+"""The command line: ``fedcore run``, ``compare``, ``methods``, ``recipes``, ``export``, ``bench``.
 
 Other distributions and rooms add commands through the entry-point group ``fedcore.commands``: each
 entry point is a function that becomes a command of the entry point's name.
@@ -26,7 +26,7 @@ def _build():  # type: ignore[no-untyped-def]  # typer is optional and imported 
     try:
         import typer
 
-        from fedcore.cli import compare, export, listing, run
+        from fedcore.cli import bench, compare, export, listing, run
     except ImportError as error:
         raise missing_extra(error.name or "a dependency", "run") from error
     app = typer.Typer(
@@ -40,6 +40,7 @@ def _build():  # type: ignore[no-untyped-def]  # typer is optional and imported 
     app.command()(listing.methods)
     app.command()(listing.recipes)
     app.command()(export.export)
+    app.add_typer(bench.bench, name="bench")
     for entry in sorted(entry_points(group="fedcore.commands"), key=lambda point: point.name):
         app.command(name=entry.name)(entry.load())
     return app

@@ -1,0 +1,52 @@
+"""What ``fedcore bench server`` measures: whole rounds, against what people run today.
+
+A baseline that takes seconds a module is timed on a few modules and scaled to all of them, which
+its row says: its cost a module does not depend on the others.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+
+from bench.case import Plan
+from bench.rounds import OTHERS, florg_case, product_case
+from bench.workloads import Setting
+from fedcore.errors import FedcoreError, unknown_name
+
+AGAINST = (*OTHERS, "peft")
+"""What a round can be measured against, besides ``all`` of it."""
+
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+def parse_against(text: str) -> tuple[str, ...]:
+    """Names from :data:`AGAINST` out of ``text``, separated by commas; ``all`` is all of them.
+
+    Raises:
+        FedcoreError: an unknown name, or none.
+    """
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    for name in names:
+        if name not in (*AGAINST, "all"):
+            raise unknown_name("--against", name, [*AGAINST, "all"])
+    if not names:
+        raise FedcoreError(f"--against is empty; valid: {', '.join(AGAINST)}, all")
+    return AGAINST if "all" in names else tuple(dict.fromkeys(names))
+
+
+def plans(setting: Setting, against: tuple[str, ...]) -> list[Plan]:
+    """FedAvg and FLoRG rounds in fp32 and bf16; the product round where PEFT is asked for."""
+    device, found = setting.device, []
+    names = [name for name in against if name in OTHERS]
+    for workload in setting.rounds:
+        for dtype in DTYPES:
+            # The published step runs in fp32 alone.
+            if names and (names != ["published"] or dtype == torch.float32):
+                build = partial(florg_case, workload, device, dtype, names)
+                found.append(Plan(f"{workload.name} {str(dtype)[6:]}", build))
+    if "peft" in against:
+        smaller = setting.rounds[0]
+        found.append(Plan(f"{smaller.name} A and B", partial(product_case, smaller, device)))
+    return found
