@@ -2,18 +2,31 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
+# The oldest Triton that the interpreted kernels are tested with, beside the one that is installed.
+OLDER  := 3.7.1
 
-.PHONY: run test bench clean
+.PHONY: run test test-gpu bench clean
 
 run: $(VENV)/.examples
 	$(BIN)/fedcore run bbc-news
 
-test: $(VENV)/.test
+test: $(VENV)/.test $(VENV)/.triton-$(OLDER)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/gpu
+	TRITON_INTERPRET=1 PYTHONPATH=$(VENV)/triton-$(OLDER) $(BIN)/python -m pytest tests/gpu
+	$(BIN)/python -m pytest tests/offline
+
+# On a machine with an NVIDIA card: the same cases on it, and its memory checker where there is one.
+test-gpu: $(VENV)/.test
+	$(BIN)/python -m pytest tests/gpu
+	if command -v compute-sanitizer > /dev/null; then \
+	  compute-sanitizer --tool memcheck --error-exitcode 1 $(BIN)/python -m pytest -x tests/gpu && \
+	  compute-sanitizer --tool racecheck --error-exitcode 1 $(BIN)/python -m pytest -x tests/gpu; \
+	else echo "compute-sanitizer is not installed: no memory check"; fi
 
 bench: $(VENV)/.test
 	$(BIN)/fedcore bench kernels
@@ -31,6 +44,10 @@ $(VENV)/.examples: $(BIN)/python pyproject.toml constraints.txt
 $(VENV)/.test: $(BIN)/python pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
 	@touch $@ $(VENV)/.examples
+
+$(VENV)/.triton-$(OLDER): $(BIN)/python Makefile
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(VENV)/triton-$(OLDER) triton==$(OLDER)
+	@touch $@
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
