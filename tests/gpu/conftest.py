@@ -13,11 +13,16 @@ import torch
 
 from fedcore_kernels.cuda import register_bodies
 from tests.reference.bodies import register_reference
+from tests.reference.poison import poisoned_memory
+
+__all__ = ["poisoned_memory"]
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # Triton warns until its default is chosen: products and sums fuse, as they always did.
+    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
     if INTERPRETED:
         from tests.reference import interpreted_dot
 

@@ -14,13 +14,13 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import pytest
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia.compiler import get_ptxas
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
@@ -33,8 +33,9 @@ SHARED_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448}
 """Bytes of shared memory that one block may ask for."""
 
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+_LOAD = re.compile(r"\bld\.global(?:\.(?!v\d)\w+(?:::\w+)?)*?(?:\.v(\d))?\.[bfsu](\d+)\b")
+_COPY = re.compile(r"\bcp\.async\.c[ag]\.shared\.global[^\[]*\[[^\]]*\], *\[[^\]]*\], *(\w+)")
 _OPCODE = re.compile(r"\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\d+\s+)?([A-Z][A-Z0-9_.]*)")
-_SPILLS = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
 
 
 class OfflineDriver:
@@ -67,13 +68,20 @@ class OfflineDriver:
 
 @dataclass(frozen=True)
 class Cubin:
-    """What one compiled kernel needs and does."""
+    """What one compiled kernel needs and does; ``spilled_bytes`` are those of a thread's stack."""
 
     registers: int
     spilled_bytes: int
     shared_bytes: int
-    opcodes: Counter[str]
     ttir: str
+    ptx: str
+    binary: bytes
+
+    @cached_property
+    def opcodes(self) -> Counter[str]:
+        """Instructions by name; disassembling takes as long as compiling."""
+        matches = (_OPCODE.match(line) for line in _tool("nvdisasm", self.binary, "-c", "-ndf"))
+        return Counter(match[1] for match in matches if match)
 
     def count(self, prefix: str) -> int:
         """Instructions whose name starts with ``prefix``."""
@@ -81,13 +89,10 @@ class Cubin:
 
     @property
     def loads(self) -> Counter[int]:
-        """Loads from global memory by their width in bits."""
-        found: Counter[int] = Counter()
-        for name, n in self.opcodes.items():
-            if name.startswith(("LDG.", "LDGSTS.")):
-                width = re.search(r"\.(64|128|256|U16|U8)(\.|$)", name)
-                found[{"U16": 16, "U8": 8}.get(width[1]) or int(width[1]) if width else 32] += n
-        return found
+        """Loads from global memory, to registers or to shared memory, by their width in bits."""
+        direct = ((count or "1", bits) for count, bits in _LOAD.findall(self.ptx))
+        found = Counter(int(count) * int(bits) for count, bits in direct)
+        return found + Counter(8 * int(size, 0) for size in _COPY.findall(self.ptx))
 
     @property
     def tensor_cores(self) -> bool:
@@ -101,41 +106,33 @@ def compile_for(
     """Compile ``kernel`` for ``arguments`` (tensors on the CPU stand for tensors on the card)."""
     driver.set_active(OfflineDriver(architecture))
     compiled = kernel.warmup(*arguments, grid=grid, **options)
-    return inspect(compiled, architecture)
+    return inspect(compiled)
 
 
-def inspect(compiled: Any, architecture: int) -> Cubin:
-    """Registers, spills, shared memory and instructions of a compiled kernel."""
-    with tempfile.TemporaryDirectory() as folder:
-        cubin, ptx = Path(folder, "kernel.cubin"), Path(folder, "kernel.ptx")
-        cubin.write_bytes(compiled.asm["cubin"])
-        ptx.write_text(compiled.asm["ptx"])
-        target = re.search(r"\.target\s+(sm_\w+)", compiled.asm["ptx"])
-        assert target is not None
-        sass = _run(str(_TOOLS / "nvdisasm"), "-c", str(cubin)).stdout
-        report = _run(
-            get_ptxas(architecture).path,
-            "-v",
-            f"--gpu-name={target[1]}",
-            str(ptx),
-            "-o",
-            str(Path(folder, "again")),
-        ).stderr
-    spills, registers = _SPILLS.search(report), re.search(r"Used (\d+) registers", report)
-    assert spills is not None
-    assert registers is not None
-    matches = (_OPCODE.match(line) for line in sass.splitlines())
+def inspect(compiled: Any) -> Cubin:
+    """Registers, spills, shared memory and code of a compiled kernel."""
+    binary = compiled.asm["cubin"]
+    usage = " ".join(_tool("cuobjdump", binary, "-res-usage"))
+    resources = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    assert resources is not None
     return Cubin(
-        int(registers[1]),
-        int(spills[1]) + int(spills[2]),
+        int(resources[1]),
+        int(resources[2]),
         compiled.metadata.shared,
-        Counter(match[1] for match in matches if match),
         compiled.asm["ttir"],
+        compiled.asm["ptx"],
+        binary,
     )
 
 
-def _run(*command: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command, capture_output=True, text=True, check=True)
+def _tool(name: str, binary: bytes, *options: str) -> list[str]:
+    """The lines that a tool of the triton wheel prints about a cubin."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary)
+        file.flush()
+        command = [str(_TOOLS / name), *options, file.name]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return done.stdout.splitlines()
 
 
 @contextmanager
@@ -151,7 +148,7 @@ def recorded(architecture: int) -> Iterator[list[tuple[str, Cubin]]]:
     def compile_only(self: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> Any:
         compiled = run(self, *arguments, grid=grid, warmup=True, **options)
         if id(compiled) not in found:
-            found[id(compiled)] = self.fn.__name__, inspect(compiled, architecture)
+            found[id(compiled)] = self.fn.__name__, inspect(compiled)
         return compiled
 
     launches: list[tuple[str, Cubin]] = []

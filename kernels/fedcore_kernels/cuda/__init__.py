@@ -73,6 +73,20 @@ def _few_rows(*factors: Tensor) -> str | None:
     return None
 
 
+def _small_sides(*matrices: Tensor) -> str | None:
+    side = max(size for matrix in matrices for size in matrix.shape[-2:])
+    if side > JACOBI_LIMIT:
+        return f"a side of the matrix is {side}, more than {JACOBI_LIMIT}"
+    return None
+
+
+def _small_rows(source: Tensor, target: Tensor) -> str | None:
+    rows = max(source.shape[-2], target.shape[-2])
+    if rows > JACOBI_LIMIT:
+        return f"a factor has {rows} rows, more than {JACOBI_LIMIT}"
+    return None
+
+
 def _later(path: str) -> Callable[..., Any]:
     module, name = path.split(":")
 
@@ -95,6 +109,10 @@ LIMITS: dict[str, tuple[str, tuple[Obstacle, ...]]] = {
     "gram": ("stacks:gram", (_contiguous_rows, _factor_rank)),
     "cross_gram": ("stacks:cross_gram", (_contiguous_rows, _factor_rank)),
     "apply_cores": ("stacks:apply_cores", (_contiguous_rows, _factor_rank)),
+    "eigh_small": ("spectra:eigh_small", (_small_sides,)),
+    "svd_small": ("spectra:svd_small", (_small_sides,)),
+    "polar": ("polar:polar", (_small_sides,)),
+    "procrustes": ("polar:procrustes", (_small_rows,)),
     "nystrom_step": ("florg:nystrom_step", (_contiguous_rows, _factor_rank)),
     "truncated_step": ("florg:truncated_step", (_contiguous_rows, _factor_rank)),
     "product_svd": ("products:product_svd", (_contiguous_pair, _factor_rank, _not_fp64)),

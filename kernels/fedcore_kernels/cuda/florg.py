@@ -11,7 +11,8 @@ fp64, or as small as one client's factors.
 ``truncated`` reads them twice as well, for the dual Gram and for its leading directions.
 
 Products of fp32 and 16-bit uploads carry the rounding of fp32, so directions below 1e-6 of the
-largest cannot be told from noise: they are dropped and counted like those below ``eps_rel``.
+largest cannot be told from noise: they are dropped and counted like those below ``eps_rel``. For
+fp64 uploads that share is 1e-7, since ``C C^T`` carries the rounding of squares.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ from fedcore_kernels.steps import FactorStep, principal, spread
 # Singular values of a product of fp32 or 16-bit uploads, and of an fp64 product through its Gram,
 # that stand clear of rounding: shares of the largest.
 _FLOOR = 1e-6
-_WIDE_FLOOR = 1e-8
+_WIDE_FLOOR = 1e-7
 # Eigenvalues of the dual Gram of 16-bit uploads, whose products within a tile are fp32.
 _GRAM_FLOOR = 1e-6
 # Rounding of a Gram in fp64, for any rank the kernels take.
@@ -264,7 +265,7 @@ def align_rows(
     ``segments`` places the factors of ``leading``, with counterparts of ``rows`` rows.
     """
     product = cross_gram_rows(leading, 1, segments, previous, rows)
-    left, values, right = torch.linalg.svd(product.mT, full_matrices=False)
+    left, values, right = small.svd(product.mT)
     apply_rows(leading, 1, segments, (left @ right).mT, out)
     return ((values > eps_rel * values[:, :1]) & (values > 0)).sum(-1)
 

@@ -31,7 +31,7 @@ def _padded(rows: int) -> int:
 def cross_gram_partials(
     uploads: Tensor, clients: int, segments: Segments, reference: Tensor, rows: int
 ) -> Tensor:
-    """``A_n ref^T`` of every factor, slab by slab of its columns: fp64 (slabs, factors, N r, rows)."""
+    """``A_n ref^T`` of every factor, slab by slab of columns: fp64 (slabs, factors, N r, rows)."""
     device, stacked = uploads.device, clients * segments.rank
     mode = {torch.float64: "fp64", torch.bfloat16: "bf16"}.get(uploads.dtype, "tf32x3")
     # fp16 is multiplied as fp32 and takes as many registers.
@@ -123,7 +123,7 @@ def apply_rows(
         table,
         tasks,
         segments.client_stride,
-        clients,
+        clients * rank if dot else clients,
     )
     shape = {
         "RANK": rank,

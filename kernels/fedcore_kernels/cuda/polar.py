@@ -1,29 +1,29 @@
 """Triton bodies of the polar factor and the Procrustes problem.
 
-The factor comes from matmuls alone (``quintics.py``), and is accepted
-where that proves it: a composition of quintics that takes all singular values to 1 cannot
-have started from one below a known bound. Matrices without that proof, or with a determinant to
-mend, are decomposed by a second launch, which leaves the others alone; no value is read back.
+The factor comes from matmuls alone (``quintics.py``) and is accepted where that proves it: quintics
+that take all singular values to 1 cannot have started from one below a known bound. Matrices
+without that proof, or with a determinant to mend, are decomposed by a second launch, which leaves
+the others alone; no value is read back.
 
-A polar factor of fp32, bf16 or fp16 is computed in fp32, of fp64 in fp64: its error is a few units of
-round-off times the condition. A Procrustes problem is computed in fp64 whatever its dtype, since the
-condition of ``target source^T`` is that of both factors multiplied.
+A polar factor of fp32, bf16 or fp16 is computed in fp32, of fp64 in fp64: its error is a few units
+of round-off times the condition. A Procrustes problem is computed in fp64 whatever its dtype, since
+the condition of ``target source^T`` is that of both factors multiplied.
 """
 
 from __future__ import annotations
 
-from functools import lru_cache
-from math import sqrt
+from functools import cache
+from math import ceil, log2, sqrt
 
+import numpy as np
 import torch
-import triton
 from torch import Tensor
 
 from fedcore_kernels import checks
 from fedcore_kernels.cuda.configurations import configuration
 from fedcore_kernels.cuda.quintics import quintics
 from fedcore_kernels.cuda.spectra import SWEEPS, power_of_two
-from fedcore_kernels.jit.polar import polar_jacobi_kernel, polar_kernel
+from fedcore_kernels.jit.polar import GENERAL_DOT, polar_jacobi_kernel, polar_kernel
 from fedcore_kernels.jit.procrustes import cross_product_kernel
 from fedcore_kernels.polar import Polar
 
@@ -32,8 +32,8 @@ from fedcore_kernels.polar import Polar
 # would cost a matrix of condition 3 a factor of 30 in accuracy.
 _LOWER = (1e-2, 1e-4)
 
-# Before 3.8, ``tl.dot`` takes no sums shorter than 16.
-_SHORTEST_SUM = 8 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 8) else 16
+_SHORTEST_SUM = 8 if GENERAL_DOT else 16
+"""Terms a ``tl.dot`` adds up at least."""
 
 # Above, fp32 products go to tensor cores in three TF32 parts; below, plain fp32 is as fast.
 _PLAIN_SIZE = 16
@@ -52,22 +52,36 @@ def _mode(dtype: torch.dtype, size: int) -> str:
     return "ieee" if size <= _PLAIN_SIZE else "tf32x3"
 
 
-@lru_cache(maxsize=64)
-def _settings(
-    regularisation: float, cutoff: float, eps: float, device: torch.device
-) -> tuple[Tensor, int]:
-    """Regularisation, cut-off and quintics on ``device``, and the number of attempts."""
-    # From a quarter of the lower bound no singular value arrives (``quintics``), and arriving has to
-    # prove that it was above the cut-off. Where that is too high, nothing is attempted.
-    lowest = 4 * cutoff
-    starts = [lower for lower in _LOWER if lower >= lowest]
-    if not starts and lowest < 0.5:
-        starts = [lowest]
-    flat = [regularisation, cutoff]
-    for lower in starts:
+def _attempts(cutoff: float) -> tuple[float, ...]:
+    """The lower bounds of the attempts by which singular values can be proven above ``cutoff``.
+
+    From a quarter of the bound no singular value arrives (``quintics``). A high cut-off gets a
+    bound of its own, a power of two to keep their number small, or no attempt at all.
+    """
+    usual = tuple(lower for lower in _LOWER if lower >= 4 * cutoff)
+    if usual:
+        return usual
+    lower = 4 * 2.0 ** ceil(log2(cutoff))
+    return (lower,) if lower < 1 else ()
+
+
+@cache
+def _quintics(attempts: tuple[float, ...], eps: float, device: torch.device) -> Tensor:
+    """Number and coefficients of the quintics of every attempt, in fp64.
+
+    Kept for good: a captured CUDA graph knows no more than their address.
+    """
+    flat: list[float] = []
+    for lower in attempts:
         found = quintics(lower, 4 * eps)
         flat += [len(found), *(number for quintic in found for number in quintic)]
-    return torch.tensor(flat, dtype=torch.float64).to(device), len(starts)
+    return torch.tensor(flat, dtype=torch.float64).to(device)
+
+
+def _high_and_low(number: float) -> tuple[float, float]:
+    """Two fp32 numbers whose sum is ``number`` to 48 bits."""
+    high = float(np.float32(number))
+    return high, float(np.float32(number - high))
 
 
 def _factors(
@@ -87,19 +101,26 @@ def _factors(
     wide = matrix.dtype == torch.float64
     working = checks.accumulator(matrix.dtype)
     eps = torch.finfo(working).eps
-    settings, attempts = _settings(regularisation, cutoff, eps, matrix.device)
+    attempts = _attempts(cutoff)
+    share = _high_and_low(regularisation)
     long, short = max(p, q), min(p, q)
     sizes = batch, long, short, *((q, 1) if p >= q else (1, q))
-    shape = {"ROWS": _padded(long), "N": _padded(short), "WIDE": wide, "ROTATION": rotation}
-    shape["MODE"] = _mode(working, _padded(long))
+    shape = {
+        "ROWS": _padded(long),
+        "N": _padded(short),
+        "MODE": _mode(working, _padded(long)),
+        "ROTATION": rotation,
+        "WIDE": wide,
+    }
     if attempts:
         size = configuration("polar", matrix.device, working.itemsize * 8, _padded(long))
         polar_kernel[(-(-batch // size["matrices"]),)](
             matrix,
             factor,
             rank,
-            settings,
-            attempts,
+            _quintics(attempts, eps, matrix.device),
+            len(attempts),
+            *share,
             *sizes,
             16 * eps * sqrt(long),
             COUNT=size["matrices"],
@@ -111,7 +132,8 @@ def _factors(
         matrix,
         factor,
         rank,
-        settings,
+        *share,
+        *_high_and_low(cutoff),
         *sizes,
         COUNT=size["matrices"],
         SWEEPS=SWEEPS,
@@ -137,6 +159,8 @@ def polar(matrix: Tensor, cutoff: float, regularisation: float) -> Polar:
 
 def _cross_product(source: Tensor, target: Tensor) -> Tensor:
     """``target source^T`` (batch, q, p) in fp64 of (batch, p, k) and (batch, q, k)."""
+    if not GENERAL_DOT:
+        source, target = (x.to(checks.accumulator(x.dtype)) for x in (source, target))
     batch, p, k = source.shape
     q = target.shape[1]
     rows, columns = max(16, power_of_two(p)), max(16, power_of_two(q))

@@ -29,7 +29,7 @@ def weighted_mean(updates: Tensor, shares: Tensor) -> Tensor:
         BLOCK=size["block"],
         UNROLL=size["unroll"],
         WIDE=dtype == torch.float64,
-        ALIGNMENT=power_of_two_in(updates.stride(0)),
+        ALIGNMENT=power_of_two_in(updates.stride(0), columns),
         num_warps=size["warps"],
     )
     return mean

@@ -39,24 +39,26 @@ def apply_cores_kernel(
     other_stride = tl.multiple_of(tl.load(segment + 4), ALIGNMENT)
 
     dtype: tl.constexpr = tl.float64 if WIDE else tl.float32
-    column = first + tl.arange(0, BLOCK_K)
+    # Two axes from the first load on, and only scalars carried through the loops: a vector would
+    # pass through shared memory, with a barrier, for every row of the uploads.
+    column = first + tl.arange(0, BLOCK_K)[None, :]
     inside = column < width
-    row = first_row + tl.arange(0, BLOCK_R)
+    row = first_row + tl.arange(0, BLOCK_R)[:, None]
     total = tl.zeros((BLOCK_R, BLOCK_K), dtype)
-    upload = uploads + offset + column
-    core = cores + factor * clients * RANK * ROWS + row
+    upload = uploads + offset
+    core = cores + factor * clients * RANK * ROWS
     client = tl.multiple_of(tl.cast(client_stride, tl.int64), ALIGNMENT)
     for _ in tl.range(0, clients):
         here = upload
         for _ in tl.range(0, RANK, loop_unroll_factor=UNROLL):
-            x = tl.load(here, mask=inside, other=0.0, eviction_policy="evict_first").to(dtype)
-            c = tl.load(core, mask=row < ROWS, other=0.0)
-            total += c[:, None] * x[None, :]
+            x = tl.load(here + column, mask=inside, other=0.0, eviction_policy="evict_first")
+            c = tl.load(core + row, mask=row < ROWS, other=0.0)
+            total += c * x.to(dtype)
             here += stride
             core += ROWS
         upload += client
-    place = out + other_offset + row[:, None] * other_stride + column[None, :]
-    tl.store(place, total, mask=(row < ROWS)[:, None] & inside[None, :])
+    place = out + other_offset + row * other_stride + column
+    tl.store(place, total, mask=(row < ROWS) & inside)
 
 
 @triton.jit
@@ -67,7 +69,7 @@ def apply_cores_dot_kernel(
     segments,
     tasks,
     client_stride,
-    clients,
+    rows,
     RANK: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -90,11 +92,10 @@ def apply_cores_dot_kernel(
     column = first + tl.arange(0, BLOCK_K)
     inside = column < width
     row = first_row + tl.arange(0, BLOCK_R)
-    stacked = clients * RANK
     total = tl.zeros((BLOCK_R, BLOCK_K), tl.float32)
-    for start in tl.range(0, stacked, BLOCK_M):
+    for start in tl.range(0, rows, BLOCK_M):
         index = start + tl.arange(0, BLOCK_M)
-        present = index < stacked
+        present = index < rows
         client = tl.multiple_of((index // RANK).to(tl.int64) * client_stride, ALIGNMENT)
         upload = uploads + offset + client + (index % RANK) * stride
         x = tl.load(
@@ -102,7 +103,7 @@ def apply_cores_dot_kernel(
             mask=present[:, None] & inside[None, :],
             other=0.0,
         )
-        core = cores + (factor * stacked + index) * ROWS
+        core = cores + (factor * rows + index) * ROWS
         c = tl.load(
             core[None, :] + row[:, None],
             mask=present[None, :] & (row < ROWS)[:, None],

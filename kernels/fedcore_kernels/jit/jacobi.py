@@ -1,9 +1,9 @@
 """One-sided Jacobi on tiles: eigenvalues, singular values and vectors of small matrices.
 
 A tile (rows, matrices, columns) holds the matrices of one program, padded with zeros to powers of
-two, padding last. Columns lie across the lanes of a warp: a sum over rows stays inside a thread, and
-the partner of every column is one shuffle away. Step k of a sweep pairs column i with ``i ^ k``, so
-that N - 1 steps meet every pair once and every column works in every step.
+two, padding last. Columns lie across the lanes of a warp, so that the partner of every column is
+one shuffle away. Step k of a sweep pairs column i with ``i ^ k``: N - 1 steps meet every pair once,
+and every column works in every step.
 
 Rotations stop when all columns of W are orthogonal *relative to their norms*, which makes left
 vectors orthogonal however small their singular value is. Columns below round-off of the largest are
@@ -11,8 +11,8 @@ left alone: they would never settle. Both members of a pair compute their rotati
 equal numbers. Where the longer column is the right one, the two change places as well, so that
 values come out sorted and zeros, hence padding, last.
 
-An indefinite symmetric matrix is shifted until it is positive: then the columns of W are multiples of
-its eigenvectors and W is all there is to rotate, a third of the work of a two-sided iteration.
+An indefinite symmetric matrix is shifted until it is positive: then the columns of W are multiples
+of its eigenvectors and W is all there is to rotate, a third of the work of a two-sided iteration.
 
 References: G. H. Golub, C. F. Van Loan, Matrix Computations, 4th edition, section 8.6.3;
 P. P. M. de Rijk, SIAM J. Sci. Stat. Comput. 10, 1989 (sorting while rotating); H. Rutishauser,
@@ -25,30 +25,22 @@ import triton.language as tl
 
 
 @triton.jit
-def epsilon(DTYPE: tl.constexpr):
+def epsilon(dtype: tl.constexpr):
     """The distance from 1 to the next number."""
-    found: tl.constexpr = 2.0**-52 if DTYPE == tl.float64 else 2.0**-23
+    found: tl.constexpr = 2.0**-52 if dtype == tl.float64 else 2.0**-23
     return found
 
 
 @triton.jit
 def root(x):
     """The square root, correctly rounded."""
-    if x.dtype == tl.float64:
-        found = tl.sqrt(x)
-    else:
-        found = tl.sqrt_rn(x)
-    return found
+    return tl.sqrt(x) if x.dtype == tl.float64 else tl.sqrt_rn(x)
 
 
 @triton.jit
 def quotient(x, y):
     """``x / y``, correctly rounded."""
-    if x.dtype == tl.float64:
-        found = x / y
-    else:
-        found = tl.div_rn(x, y)
-    return found
+    return x / y if x.dtype == tl.float64 else tl.div_rn(x, y)
 
 
 @triton.jit
@@ -219,9 +211,9 @@ def column_signs(u):
 def jacobi_svd(a, SWEEPS: tl.constexpr):
     """``u``, ``values`` and ``v`` with ``a = u diag(values) v^T``, and how many values count.
 
-    ``a`` (ROWS, matrices, N) with ROWS >= N is zero in its padding. Values (matrices, N) descend and
-    ``v`` (N, matrices, N) is orthogonal. Columns of ``u`` (ROWS, matrices, N) are orthonormal up to
-    the rank (matrices,), zero beyond: there, values are below round-off of the largest.
+    ``a`` (ROWS, matrices, N) with ROWS >= N is zero in its padding. Values (matrices, N) descend
+    and ``v`` (N, matrices, N) is orthogonal. Columns of ``u`` (ROWS, matrices, N) are orthonormal
+    up to the rank (matrices,), zero beyond: there, values are below round-off of the largest.
     """
     COUNT: tl.constexpr = a.shape[1]
     N: tl.constexpr = a.shape[2]

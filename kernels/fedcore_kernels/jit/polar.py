@@ -1,10 +1,12 @@
 """Polar factors of many small matrices of one shape, several of them a program.
 
-Matrices are read as ``long`` x ``short``; strides within a matrix say whether that is how they lie or
-their transposes. ``rank`` (batch,) carries the verdict from :func:`polar_kernel`, which is all
+Matrices are read as ``long`` x ``short``; strides within a matrix say whether they lie like that or
+transposed. ``rank`` (batch,) carries the verdict from :func:`polar_kernel`, which is all
 matmuls and gives up where a matrix is not provably regular, to :func:`polar_jacobi_kernel`.
-``settings`` (fp64) holds the share of the identity to add, the cut-off, and for every attempt the
-number of its quintics and their coefficients.
+
+``quintics`` (fp64) holds for every attempt the number of its quintics and their coefficients.
+``share`` of the identity to add and ``cutoff`` are sums of two numbers, since a scalar argument is
+fp32.
 """
 
 import triton
@@ -12,15 +14,28 @@ import triton.language as tl
 
 from fedcore_kernels.jit.jacobi import completed, identity, jacobi_svd, quotient, root, unit_scale
 
+GENERAL_DOT = tl.constexpr(tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 8))
+"""Whether ``tl.dot`` knows batches on tensor cores, sums of 8, and fp64 made of half precision."""
+
 
 @triton.jit
 def product(x, y, MODE: tl.constexpr):
-    """``x y`` of every matrix (matrices, rows, columns)."""
+    """``x y`` of every matrix (matrices, rows, columns), in "fp64", "ieee" or "tf32x3"."""
+    # fp64 products of one matrix take fewer registers without the axis of matrices, others with it.
+    FLAT: tl.constexpr = x.shape[0] == 1 and (MODE == "fp64" or not GENERAL_DOT)
+    left = tl.reshape(x, (x.shape[1], x.shape[2])) if FLAT else x
+    right = tl.reshape(y, (y.shape[1], y.shape[2])) if FLAT else y
     if MODE == "fp64":
-        found = tl.dot(x, y, out_dtype=tl.float64)
+        found = tl.dot(left, right, out_dtype=tl.float64)
     else:
-        found = tl.dot(x, y, input_precision=MODE)
-    return found
+        found = tl.dot(left, right, input_precision=MODE)
+    return tl.reshape(found, (1, x.shape[1], y.shape[2])) if FLAT else found
+
+
+@triton.jit
+def both(high, low, dtype: tl.constexpr):
+    """``high + low`` in ``dtype``."""
+    return tl.cast(high, dtype) + tl.cast(low, dtype)
 
 
 @triton.jit
@@ -28,6 +43,31 @@ def regularised(x, eye, share):
     """``x + share ||x||_F I`` of every matrix (rows, matrices, columns)."""
     norm = root(tl.sum(tl.sum(x * x, 0), 1))
     return x + share * norm[None, :, None] * eye
+
+
+@triton.jit
+def kept_directions(u, values, count, cutoff):
+    """``u`` with zeros where values are not above ``cutoff`` times the largest, and how many are.
+
+    NaN stays NaN.
+    """
+    least = cutoff * tl.max(values, 1)[:, None]
+    kept = (values > least) & (tl.arange(0, values.shape[1])[None, :] < count[:, None])
+    u = tl.where((kept | (values != values))[None, :, :], u, 0.0)
+    return u, tl.sum(kept.to(tl.int32), 1)
+
+
+@triton.jit
+def polar_by_svd(a, cutoff, SWEEPS: tl.constexpr, MODE: tl.constexpr):
+    """Polar factor (N, N) of one tile ``a`` (N, N), zero in its padding, and its rank (a scalar).
+
+    Singular values not above ``cutoff`` times the largest are left out.
+    """
+    N: tl.constexpr = a.shape[0]
+    u, values, v, count = jacobi_svd(tl.reshape(a, (N, 1, N)), SWEEPS)
+    u, rank = kept_directions(u, values, count, cutoff)
+    factor = product(tl.permute(u, (1, 0, 2)), tl.permute(v, (1, 2, 0)), MODE)
+    return tl.reshape(factor, (N, N)), tl.sum(rank, 0)
 
 
 @triton.jit
@@ -42,7 +82,7 @@ def determinant_sign(x, n):
     row = tl.arange(0, N)[:, None]
     column = tl.arange(0, N)[None, None, :]
     sign = tl.full((COUNT,), 1.0, x.dtype)
-    for j in range(0, n):
+    for j in range(n):
         below = tl.where(row >= j, tl.sum(tl.where(column == j, x, 0.0), 2), 0.0)
         pivot = tl.sum(tl.where(row == j, below, 0.0), 0)
         turn = tl.where(pivot < 0, -1.0, 1.0).to(x.dtype)
@@ -60,8 +100,10 @@ def polar_kernel(
     matrix,
     factor,
     rank,
-    settings,
+    quintics,
     attempts,
+    share_high,
+    share_low,
     batch,
     long,
     short,
@@ -89,14 +131,15 @@ def polar_kernel(
     column = index[None, None, :]
     inside = (row < long) & (column < short)
     present = member < batch
-    place = member[None, :, None] * long * short + row * row_stride + column * column_stride
+    here = inside & present[None, :, None]
+    first = (member * long * short)[None, :, None]
+    offset = row * row_stride + column * column_stride
     on_diagonal = ((index[:, None] == index[None, :]) & (index < short)[None, :])[None, :, :]
     arrived = member >= batch
     attempt = 0
-    settings += 2
-    share = tl.load(settings - 2).to(dtype)
+    share = both(share_high, share_low, dtype)
     while (attempt < attempts) & (tl.min(arrived.to(tl.int32), 0) == 0):
-        tall = tl.load(matrix + place, mask=inside & present[None, :, None], other=0.0).to(dtype)
+        tall = tl.load(matrix + first + offset, mask=here, other=0.0).to(dtype)
         _, inverse = unit_scale(tall)
         tall *= inverse[None, :, None]
         eye = tl.where(inside, identity(ROWS, COUNT, N, dtype), 0.0)
@@ -107,11 +150,11 @@ def polar_kernel(
         bound = root(root(tl.sum(tl.sum(gram * gram, 2), 1)))
         one = tl.full((COUNT,), 1.0, dtype)
         x = x * quotient(one, tl.where(bound > 0, bound, 1.0))[:, None, None]
-        steps = tl.load(settings).to(tl.int32)
-        for step in range(0, steps):
-            a = tl.load(settings + 3 * step + 1).to(dtype)
-            b = tl.load(settings + 3 * step + 2).to(dtype)
-            c = tl.load(settings + 3 * step + 3).to(dtype)
+        steps = tl.load(quintics).to(tl.int32)
+        for step in range(steps):
+            a = tl.load(quintics + 3 * step + 1).to(dtype)
+            b = tl.load(quintics + 3 * step + 2).to(dtype)
+            c = tl.load(quintics + 3 * step + 3).to(dtype)
             gram = product(tl.permute(x, (0, 2, 1)), x, MODE)
             x = product(x, b * gram + c * product(gram, gram, MODE), MODE) + a * x
         gram = product(tl.permute(x, (0, 2, 1)), x, MODE)
@@ -119,7 +162,7 @@ def polar_kernel(
         now = tl.max(tl.max(defect, 2), 1) <= tolerance
         found = tl.permute(x, (1, 0, 2))
         fresh = inside & (now & ~arrived)[None, :, None]
-        tl.store(factor + place, found, mask=fresh)
+        tl.store(factor + first + offset, found, mask=fresh)
         if ROTATION:
             # A matrix to be turned around has arrived as well, but not where it should.
             verdict = tl.where(determinant_sign(found, short) > 0, short, -1)
@@ -127,7 +170,7 @@ def polar_kernel(
             verdict = tl.full((COUNT,), short, tl.int32)
         tl.store(rank + member, verdict.to(tl.int64), mask=now & ~arrived)
         arrived |= now
-        settings += 1 + 3 * steps
+        quintics += 1 + 3 * steps
         attempt += 1
 
 
@@ -136,7 +179,10 @@ def polar_jacobi_kernel(
     matrix,
     factor,
     rank,
-    settings,
+    share_high,
+    share_low,
+    cutoff_high,
+    cutoff_low,
     batch,
     long,
     short,
@@ -165,24 +211,23 @@ def polar_jacobi_kernel(
         column = tl.arange(0, N)[None, None, :]
         inside = (row < long) & (column < short)
         here = inside & pending[None, :, None]
-        place = member[None, :, None] * long * short + row * row_stride + column * column_stride
-        a = tl.load(matrix + place, mask=here, other=0.0).to(dtype)
+        first = (member * long * short)[None, :, None]
+        offset = row * row_stride + column * column_stride
+        a = tl.load(matrix + first + offset, mask=here, other=0.0).to(dtype)
         _, inverse = unit_scale(a)
         a *= inverse[None, :, None]
         eye = tl.where(inside, identity(ROWS, COUNT, N, dtype), 0.0)
-        a = regularised(a, eye, tl.load(settings).to(dtype))
+        a = regularised(a, eye, both(share_high, share_low, dtype))
         u, values, v, count = jacobi_svd(a, SWEEPS)
         if COMPLETE:
             u = completed(u, count, long, short)
         else:
-            least = tl.load(settings + 1).to(dtype) * tl.max(values, 1)
-            kept = (values > least[:, None]) & (tl.arange(0, N)[None, :] < count[:, None])
-            count = tl.sum(kept.to(tl.int32), 1)
-            u = tl.where(kept[None, :, :] | (values != values)[None, :, :], u, 0.0)
+            cutoff = both(cutoff_high, cutoff_low, dtype)
+            u, count = kept_directions(u, values, count, cutoff)
         if ROTATION:
             # Jacobi rotations have determinant +1, hence so has v.
             sign = determinant_sign(u, short)
             u = tl.where(column == short - 1, u * sign[None, :, None], u)
         found = product(tl.permute(u, (1, 0, 2)), tl.permute(v, (1, 2, 0)), MODE)
-        tl.store(factor + place, tl.permute(found, (1, 0, 2)), mask=here)
+        tl.store(factor + first + offset, tl.permute(found, (1, 0, 2)), mask=here)
         tl.store(rank + member, count.to(tl.int64), mask=pending)

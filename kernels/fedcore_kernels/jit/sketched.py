@@ -50,7 +50,8 @@ def _weighted_rows(
     place = first + row[:, None] * n + index[None, :]
     total = tl.zeros((BLOCK_M, N), tl.float64)
     for slab in range(0, slabs):
-        total += tl.load(partials + slab * slab_stride + place, mask=inside, other=0.0)
+        part = partials + tl.cast(slab, tl.int64) * slab_stride
+        total += tl.load(part + place, mask=inside, other=0.0)
     weight = tl.load(root + row // RANK, mask=row < rows, other=0.0)
     return total * weight[:, None], weight, place, inside
 

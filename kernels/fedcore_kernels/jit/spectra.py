@@ -77,10 +77,7 @@ def svd_kernel(
     a = tl.load(matrix + first + row * row_stride + column * column_stride, mask=here, other=0.0)
     u, found, v, rank = jacobi_svd(a.to(dtype), SWEEPS)
     u = completed(u, rank, long, short)
-    if SIGN_TALL:
-        signs = column_signs(u)
-    else:
-        signs = column_signs(v)
+    signs = column_signs(u) if SIGN_TALL else column_signs(v)
     place = tall + first + row * tall_row + column * tall_column
     tl.store(place, u * signs[None, :, :], mask=here)
     place = square + member[None, :, None] * short * short

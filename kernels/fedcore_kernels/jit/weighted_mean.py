@@ -23,12 +23,13 @@ def weighted_mean_kernel(
     total = tl.zeros((BLOCK,), dtype)
     row = updates + column
     stride = tl.multiple_of(tl.cast(row_stride, tl.int64), ALIGNMENT)
+    last = tl.multiple_of(tl.cast(columns, tl.int64), ALIGNMENT)
     # Loads do not wait for the sum, so unrolling keeps that many rows in flight.
     for client in tl.range(0, clients, loop_unroll_factor=UNROLL):
         step = tl.load(steps + client).to(dtype)
         # An absent client has no columns: nothing is loaded and nothing changes.
-        here = column < tl.where(step > 0, columns, 0)
+        here = column < tl.where(step > 0, last, 0)
         x = tl.load(row, mask=here, other=0.0, eviction_policy="evict_first")
         total = tl.where(here, total + step * (x.to(dtype) - total), total)
         row += stride
-    tl.store(mean + column, total, mask=column < columns)
+    tl.store(mean + column, total, mask=column < last)
