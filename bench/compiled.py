@@ -123,7 +123,7 @@ def main(arguments: list[str] | None = None) -> None:
     warnings.filterwarnings("ignore", category=UserWarning, module="triton")
     text = f"""# What the kernels compile to
 
-triton {version("triton")}, torch {version("torch")}, {date.today()}; compiled for the card, not run.
+triton {version("triton")}, torch {version("torch")}, {date.today()}; compiled, not run on a card.
 `python -m bench.compiled --out bench/results`
 
 Each cell: registers a thread (and spilled bytes) / bytes of shared memory a block / loads of 16

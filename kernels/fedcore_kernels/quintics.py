@@ -2,8 +2,8 @@
 
 ``X <- a X + b X X^T X + c (X X^T)^2 X`` applies ``p(x) = a x + b x^3 + c x^5`` to every singular
 value. On an interval [l, u] the best such p has ``max |1 - p| = E`` and reaches it four times with
-alternating sign (Remez); the next quintic starts from [1 - E, 1 + E], and composing the best quintic
-of each step is best for the composition.
+alternating sign (Remez); the next quintic starts from [1 - E, 1 + E], and composing the best
+quintic of each step is best for the composition.
 
 Reference: N. Amsel, D. Persson, C. Musco, R. M. Gower, The Polar Express, arXiv 2505.16932.
 """
@@ -17,8 +17,8 @@ import torch
 
 Quintic = tuple[float, float, float]
 
-# Upper ends are taken this much wider than exact arithmetic needs: early quintics are so steep there
-# that round-off outside of the interval would grow twentyfold with every step.
+# Upper ends are taken this much wider than exact arithmetic needs: early quintics are so steep
+# there that round-off outside of the interval would grow twentyfold with every step.
 _SLACK = 1e-2
 
 # Below this relative width the equations of Remez are singular in fp64, and Taylor's quintic,
@@ -58,8 +58,8 @@ def best_quintic(low: float, high: float) -> tuple[Quintic, float]:
 def quintics(lower: float, tolerance: float) -> tuple[Quintic, ...]:
     """Quintics that carry [lower, 1] to within ``tolerance`` of 1, one after the other.
 
-    Below ``lower`` the composition falls off: at ``lower / 2`` it stays 1e-2 away from 1, so that a
-    value which arrives was above ``lower / 2``.
+    Below ``lower`` the composition falls off: up to ``lower / 4`` it stays 3e-3 away from 1, so
+    that a value which arrives was above ``lower / 4``.
     """
     low, high, error = lower, 1 + _SLACK, 1.0
     found = []

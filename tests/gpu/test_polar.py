@@ -15,10 +15,10 @@ from torch import Tensor
 from fedcore_kernels import backend, chosen_backend, procrustes
 from fedcore_kernels import polar as polar_op
 from fedcore_kernels.cuda import polar as launchers
-from fedcore_kernels.cuda.quintics import quintics, value
 from fedcore_kernels.cuda.spectra import SWEEPS
 from fedcore_kernels.jit.jacobi import identity
 from fedcore_kernels.jit.polar import determinant_sign, polar_by_svd
+from fedcore_kernels.quintics import quintics, value
 from tests.reference.tolerance import assert_close, tolerance
 
 # Branches that a card computes and masks, NumPy warns about in the interpreter.

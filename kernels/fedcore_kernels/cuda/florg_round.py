@@ -23,7 +23,9 @@ from fedcore_kernels.steps import EPS_REL, FactorStep, principal
 
 
 @lru_cache(maxsize=64)
-def _ranks(layout: FactorLayout, client_stride: int) -> tuple[tuple[Segments, tuple[int, ...]], ...]:
+def _ranks(
+    layout: FactorLayout, client_stride: int
+) -> tuple[tuple[Segments, tuple[int, ...]], ...]:
     """Factors of each rank, and which of the layout's factor slots they are."""
     by_rank: dict[int, list[int]] = {}
     for index, slot in enumerate(layout.factor_slots):
@@ -103,9 +105,7 @@ def florg_round(
     for group in layout.groups:
         check_gauge(group.view(before))
     root = root_shares(weights, uploads)
-    row = torch.zeros(
-        layout.size, dtype=checks.accumulator(uploads.dtype), device=uploads.device
-    )
+    row = torch.zeros(layout.size, dtype=checks.accumulator(uploads.dtype), device=uploads.device)
     reports = [
         _step(uploads, root, before.contiguous(), segments, variant, row)
         for segments, _ in _ranks(layout, uploads.stride(0))

@@ -21,11 +21,11 @@ from torch import Tensor
 
 from fedcore_kernels import checks
 from fedcore_kernels.cuda.configurations import configuration
-from fedcore_kernels.cuda.quintics import quintics
 from fedcore_kernels.cuda.spectra import SWEEPS, power_of_two
 from fedcore_kernels.jit.polar import GENERAL_DOT, polar_jacobi_kernel, polar_kernel
 from fedcore_kernels.jit.procrustes import cross_product_kernel
 from fedcore_kernels.polar import Polar
+from fedcore_kernels.quintics import quintics
 
 # Shares of the largest singular value from which the quintics of one attempt after the other start:
 # 6 products of three for most matrices, 9 more for the others. Quintics that start from 1e-4 alone

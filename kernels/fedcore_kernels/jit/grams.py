@@ -69,7 +69,8 @@ def cross_gram_kernel(
             other=0.0,
         )
         if MODE == "fp64":
-            total = tl.dot(a.to(tl.float64), tl.trans(b.to(tl.float64)), total)
+            b_columns = tl.trans(b.to(tl.float64))
+            total = tl.dot(a.to(tl.float64), b_columns, total, out_dtype=tl.float64)
         elif MODE == "bf16":
             high, middle, low = bf16_parts(b.to(tl.float32))
             block = tl.dot(a, tl.trans(low))
@@ -129,7 +130,8 @@ def gram_kernel(
             other=0.0,
         )
         if MODE == "fp64":
-            total = tl.dot(a.to(tl.float64), tl.trans(b.to(tl.float64)), total)
+            b_columns = tl.trans(b.to(tl.float64))
+            total = tl.dot(a.to(tl.float64), b_columns, total, out_dtype=tl.float64)
         else:
             total += tl.dot(a, tl.trans(b)).to(tl.float64)
     left = tl.load(root + row // RANK, mask=row < rows, other=0.0)

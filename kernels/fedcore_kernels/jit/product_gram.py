@@ -40,7 +40,8 @@ def _gram_tile(
         b = tl.load(
             b_row[:, None] + column[None, :], mask=there[:, None] & inside[None, :], other=0.0
         )
-        total = tl.dot(a.to(tl.float64), tl.trans(b.to(tl.float64)), total)
+        columns = tl.trans(b.to(tl.float64))
+        total = tl.dot(a.to(tl.float64), columns, total, out_dtype=tl.float64)
     return total
 
 

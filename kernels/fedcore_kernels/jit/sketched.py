@@ -86,7 +86,7 @@ def sketched_core_kernel(
         c, _, _, _ = _weighted_rows(
             partials, root, first, start, rows, n, slabs, slab_stride, RANK, N, BLOCK_M
         )
-        gram = tl.dot(tl.trans(c), c, gram)
+        gram = tl.dot(tl.trans(c), c, gram, out_dtype=tl.float64)
     energies, w = symmetric_jacobi(gram, n, SWEEPS)
     clear = (energies > floor * floor * tl.max(energies, 0)) & (energies > 0)
     values = tl.sqrt(tl.where(clear, energies, 1.0))
