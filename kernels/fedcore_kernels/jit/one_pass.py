@@ -1,8 +1,8 @@
 """The sum of the sketched step from one read of the uploads.
 
 A program keeps the whole width of a few clients' factors on the chip: the same tile serves the
-product with the basis and the sum. ``partials[group, factor]`` is ``sum_n w_n A_n^T (A_n V^T)`` over
-a group of clients.
+product with the basis and the sum. ``partials[group, factor]`` is ``sum_n w_n A_n^T (A_n V^T)``
+over a group of clients.
 """
 
 import triton
