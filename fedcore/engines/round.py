@@ -30,13 +30,17 @@ BYTES_PER_NUMBER = 4
 
 @dataclass(frozen=True)
 class Trained:
-    """What local training left: the cohort and each client's loss, accuracy, private tensors."""
+    """What local training left: the cohort and each client's loss, accuracy, private tensors.
+
+    ``flags`` are those of the uploads, each with its client's name.
+    """
 
     cohort: Cohort
     losses: Mapping[str, float]
     local_accuracy: Mapping[str, float]
     private: Mapping[str, Mapping[str, Tensor]]
     reported: tuple[str, ...]
+    flags: tuple[str, ...]
 
 
 def run_round(bench: Workbench, state: ServerState, observer: Observer) -> ServerState:
@@ -77,7 +81,7 @@ def run_round(bench: Workbench, state: ServerState, observer: Observer) -> Serve
         "clients": _client_records(bench, trained, outcome),
         "sampled": list(sampled),
         "dropped": [{"client": d.client_id, "reason": d.reason} for d in trained.cohort.dropped],
-        "flags": list(result.flags),
+        "flags": [*trained.flags, *result.flags],
         "bytes_up": up,
         "bytes_down": down,
         "seconds": seconds,
@@ -165,6 +169,7 @@ def _train(
     sent = method.upload_layout(state.layout, t)
     frozen = method.frozen_layout(state.layout, t)
     constants = [bench.binding.constants[name] for name in sorted(bench.binding.constants)]
+    broadcast = Broadcast(state.layout, state.row)
     expected = digest(state.layout.gather(state.row, frozen), frozen, constants)
     builder = CohortBuilder(sent, sampled, round=t, dtype=state.row.dtype)
     local = recipe.training.settings()
@@ -177,7 +182,8 @@ def _train(
     losses: dict[str, float] = {}
     accuracy: dict[str, float] = {}
     private = {client: dict(tensors) for client, tensors in state.private.items()}
-    reported = []
+    reported: list[str] = []
+    flags: list[str] = []
     steps = sum(
         _steps(bench.training_indices(c), local.steps, local.epochs, local.batch_size)
         for c in sampled
@@ -215,14 +221,17 @@ def _train(
         if kept:
             private[client] = kept
         reported.append(client)
-        bench.binding.read(sent, out=builder.row(client))
+        row = bench.binding.read(sent, out=builder.row(client))
+        upload = method.prepare_upload(row, sent, broadcast, t)
+        row.copy_(upload.row)
+        flags += [f"{client}: {flag}" for flag in upload.flags]
         held = digest(bench.binding.read(frozen), frozen, constants)
         examples = len(bench.training_indices(client))
         weight = float(examples) if recipe.round.weighting == "examples" else 1.0
         builder.receive(client, weight, round=t, frozen=held, expected_frozen=expected)
     cohort = builder.finish(recipe.round.on_invalid)
     _refuse_identical(bench, cohort)
-    return Trained(cohort, losses, accuracy, private, tuple(reported))
+    return Trained(cohort, losses, accuracy, private, tuple(reported), tuple(flags))
 
 
 def _refuse_identical(bench: Workbench, cohort: Cohort) -> None:

@@ -1,6 +1,6 @@
 """Aggregation methods: each a client half and a server half in one file of its name."""
 
-from fedcore.methods.base import Aggregate, Broadcast, ClientPlan, Method, Traits
+from fedcore.methods.base import Aggregate, Broadcast, ClientPlan, Method, Traits, Upload
 from fedcore.methods.catalog import METHODS, create_method, describe_methods, find_method
 
 __all__ = [
@@ -10,6 +10,7 @@ __all__ = [
     "ClientPlan",
     "Method",
     "Traits",
+    "Upload",
     "create_method",
     "describe_methods",
     "find_method",

@@ -69,6 +69,19 @@ class Broadcast:
 
 
 @dataclass(frozen=True)
+class Upload:
+    """What a client sends: a row, and what a user should know of how it was made.
+
+    Attributes:
+        row: ``(P,)`` in the upload layout of the round.
+        flags: trouble that the client half met; they go into the round's record with its name.
+    """
+
+    row: Tensor
+    flags: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class StepReport:
     """What the server step found out about one module.
 
@@ -118,6 +131,23 @@ class Method(ABC):
         factors = frozenset(FACTORS[self.family])
         return ClientPlan(trains=factors, sends=factors)
 
+    def prepare_upload(
+        self, row: Tensor, layout: FactorLayout, broadcast: Broadcast, round: int
+    ) -> Upload:
+        """The end of the client half: what is done to the trained tensors before they are sent.
+
+        Called on the client after local training. A pure function of its arguments: only the upload
+        changes, while the client's model, its optimiser state and its frozen factors stay as
+        training left them. The default sends ``row`` itself.
+
+        Args:
+            row: ``(P,)`` what training left of the tensors to be sent; not to be written to.
+            layout: the upload layout of ``round``.
+            broadcast: the global state that the client started from.
+            round: the server's round, counted from 0.
+        """
+        return Upload(row)
+
     @abstractmethod
     def aggregate(self, cohort: Cohort, previous: Broadcast) -> Aggregate:
         """The server half: the next global row from a round's valid uploads.
@@ -148,13 +178,14 @@ class Method(ABC):
         if self.traits.mixed_ranks or not cohort.mixed_ranks:
             return
         full = cohort.ranks.max(dim=0).values
+        mixed = "florg" if self.family == "gram" else "product_svd"
         for client, ranks in zip(cohort.client_ids, cohort.ranks, strict=True):
             if bool((ranks != full).any()):
                 module = cohort.layout.modules[int((ranks != full).nonzero()[0])]
                 raise FedcoreError(
                     f"round {cohort.round}: client {client} has rank {int(ranks.min())} in "
                     f"{module}, others up to {int(full.max())}; {self.name} needs equal ranks, "
-                    "florg accepts mixed ones"
+                    f"{mixed} accepts mixed ones"
                 )
 
 

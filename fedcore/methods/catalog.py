@@ -9,10 +9,14 @@ from fedcore.errors import FedcoreError, unknown_name
 from fedcore.methods.base import Method
 from fedcore.methods.centralised import Centralised
 from fedcore.methods.fedit import FedIT
+from fedcore.methods.fedrot import FedRot
 from fedcore.methods.ffa import FFA
+from fedcore.methods.flora_na import FloraNA
 from fedcore.methods.florg import FlorgAvgA, FlorgSketched, FlorgTruncated
 from fedcore.methods.head_only import HeadOnly
 from fedcore.methods.local_only import LocalOnly
+from fedcore.methods.lora_fair import LoRAFair
+from fedcore.methods.product_svd import ProductSvd
 from fedcore.methods.rolora import RoLoRA
 
 METHODS: tuple[type[Method], ...] = (
@@ -22,6 +26,10 @@ METHODS: tuple[type[Method], ...] = (
     FlorgTruncated,
     FlorgSketched,
     FlorgAvgA,
+    ProductSvd,
+    LoRAFair,
+    FedRot,
+    FloraNA,
     HeadOnly,
     LocalOnly,
     Centralised,

@@ -11,7 +11,7 @@ from fedcore.methods.linear import LinearAccumulator
 from tests.property.adapters import lora_state
 
 MODULES = ("encoder.layer.0.query", "encoder.layer.0.value")
-LINEAR = ("fedit", "ffa", "rolora", "florg.avg_a", "head_only", "centralised")
+LINEAR = ("fedit", "ffa", "rolora", "fedrot", "florg.avg_a", "head_only", "centralised")
 
 
 def lora_cohort(weights, *, seed=0, same=()):
@@ -101,7 +101,7 @@ def test_rolora_takes_turns_by_the_server_round_alone():
     assert {s.factor for s in method.upload_layout(layout, 1).factor_slots} == {"A"}
 
 
-@pytest.mark.parametrize("name", ["fedit", "ffa", "rolora"])
+@pytest.mark.parametrize("name", ["fedit", "ffa", "rolora", "fedrot"])
 def test_the_cohort_decides_and_nothing_else(name):
     method = create_method(name)
     cohort, previous = lora_cohort([2.0, 3.0, 1.0])
@@ -122,7 +122,7 @@ def test_the_cohort_decides_and_nothing_else(name):
     torch.testing.assert_close(method.aggregate(halves, previous).row, base, rtol=1e-12, atol=1e-14)
 
 
-@pytest.mark.parametrize("name", ["fedit", "ffa", "rolora"])
+@pytest.mark.parametrize("name", ["fedit", "ffa", "rolora", "fedrot"])
 def test_one_client_or_equal_clients_keep_their_model(name):
     method = create_method(name)
     cohort, previous = lora_cohort([4.0])
