@@ -18,9 +18,7 @@ from tests.reference.tolerance import UNITS, assert_close, relative_error
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # Clients times rank stay small or beyond the Jacobi kernels, which the interpreter runs slowly.
-SHAPES = [(2, 2, 3, 200), (300, 1, 1, 33), (1, 1, 1, 33), (11, 1, 7, 64), (2, 1, 3, 1000)]
-CASES = [(torch.float32, shape) for shape in SHAPES]
-CASES += [(dtype, shape) for dtype in DTYPES[1:] for shape in SHAPES[:2]]
+SHAPES = [(1, 1, 1, 33), (2, 2, 3, 200), (300, 1, 1, 33), (11, 1, 7, 64), (2, 1, 3, 1000)]
 
 # Above the rounding of 16-bit Grams and below the spectra of the cases: both sides cut alike.
 CUT = 1e-6
@@ -62,7 +60,8 @@ def check(found: FactorStep, expected: FactorStep, dtype: torch.dtype, width: in
         assert_close(1 + found.gap.to(precision), 1 + expected.gap, width, condition=condition)
 
 
-@pytest.mark.parametrize(("dtype", "shape"), CASES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_sketched_step_of_every_dtype_and_shape(
     dtype: torch.dtype, shape: tuple[int, int, int, int], device: torch.device
 ) -> None:
@@ -72,7 +71,8 @@ def test_sketched_step_of_every_dtype_and_shape(
     check(sketched(case, device, eps_rel=CUT), expected, dtype, shape[3])
 
 
-@pytest.mark.parametrize(("dtype", "shape"), CASES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_truncated_step_of_every_dtype_and_shape(
     dtype: torch.dtype, shape: tuple[int, int, int, int], device: torch.device
 ) -> None:
@@ -95,8 +95,8 @@ def test_ranks_at_and_beyond_the_small_decompositions(rank: int, device: torch.d
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_rounds_of_every_kind(kind: str, device: torch.device) -> None:
-    dtype = torch.float32 if kind in ("strided", "duplicates") else torch.bfloat16
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rounds_of_every_kind(kind: str, dtype: torch.dtype, device: torch.device) -> None:
     case = make_round(kind, 3, 2, 2, 40, seed=5, dtype=dtype)
     with backend("reference"):
         expected = nystrom_step(case.stack, case.weights, case.previous, CUT)
@@ -131,16 +131,10 @@ def test_laws_of_the_sketched_step(device: torch.device, case: Round) -> None:
     assert torch.linalg.eigvalsh(q - factor.mT @ factor).min() > -unit * size
 
 
-@pytest.mark.parametrize(
-    ("dtype", "kappa"),
-    [
-        *((torch.float32, kappa) for kappa in (1e1, 1e2, 1e3)),
-        *((dtype, kappa) for dtype in (torch.bfloat16, torch.float64) for kappa in (1e2, 1e3)),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("kappa", [1e1, 1e2, 1e3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_weakest_direction_against_sixty_digits(
-    dtype: torch.dtype, kappa: float, device: torch.device
+    kappa: float, dtype: torch.dtype, device: torch.device
 ) -> None:
     """Errors of the step alone: the definition gets the uploads as they were rounded.
 
@@ -168,7 +162,7 @@ def test_weakest_direction_against_sixty_digits(
     assert error < (linear if dtype == torch.float32 else square / step.gap.item())
 
 
-@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_previous_factor_that_lost_rank(dtype: torch.dtype, device: torch.device) -> None:
     """Sums of rows are null directions of it, whatever the rounding of their Gram."""
     case = make_round("random", 3, 2, 3, 160, seed=8, dtype=dtype)
@@ -187,7 +181,7 @@ def test_a_previous_factor_that_lost_rank(dtype: torch.dtype, device: torch.devi
     check(sketched(case, device, on_rank_loss="keep_prev"), expected, dtype, 160)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_uploads_in_a_common_subspace(dtype: torch.dtype, device: torch.device) -> None:
     """All rows are combinations of two; rounding must not pass for a third direction."""
     for seed in range(2):
