@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -97,6 +98,8 @@ def test_a_run_killed_at_any_instant_resumes_to_the_same_adapter(home, tmp_path)
 
 
 def test_interrupting_leaves_a_resumable_folder_and_says_how(home, tmp_path):
+    # A suite that runs in the background of a shell hands down an ignored SIGINT.
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     process = subprocess.Popen(
         [*COMMAND, "run", str(home / "tiny.toml"), "--rounds", "50", "--out", "cut"],
         cwd=tmp_path,
@@ -104,6 +107,7 @@ def test_interrupting_leaves_a_resumable_folder_and_says_how(home, tmp_path):
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=heard,
     )
     deadline = time.monotonic() + 120
     while not (tmp_path / "cut/state/round-0001").exists() and time.monotonic() < deadline:
