@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -25,9 +25,10 @@ from fedcore_kernels.layout import FactorLayout
 SCALE_POWER: Mapping[str, Mapping[str, float]] = {
     "lora": {"B": 1.0},
     "gram": {"A": 0.5},
+    "tri": {"R": 1.0},
     "none": {},
 }
-"""How a factor takes up its scaling: the update is ``s B A``, or ``s left A^T A right``."""
+"""How a factor takes up its scaling: updates are ``s B A``, ``s left A^T A right``, ``s B R A``."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class Cohort:
         ranks: ``(N, L)`` int64, the rank of each module (columns as ``layout.modules``).
         scalings: ``(N, L)`` fp64, what was absorbed, relative to the server's own scaling.
         dropped: clients left out, with reasons.
+        statistics: client id to what it told of its data before its first round, by name.
     """
 
     layout: FactorLayout
@@ -53,6 +55,7 @@ class Cohort:
     ranks: Tensor
     scalings: Tensor
     dropped: tuple[Dropped, ...] = ()
+    statistics: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.client_ids)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, NamedTuple
 
 from torch import Tensor
 
@@ -13,10 +13,15 @@ from fedcore.data.cohort import Cohort
 from fedcore.errors import FedcoreError
 from fedcore_kernels.layout import FactorLayout
 
-Family = Literal["lora", "gram", "none"]
+Family = Literal["lora", "gram", "tri", "none"]
 
-FACTORS: Mapping[str, tuple[str, ...]] = {"lora": ("A", "B"), "gram": ("A",), "none": ()}
-"""The factors of each adapter family."""
+FACTORS: Mapping[str, tuple[str, ...]] = {
+    "lora": ("A", "B"),
+    "gram": ("A",),
+    "tri": ("A", "B", "R"),
+    "none": (),
+}
+"""The factors of each adapter family; the core of a tri-factor adapter is ``R``."""
 
 
 @dataclass(frozen=True)
@@ -52,12 +57,17 @@ class ClientPlan:
     """The client half for one round: which factors train, and which of them are sent.
 
     Factors of the family that are not in ``trains`` are frozen: the client must hold them exactly
-    as broadcast.
+    as broadcast. What trains and is not sent is the client's own and never leaves it.
     """
 
     trains: frozenset[str]
     sends: frozenset[str]
     sends_dense: bool = True
+
+    @property
+    def keeps(self) -> frozenset[str]:
+        """The factors that a client trains and keeps to itself."""
+        return self.trains - self.sends
 
 
 @dataclass(frozen=True)
@@ -79,6 +89,13 @@ class Upload:
 
     row: Tensor
     flags: tuple[str, ...] = ()
+
+
+class LowRank(NamedTuple):
+    """A matrix ``outer^T inner (d_out, d_in)`` by its factors: ``(p, d_out)`` and ``(p, d_in)``."""
+
+    outer: Tensor
+    inner: Tensor
 
 
 @dataclass(frozen=True)
@@ -103,12 +120,18 @@ class Aggregate:
         changed: the part of the layout that is new.
         steps: module to what its step reported; empty for plain means.
         flags: things a user should know about this round.
+        residual: module to a low-rank increment of the base weight that the clients add to what
+            they hold already, as a frozen adapter of its own. Modules of rank 0 are left out.
+        personal: client id to a row in the cohort's layout, which that client receives in place of
+            the global row's values; a method that fills it is ``personalised``.
     """
 
     row: Tensor
     changed: FactorLayout
     steps: Mapping[str, StepReport] = field(default_factory=dict)
     flags: tuple[str, ...] = ()
+    residual: Mapping[str, LowRank] = field(default_factory=dict)
+    personal: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class Method(ABC):
@@ -125,6 +148,10 @@ class Method(ABC):
     traits: ClassVar[Traits]
     population: ClassVar[Literal["clients", "alone", "pooled"]] = "clients"
     """``"clients"`` exchange each round, ``"alone"`` never, ``"pooled"`` is one holder of all."""
+    uploads: ClassVar[Literal["factors", "statistics"]] = "factors"
+    """Whether the slots of an upload hold the factors, or something that was computed of them."""
+    wants_features: ClassVar[bool] = False
+    """Whether :meth:`statistics` is to be called on every client before its first round."""
 
     def plan(self, round: int) -> ClientPlan:
         """The client half for ``round``, counted from 0 by the server; all trains, all is sent."""
@@ -148,6 +175,19 @@ class Method(ABC):
         """
         return Upload(row)
 
+    def statistics(self, features: Tensor, labels: Tensor, seed: int) -> Mapping[str, Tensor]:
+        """What a client tells of its data once, before its first round; nothing by default.
+
+        Args:
+            features: ``(n, D)`` of the client's examples, from the frozen encoder.
+            labels: ``(n,)`` int64.
+            seed: the client's own, for whatever is drawn.
+
+        Returns:
+            Named tensors; the server finds them in ``cohort.statistics[client_id]``.
+        """
+        return {}
+
     @abstractmethod
     def aggregate(self, cohort: Cohort, previous: Broadcast) -> Aggregate:
         """The server half: the next global row from a round's valid uploads.
@@ -169,6 +209,59 @@ class Method(ABC):
         held = frozenset(FACTORS[self.family]) - plan.trains
         return broadcast.select(held, dense=False)
 
+    def private_layout(self, broadcast: FactorLayout, round: int) -> FactorLayout:
+        """The slots in which a client holds values of its own in place of the global ones."""
+        plan = self.plan(round)
+        return broadcast.select(plan.keeps, dense=not plan.sends_dense)
+
+    def from_mean(self, mean: Tensor, layout: FactorLayout, previous: Broadcast) -> Aggregate:
+        """The next global row from the weighted mean of the uploads alone, as a sum gives it.
+
+        Args:
+            mean: ``(P,)`` in ``layout``, the upload layout of the round.
+            layout: where each tensor stands in ``mean``.
+            previous: the global state that the clients started from.
+
+        Raises:
+            FedcoreError: the method needs more than a sum, so it cannot run behind secure
+                aggregation.
+        """
+        raise FedcoreError(
+            f"{self.name} needs every upload, a sum-only aggregator shows it their sum alone; "
+            "methods whose trait `linear` is yes can run behind one"
+        )
+
+    def for_client(self, state: Broadcast, held: Broadcast, ranks: Sequence[int]) -> Tensor:
+        """The global row as a client of lower ranks receives it: its leading rows.
+
+        Args:
+            state: the global state, as :meth:`aggregate` left it.
+            held: what the client started its last round from; of the same layout.
+            ranks: L numbers in the order of ``layout.modules``, each from 1 to the layout's.
+
+        Returns:
+            ``(P,)`` rows beyond a module's rank are zero.
+
+        Raises:
+            FedcoreError: a rank out of its range, another number of ranks than modules, or ranks
+                below the layout's where the method needs equal ones.
+        """
+        kept = checked_ranks(state.layout, ranks)
+        row = state.row.clone()
+        for slot in state.layout.factor_slots:
+            rank = kept[slot.module]
+            if rank < slot.rows:
+                if not self.traits.mixed_ranks:
+                    raise FedcoreError(
+                        f"ranks asks for {rank} in {slot.module}; {self.name} needs equal ranks "
+                        f"({slot.rows})"
+                    )
+                view = state.layout.view(row, slot)
+                view[rank:] = 0
+                if slot.factor == "R":
+                    view[:, rank:] = 0
+        return row
+
     def check_cohort(self, cohort: Cohort) -> None:
         """Refuse mixed ranks unless the method has them.
 
@@ -187,6 +280,24 @@ class Method(ABC):
                     f"{module}, others up to {int(full.max())}; {self.name} needs equal ranks, "
                     f"{mixed} accepts mixed ones"
                 )
+
+
+def checked_ranks(layout: FactorLayout, ranks: Sequence[int]) -> dict[str, int]:
+    """Module to rank, from a client's ranks in the order of ``layout.modules``.
+
+    Raises:
+        FedcoreError: a rank outside of 1 to the layout's, or another number of ranks than modules.
+    """
+    modules = layout.modules
+    if len(ranks) != len(modules):
+        raise FedcoreError(f"ranks has {len(ranks)} entries; pass one for each of {modules}")
+    kept = dict(zip(modules, map(int, ranks), strict=True))
+    for slot in layout.factor_slots:
+        if not 1 <= kept[slot.module] <= slot.rows:
+            raise FedcoreError(
+                f"ranks asks for {kept[slot.module]} in {slot.module}; pass 1 to {slot.rows}"
+            )
+    return kept
 
 
 def unchanged(previous: Broadcast, reason: str) -> Aggregate:

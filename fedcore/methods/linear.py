@@ -8,6 +8,7 @@ from torch import Tensor
 from fedcore.data.cohort import Cohort
 from fedcore.methods.base import EMPTY_ROUND, Aggregate, Broadcast, Method, unchanged
 from fedcore_kernels import weighted_mean
+from fedcore_kernels.layout import FactorLayout
 
 
 class LinearMethod(Method):
@@ -22,9 +23,14 @@ class LinearMethod(Method):
         self.check_cohort(cohort)
         if not len(cohort):
             return unchanged(previous, EMPTY_ROUND)
-        mean = weighted_mean(cohort.updates, cohort.weights)
-        row = previous.layout.scatter(previous.row, cohort.layout, mean.to(previous.row.dtype))
-        return Aggregate(row, cohort.layout)
+        return self.from_mean(
+            weighted_mean(cohort.updates, cohort.weights), cohort.layout, previous
+        )
+
+    def from_mean(self, mean: Tensor, layout: FactorLayout, previous: Broadcast) -> Aggregate:
+        """The mean itself, in the slots of the upload."""
+        row = previous.layout.scatter(previous.row, layout, mean.to(previous.row.dtype))
+        return Aggregate(row, layout)
 
     def accumulator(self) -> LinearAccumulator:
         """An empty sum, for uploads that arrive one by one."""

@@ -19,6 +19,7 @@ from fedcore.methods.base import (
     Method,
     StepReport,
     Traits,
+    checked_ranks,
     unchanged,
 )
 from fedcore.methods.pairs import PairGroup, check_whole_upload, pair_groups, with_dense_means
@@ -120,14 +121,7 @@ class ProductSvd(Method):
         Raises:
             FedcoreError: a rank out of its range, or another number of ranks than modules.
         """
-        layout, modules = state.layout, state.layout.modules
-        if len(ranks) != len(modules):
-            raise FedcoreError(f"ranks has {len(ranks)} entries; pass one for each of {modules}")
-        kept = dict(zip(modules, map(int, ranks), strict=True))
-        for module, rank in kept.items():
-            full = layout.by_name[f"{module}.A"].rows
-            if not 1 <= rank <= full:
-                raise FedcoreError(f"ranks asks for {rank} in {module}; pass 1 to {full}")
+        layout, kept = state.layout, checked_ranks(state.layout, ranks)
         row = state.row.clone()
         for group in pair_groups(layout, kept):
             outer, inner = group.stacks(state.row)
