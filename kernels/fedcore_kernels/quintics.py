@@ -38,15 +38,16 @@ def best_quintic(low: float, high: float) -> tuple[Quintic, float]:
     if 1 - low / high < _NARROW:
         middle = (low + high) / 2
         taylor = (15 / 8 / middle, -10 / 8 / middle**3, 3 / 8 / middle**5)
-        ends = torch.tensor([low, high], dtype=torch.float64)
+        ends = torch.tensor([low, high], dtype=torch.float64, device="cpu")
         return taylor, (1 - value(taylor, ends)).abs().max().item()
+    # On the CPU whatever the default device is: a handful of numbers, read back at every step.
     # In x^2 the two inner extrema solve a quadratic; they move little from step to step.
     inner = [(3 * low + high) / 4, (low + 3 * high) / 4]
-    signs = torch.tensor([1.0, -1.0, 1.0, -1.0], dtype=torch.float64)
+    signs = torch.tensor([1.0, -1.0, 1.0, -1.0], dtype=torch.float64, device="cpu")
     error, before = 1.0, 0.0
     while abs(error - before) > 1e-14:
         before = error
-        x = torch.tensor([low, *inner, high], dtype=torch.float64)
+        x = torch.tensor([low, *inner, high], dtype=torch.float64, device="cpu")
         system = torch.stack([x, x**3, x**5, signs], dim=1)
         a, b, c, error = torch.linalg.solve(system, torch.ones_like(x)).tolist()
         root = sqrt(9 * b * b - 20 * a * c)

@@ -71,7 +71,9 @@ register("svd_small", "torch", _svd_body, reads_values)
 
 
 def eigh_small(matrix: checks.ArrayLike) -> Eigh:
-    """Eigenvalues and eigenvectors of the symmetric part of ``matrix``, computed in fp64.
+    """Eigenvalues and eigenvectors of the symmetric part of ``matrix``.
+
+    Computed in fp64; the CUDA kernel solves fp32 and 16-bit input in fp32.
 
     Args:
         matrix: (..., n, n) floating point, n up to a few hundred.
@@ -92,7 +94,9 @@ def eigh_small(matrix: checks.ArrayLike) -> Eigh:
 
 
 def svd_small(matrix: checks.ArrayLike) -> Svd:
-    """The thin singular value decomposition of ``matrix``, computed in fp64.
+    """The thin singular value decomposition of ``matrix``.
+
+    Computed in fp64; the CUDA kernel solves fp32 and 16-bit input in fp32.
 
     Args:
         matrix: (..., p, q) floating point, its smaller side up to a few hundred.
