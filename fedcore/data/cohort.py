@@ -197,6 +197,7 @@ class CohortBuilder:
         round: int | None = None,
         frozen: str | None = None,
         expected_frozen: str | None = None,
+        ranks: Mapping[str, int] | None = None,
     ) -> None:
         """Declare a row complete and check it.
 
@@ -205,11 +206,16 @@ class CohortBuilder:
             round: the round the client trained for; another one than the builder's is stale.
             frozen: digest of what the client must not have changed.
             expected_frozen: the server's digest of the same.
+            ranks: module to the client's rank, where its row was not filled from an adapter and
+                the ranks are not the layout's.
         """
         place = self._place(client_id)
         if client_id in self._received:
             raise FedcoreError(f"round {self.round}: client {client_id} reported twice")
         self._received.add(client_id)
+        if ranks is not None:
+            kept = [ranks[module] for module in self.layout.modules]
+            self._ranks[place] = torch.tensor(kept, dtype=torch.int64)
         stale = round is not None and round != self.round
         changed = expected_frozen is not None and frozen != expected_frozen
         problem = (

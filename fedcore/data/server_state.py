@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedcore.data.low_rank import LowRank, accumulated
 from fedcore.data.peft_files import read_tensors, write_tensors, write_text
 from fedcore.errors import FedcoreError
 from fedcore_kernels.layout import FactorLayout
@@ -30,6 +31,8 @@ class ServerState:
         row: ``(P,)`` the global adapter and dense tensors.
         private: client id to named tensors that never leave the client (optimiser state, private
             factors); the local engine keeps them here so that a run can be resumed.
+        residual: module to the low-rank update of its base weight that the rounds so far add up to.
+        residual_sizes: numbers in the increment of each round that had one, by round.
         versions: slot name to the round that last changed it; clients download what is newer than
             what they hold.
         client_versions: client id to the round up to which it holds everything.
@@ -41,6 +44,8 @@ class ServerState:
     layout: FactorLayout
     row: Tensor
     private: Private = field(default_factory=dict)
+    residual: Mapping[str, LowRank] = field(default_factory=dict)
+    residual_sizes: Mapping[int, int] = field(default_factory=dict)
     versions: Mapping[str, int] = field(default_factory=dict)
     client_versions: Mapping[str, int] = field(default_factory=dict)
     traffic: Mapping[str, int] = field(default_factory=dict)
@@ -55,14 +60,29 @@ class ServerState:
             [(s.module, s.shape) for s in newer if s.shape is not None],
         )
 
+    def stale_residual(self, client_id: str) -> int:
+        """Numbers that ``client_id`` must download to hold the residual: the increments that it
+        missed, or the whole sum where that is smaller.
+        """
+        seen = self.client_versions.get(client_id, -2)
+        missed = sum(size for round, size in self.residual_sizes.items() if round > seen)
+        return min(missed, sum(part.numel for part in self.residual.values()))
+
     def advanced(
         self,
         row: Tensor,
         changed: FactorLayout,
         cohort: tuple[str, ...],
         private: Private,
+        residual: Mapping[str, LowRank] | None = None,
     ) -> ServerState:
-        """The state one round later: ``changed`` slots are new, ``cohort`` saw this state."""
+        """The state one round later: ``changed`` slots are new, ``cohort`` saw this state.
+
+        ``residual`` is the increment of the base weights, if any.
+        """
+        increment = residual or {}
+        size = sum(part.numel for part in increment.values())
+        sizes = {**self.residual_sizes, **({self.round: size} if size else {})}
         versions = {**self.versions, **{slot.name: self.round for slot in changed}}
         seen = {**self.client_versions, **dict.fromkeys(cohort, self.round - 1)}
         return replace(
@@ -70,6 +90,8 @@ class ServerState:
             round=self.round + 1,
             row=row,
             private=private,
+            residual=accumulated(self.residual, increment),
+            residual_sizes=sizes,
             versions=versions,
             client_versions=seen,
         )
@@ -82,6 +104,13 @@ def write_state(state: ServerState, folder: Path) -> Path:
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     write_tensors({"row": state.row}, temporary / "server.safetensors")
+    if state.residual:
+        parts = {
+            f"{module}/{side}": tensor
+            for module, part in sorted(state.residual.items())
+            for side, tensor in part._asdict().items()
+        }
+        write_tensors(parts, temporary / "residual.safetensors")
     if state.private:
         flat = {
             f"{client}/{name}": tensor
@@ -95,6 +124,8 @@ def write_state(state: ServerState, folder: Path) -> Path:
             [slot.module, slot.factor, slot.rows, slot.width, slot.shape] for slot in state.layout
         ],
         "has_private": bool(state.private),
+        "residual_modules": sorted(state.residual),
+        "residual_sizes": [[round, size] for round, size in sorted(state.residual_sizes.items())],
         "versions": dict(state.versions),
         "client_versions": dict(state.client_versions),
         "traffic": dict(state.traffic),
@@ -128,11 +159,18 @@ def read_state(folder: Path) -> ServerState:
             for key, tensor in read_tensors(folder / "clients.safetensors", "state").items():
                 client, _, name = key.partition("/")
                 private.setdefault(client, {})[name] = tensor
+        # States of runs without one were written before there was a residual.
+        residual_modules = about.get("residual_modules", [])
+        parts = read_tensors(folder / "residual.safetensors", "state") if residual_modules else {}
         state = ServerState(
             round=about["round"],
             layout=layout,
             row=row,
             private=private,
+            residual={
+                m: LowRank(parts[f"{m}/outer"], parts[f"{m}/inner"]) for m in residual_modules
+            },
+            residual_sizes=dict(about.get("residual_sizes", [])),
             versions=about["versions"],
             client_versions=about["client_versions"],
             traffic=about["traffic"],

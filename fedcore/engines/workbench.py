@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +13,7 @@ from fedcore.data.seeding import derive_seed
 from fedcore.engines.observer import Observer
 from fedcore.engines.trials import check_sources
 from fedcore.errors import FedcoreError
-from fedcore.methods import Method
+from fedcore.methods import METHODS, Method
 from fedcore.recipes import Recipe
 from fedcore.training.binding import ModelBinding
 from fedcore.training.datasets import (
@@ -23,10 +23,12 @@ from fedcore.training.datasets import (
     subsample,
 )
 from fedcore.training.encoding import EncodedDataset, encode
+from fedcore.training.features import mean_states
 from fedcore.training.forward import Forward
 from fedcore.training.models import load_classifier
 from fedcore.training.partitions import Partition, assign_like, partition
 from fedcore.training.prefix import FrozenPrefix
+from fedcore.training.residual import FrozenResidual
 from fedcore.tuners.attach import attach_adapter
 
 POOLED = "everyone"
@@ -51,6 +53,9 @@ class Workbench:
         test_shards: client id to its part of the held-out examples; together they are ``test``.
         test: the held-out examples.
         counts: per client and label, training and held-out examples, for the report.
+        residual: where the low-rank updates of base weights are applied.
+        ranks: client id to module to rank, where clients differ in rank; otherwise empty.
+        statistics: client id to what it tells of its data before its first round.
     """
 
     recipe: Recipe
@@ -64,6 +69,9 @@ class Workbench:
     test: Tensor
     label_names: tuple[str, ...]
     counts: Mapping[str, Any]
+    residual: FrozenResidual
+    ranks: Mapping[str, Mapping[str, int]]
+    statistics: Mapping[str, Mapping[str, Tensor]]
 
     @property
     def trainers(self) -> tuple[str, ...]:
@@ -133,11 +141,18 @@ def build_workbench(recipe: Recipe, observer: Observer, shelf: Shelf | None = No
     shards = {c: train[torch.tensor(i)] for c, i in zip(ids, parts.indices, strict=True)}
     test_shards = {c: test[torch.tensor(i)] for c, i in zip(ids, held_out.indices, strict=True)}
     prefix, states = _prefix(recipe, model, examples, dataset_key, shelf, observer)
+    binding = ModelBinding.of(model)
+    modules = binding.layout.modules
+    ranks = client_ranks(recipe, method, ids, modules)
+    statistics = {}
+    if method.wants_features:
+        observer.preparing("what the clients tell of their data")
+        statistics = _statistics(recipe, method, model, examples, shards)
     return Workbench(
         recipe=recipe,
         method=method,
         model=model,
-        binding=ModelBinding.of(model),
+        binding=binding,
         forward=Forward(model, examples, prefix, states),
         examples=examples,
         shards=shards,
@@ -150,7 +165,50 @@ def build_workbench(recipe: Recipe, observer: Observer, shelf: Shelf | None = No
             "class_counts": _count(shards, examples, classes),
             "test_counts": _count(test_shards, examples, classes),
         },
+        residual=FrozenResidual(model, modules),
+        ranks=ranks,
+        statistics=statistics,
     )
+
+
+def client_ranks(
+    recipe: Recipe, method: Method, ids: Sequence[str], modules: Sequence[str]
+) -> dict[str, dict[str, int]]:
+    """Client id to module to rank, from ``adapter.client_ranks``; empty where all are equal.
+
+    Raises:
+        FedcoreError: clients of different rank, and a method that needs equal ones.
+    """
+    given = recipe.adapter.client_ranks
+    if not given or all(rank == recipe.adapter.rank for rank in given):
+        return {}
+    if not method.traits.mixed_ranks:
+        able = [m.name for m in METHODS if m.traits.mixed_ranks and m.family == method.family]
+        raise FedcoreError(
+            f"adapter.client_ranks is {list(given)}; {method.name} needs equal ranks, these take "
+            f"mixed ones: {', '.join(able)}"
+        )
+    return {
+        client: dict.fromkeys(modules, given[i % len(given)])
+        for i, client in enumerate(sorted(ids))
+    }
+
+
+def _statistics(
+    recipe: Recipe,
+    method: Method,
+    model: nn.Module,
+    examples: EncodedDataset,
+    shards: Mapping[str, Tensor],
+) -> dict[str, Mapping[str, Tensor]]:
+    """What each client tells of its data, of the features that the base model gives them."""
+    features = mean_states(model, examples, recipe.evaluation.batch_size)
+    return {
+        client: method.statistics(
+            features[indices], examples.labels[indices], derive_seed(recipe.seed, "told", client)
+        )
+        for client, indices in sorted(shards.items())
+    }
 
 
 def client_ids(clients: int) -> tuple[str, ...]:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
 from fedcore.data.cohort import Cohort
+from fedcore.data.low_rank import LowRank
 from fedcore.errors import FedcoreError
 from fedcore_kernels.layout import FactorLayout
 
@@ -91,13 +92,6 @@ class Upload:
     flags: tuple[str, ...] = ()
 
 
-class LowRank(NamedTuple):
-    """A matrix ``outer^T inner (d_out, d_in)`` by its factors: ``(p, d_out)`` and ``(p, d_in)``."""
-
-    outer: Tensor
-    inner: Tensor
-
-
 @dataclass(frozen=True)
 class StepReport:
     """What the server step found out about one module.
@@ -150,6 +144,8 @@ class Method(ABC):
     """``"clients"`` exchange each round, ``"alone"`` never, ``"pooled"`` is one holder of all."""
     uploads: ClassVar[Literal["factors", "statistics"]] = "factors"
     """Whether the slots of an upload hold the factors, or something that was computed of them."""
+    restarts: ClassVar[bool] = False
+    """Whether every round starts a fresh adapter, so that optimiser moments mean nothing in it."""
     wants_features: ClassVar[bool] = False
     """Whether :meth:`statistics` is to be called on every client before its first round."""
 
@@ -168,8 +164,8 @@ class Method(ABC):
         training left them. The default sends ``row`` itself.
 
         Args:
-            row: ``(P,)`` what training left of the tensors to be sent; not to be written to.
-            layout: the upload layout of ``round``.
+            row: ``(P,)`` what training left of the tensors in ``layout``; not to be written to.
+            layout: the :meth:`read_layout` of ``round``.
             broadcast: the global state that the client started from.
             round: the server's round, counted from 0.
         """
@@ -202,6 +198,10 @@ class Method(ABC):
         """The layout of one upload in ``round``."""
         plan = self.plan(round)
         return broadcast.select(plan.sends, dense=plan.sends_dense)
+
+    def read_layout(self, broadcast: FactorLayout, round: int) -> FactorLayout:
+        """The layout of what :meth:`prepare_upload` is shown; that of the upload by default."""
+        return self.upload_layout(broadcast, round)
 
     def frozen_layout(self, broadcast: FactorLayout, round: int) -> FactorLayout:
         """The factors that no client may change in ``round``."""

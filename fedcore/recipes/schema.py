@@ -45,15 +45,27 @@ class PartitionSection(Section):
 
 
 class AdapterSection(Section):
-    """The adapter every client trains; which family it is follows from the method."""
+    """The adapter every client trains; which family it is follows from the method.
+
+    ``client_ranks`` gives the clients ranks of their own, in order of their ids and over again
+    from the first; none may exceed ``rank``, the server's.
+    """
 
     rank: int = Field(4, ge=1)
+    client_ranks: tuple[int, ...] | None = None
     alpha: float = Field(16.0, gt=0)
     use_rslora: bool = False
     target_modules: tuple[str, ...] = ("query", "value")
     layers: tuple[int, ...] | None = None
     init_std: float | None = Field(None, gt=0)
     frame: Literal["structured", "qr"] = "structured"
+
+    @model_validator(mode="after")
+    def _ranks_fit(self) -> AdapterSection:
+        for rank in self.client_ranks or ():
+            if not 1 <= rank <= self.rank:
+                raise ValueError(f"client_ranks holds {rank}; pass 1 to adapter.rank = {self.rank}")
+        return self
 
 
 class MethodSection(BaseModel):

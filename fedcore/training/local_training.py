@@ -29,6 +29,14 @@ class LocalSettings:
     clip_norm: float | None = 1.0
     autocast: bool = False
 
+    def count_steps(self, examples: int) -> int:
+        """Optimiser steps of a client that holds so many examples; none without any."""
+        if examples == 0:
+            return 0
+        if self.steps is not None:
+            return self.steps
+        return self.epochs * -(-examples // self.batch_size)
+
 
 @dataclass(frozen=True)
 class LocalResult:
@@ -70,7 +78,7 @@ def train_client(
     """
     keep = optimiser_settings.state == "keep"
     optimiser = build_optimiser(parameters, dense, optimiser_settings, state if keep else None)
-    steps = _step_count(len(indices), settings)
+    steps = settings.count_steps(len(indices))
     losses = []
     forward.train()
     with torch.random.fork_rng(devices=forward.random_devices()):
@@ -92,14 +100,6 @@ def train_client(
     mean = float(torch.stack(losses).mean()) if losses else float("nan")
     after = optimiser_state(optimiser, parameters, state) if keep else {}
     return LocalResult(mean, len(losses), after)
-
-
-def _step_count(examples: int, settings: LocalSettings) -> int:
-    if examples == 0:
-        return 0
-    if settings.steps is not None:
-        return settings.steps
-    return settings.epochs * -(-examples // settings.batch_size)
 
 
 def _batches(indices: Tensor, size: int, steps: int, seed: int) -> list[Tensor]:

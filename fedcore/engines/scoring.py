@@ -1,0 +1,58 @@
+"""How good the models are after a round."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from fedcore.data.server_state import ServerState
+from fedcore.engines.client_models import client_row
+from fedcore.engines.workbench import Workbench
+from fedcore.training.evaluation import Evaluation, evaluate
+
+
+@dataclass(frozen=True)
+class Score:
+    """Held-out quality.
+
+    Attributes:
+        accuracy, loss: of the global model on all held-out examples. Where every client has a
+            model of its own, the means over the clients' models, each on all held-out examples.
+        clients: client id to the accuracy of the model that it holds, on its own held-out shard;
+            empty where clients train alone.
+    """
+
+    accuracy: float | None = None
+    loss: float | None = None
+    clients: Mapping[str, float] = field(default_factory=dict)
+
+
+def evaluates(bench: Workbench, round: int) -> bool:
+    """Whether the models are evaluated after ``round``: every k rounds and after the last."""
+    every, rounds = bench.recipe.evaluation.every, bench.recipe.rounds
+    return (round + 1) % every == 0 or round + 1 == rounds
+
+
+def score(bench: Workbench, state: ServerState) -> Score:
+    """The quality of ``state``: of its global model, or of every client's own."""
+    bench.residual.load(state.residual)
+    if not bench.method.traits.personalised:
+        found = _evaluate_row(bench, state.row)
+        shards = {c: found.accuracy_on(shard) for c, shard in bench.test_shards.items()}
+        return Score(found.accuracy, found.loss, shards)
+    accuracies, losses, own = [], [], {}
+    for client in bench.trainers:
+        found = _evaluate_row(bench, client_row(bench, state, client))
+        accuracies.append(found.accuracy)
+        losses.append(found.loss)
+        own[client] = found.accuracy_on(bench.test_shards[client])
+    alone = bench.method.population == "alone"
+    count = len(accuracies)
+    return Score(sum(accuracies) / count, sum(losses) / count, {} if alone else own)
+
+
+def _evaluate_row(bench: Workbench, row: Tensor) -> Evaluation:
+    bench.binding.load(row)
+    return evaluate(bench.forward, bench.examples, bench.test, bench.recipe.evaluation.batch_size)

@@ -1,0 +1,29 @@
+"""Features of examples from the model as it stands, for statements about a client's data."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from fedcore.training.encoding import EncodedDataset
+from fedcore.training.layers import eval_mode
+
+
+@torch.no_grad()
+def mean_states(model: nn.Module, examples: EncodedDataset, batch_size: int = 64) -> Tensor:
+    """The last hidden states averaged over an example's tokens: ``(n, width)`` fp32 on the CPU.
+
+    Runs in eval mode; with an adapter that starts at zero these are the base model's features.
+    """
+    device = next(model.parameters()).device
+    found = []
+    with eval_mode(model):
+        for start in range(0, len(examples), batch_size):
+            rows = slice(start, start + batch_size)
+            ids = examples.input_ids[rows].to(device)
+            mask = examples.attention_mask[rows].to(device)
+            outputs = model(input_ids=ids, attention_mask=mask, output_hidden_states=True)
+            states = outputs.hidden_states[-1].float()
+            kept = mask.unsqueeze(-1).to(states.dtype)
+            found.append(((states * kept).sum(dim=1) / kept.sum(dim=1).clamp(min=1)).cpu())
+    return torch.cat(found)
