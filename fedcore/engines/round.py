@@ -47,7 +47,7 @@ def run_round(bench: Workbench, state: ServerState, observer: Observer) -> Serve
     modules = []
     # A personalised method has no common product that could miss the mean.
     if recipe.evaluation.diagnostics and not method.traits.personalised:
-        factors = trained.factors or trained.cohort
+        factors = method.completed(trained.factors or trained.cohort, previous)
         found = diagnose(factors, result, previous, method.family, bench.offset)
         modules = [_nullable(asdict(diagnosis)) for diagnosis in found]
     seconds["diagnose"] = perf_counter() - started

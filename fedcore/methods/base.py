@@ -209,6 +209,14 @@ class Method(ABC):
         held = frozenset(FACTORS[self.family]) - plan.trains
         return broadcast.select(held, dense=False)
 
+    def completed(self, cohort: Cohort, previous: Broadcast) -> Cohort:
+        """The cohort as the method reads it: what a client's upload says of what it did not send.
+
+        The exact mean of products, against which an aggregation is measured, is that of this
+        cohort. By default the cohort itself.
+        """
+        return cohort
+
     def private_layout(self, broadcast: FactorLayout, round: int) -> FactorLayout:
         """The slots in which a client holds values of its own in place of the global ones."""
         plan = self.plan(round)

@@ -43,6 +43,8 @@ def diagnose(
 ) -> list[ModuleDiagnosis]:
     """Compare a round's result with the exact weighted mean of the uploaded products.
 
+    The result is the broadcast product and the residual together.
+
     Everything is done on stacked factors through their QR cores, in fp64; no matrix of the size of
     a weight is formed and nothing cancels.
 
@@ -63,7 +65,12 @@ def diagnose(
             right.append(a)
         b, a = _factors(aggregate.row, layout, module, family)
         # The result carries the same offset as the mean, so the difference is free of it.
-        gap = float(product_norm(torch.cat([*left, -b]), torch.cat([*right, a])))
+        off_left, off_right = [*left, -b], [*right, a]
+        if module in aggregate.residual:
+            beside = aggregate.residual[module]
+            off_left.append(-beside.outer.to(torch.float64))
+            off_right.append(beside.inner.to(torch.float64))
+        gap = float(product_norm(torch.cat(off_left), torch.cat(off_right)))
         if offset is not None and module in offset:
             start = offset[module].to(torch.float64)
             left.append(-start)

@@ -5,13 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from fedcore.methods.base import ClientPlan, Family, Traits
+from fedcore.data.cohort import Cohort
+from fedcore.methods.base import Aggregate, Broadcast, ClientPlan, Family, Traits
 from fedcore.methods.linear import LinearMethod
+from fedcore.methods.nested_ranks import with_held_rows
 
 
 @dataclass(frozen=True)
 class FFA(LinearMethod):
     """Freeze a common random ``A``, average ``B``: ``sum w_n B_n A = Bbar A`` exactly.
+
+    A client of lower rank takes the leading rows of ``A`` and leaves the columns of ``B`` beyond its
+    rank as they are.
 
     The model can move only in the row space of ``A``. Clients whose ``A`` is not bit-equal to the
     broadcast are refused: a perturbation of 1e-3 on one of five already costs 6e-4 in the product.
@@ -27,7 +32,7 @@ class FFA(LinearMethod):
     traits: ClassVar[Traits] = Traits(
         exact="yes",
         linear=True,
-        mixed_ranks=False,
+        mixed_ranks=True,
         personalised=False,
         streaming=True,
         uplink="r d_out",
@@ -38,3 +43,11 @@ class FFA(LinearMethod):
     def plan(self, round: int) -> ClientPlan:
         """Train and send ``B`` in every round."""
         return ClientPlan(trains=frozenset("B"), sends=frozenset("B"))
+
+    def completed(self, cohort: Cohort, previous: Broadcast) -> Cohort:
+        """Clients of lower rank leave the rows that they lack as they are."""
+        return with_held_rows(cohort, previous)
+
+    def aggregate(self, cohort: Cohort, previous: Broadcast) -> Aggregate:
+        """The weighted mean of what was sent, rows that a client lacks standing as they were."""
+        return super().aggregate(self.completed(cohort, previous), previous)

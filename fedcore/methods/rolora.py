@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from fedcore.methods.base import ClientPlan, Family, Traits
+from fedcore.data.cohort import Cohort
+from fedcore.methods.base import Aggregate, Broadcast, ClientPlan, Family, Traits
 from fedcore.methods.linear import LinearMethod
+from fedcore.methods.nested_ranks import with_held_rows
 
 
 @dataclass(frozen=True)
@@ -15,6 +17,7 @@ class RoLoRA(LinearMethod):
 
     With one factor common, the mean of the products is the product with the mean factor, so the
     aggregation is exact in both phases. ``B`` goes first: while it is zero, ``A`` has no gradient.
+    A client of lower rank trains the leading rows and leaves the others as they are.
     The phase follows from the server's round alone, so evaluations and restarts cannot shift it.
 
     Source: Robust Federated Finetuning of LLMs via Alternating Optimization of LoRA,
@@ -29,7 +32,7 @@ class RoLoRA(LinearMethod):
     traits: ClassVar[Traits] = Traits(
         exact="yes",
         linear=True,
-        mixed_ranks=False,
+        mixed_ranks=True,
         personalised=False,
         streaming=True,
         uplink="r d_out or r d_in",
@@ -41,3 +44,11 @@ class RoLoRA(LinearMethod):
         """``B`` in even rounds, ``A`` in odd ones."""
         factor = frozenset("A" if round % 2 else "B")
         return ClientPlan(trains=factor, sends=factor)
+
+    def completed(self, cohort: Cohort, previous: Broadcast) -> Cohort:
+        """Clients of lower rank leave the rows that they lack as they are."""
+        return with_held_rows(cohort, previous)
+
+    def aggregate(self, cohort: Cohort, previous: Broadcast) -> Aggregate:
+        """The weighted mean of what was sent, rows that a client lacks standing as they were."""
+        return super().aggregate(self.completed(cohort, previous), previous)

@@ -1,0 +1,107 @@
+"""Low-rank updates as a plain LoRA adapter of scale 1, each module with the rank it needs."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from fedcore.data.adapter_state import AdapterState
+from fedcore.data.low_rank import LowRank, total
+from fedcore.data.peft_keys import PREFIX
+
+_KEPT_FIELDS = (
+    "auto_mapping",
+    "base_model_name_or_path",
+    "exclude_modules",
+    "fan_in_fan_out",
+    "layers_pattern",
+    "layers_to_transform",
+    "modules_to_save",
+    "revision",
+    "target_modules",
+    "task_type",
+)
+
+
+def plain_lora(updates: Mapping[str, LowRank], like: AdapterState) -> AdapterState:
+    """A LoRA adapter whose update of each module is ``outer^T inner``, at scale 1.
+
+    ``B = outer^T`` and ``A = inner``, ``r = lora_alpha``; the commonest rank is the default, other
+    modules stand in ``rank_pattern``. Dense tensors and what the configuration says of the base
+    model are those of ``like``.
+
+    Args:
+        updates: module to factors ``(p, d_out)`` and ``(p, d_in)``, ``p >= 1``.
+        like: an adapter of the same base model.
+    """
+    factors, keys = {}, {dense: like.keys[dense] for dense in like.dense}
+    for module, update in updates.items():
+        factors[module] = {"A": update.inner.contiguous(), "B": update.outer.T.contiguous()}
+        for factor in ("A", "B"):
+            keys[f"{module}.{factor}"] = f"{PREFIX}{module}.lora_{factor}.weight"
+    return replace(
+        like,
+        family="lora",
+        factors=factors,
+        constants={},
+        scaling=dict.fromkeys(factors, 1.0),
+        config=plain_config(like.config, {module: part.rank for module, part in updates.items()}),
+        keys=keys,
+    )
+
+
+def with_residual(adapter: AdapterState, residual: Mapping[str, LowRank]) -> AdapterState:
+    """A LoRA adapter and low-rank updates of the same base weights, as one adapter of scale 1.
+
+    Args:
+        residual: module to an update relative to the adapter's own scaling, as rows hold it.
+    """
+    updates = {}
+    for module, named in adapter.factors.items():
+        scale = adapter.scaling[module]
+        parts = [LowRank(named["B"].T * scale, named["A"])]
+        if module in residual:
+            beside = residual[module]
+            dtype = named["A"].dtype
+            parts.append(LowRank((beside.outer * scale).to(dtype), beside.inner.to(dtype)))
+        # A fresh adapter of a method that starts anew each round is zero: nothing to carry along.
+        kept = [part for part in parts if bool(torch.any(part.outer))] or parts[:1]
+        updates[module] = total(kept)
+    return plain_lora(updates, adapter)
+
+
+def plain_config(config: Mapping[str, Any], ranks: Mapping[str, int]) -> dict[str, Any]:
+    """The fields of ``adapter_config.json`` for a LoRA adapter of scale 1.
+
+    Args:
+        config: of an adapter of the same base model; what it says of that model is kept.
+        ranks: module to rank.
+    """
+    # The commonest rank is the default: fewest exceptions, and the same answer in any order.
+    common = max(Counter(ranks.values()).items(), key=lambda item: (item[1], item[0]))[0]
+    # PEFT matches a pattern against the end of a path; the anchor makes it the whole path.
+    other = {f"^{re.escape(m)}": rank for m, rank in sorted(ranks.items()) if rank != common}
+    return {
+        **{field: _ordered(config.get(field)) for field in _KEPT_FIELDS},
+        "peft_type": "LORA",
+        "inference_mode": True,
+        "r": common,
+        "lora_alpha": common,
+        "rank_pattern": other,
+        "alpha_pattern": dict(other),
+        "lora_dropout": 0.0,
+        "use_rslora": False,
+        "use_dora": False,
+        "bias": "none",
+        "init_lora_weights": True,
+    }
+
+
+def _ordered(value: Any) -> Any:
+    # PEFT writes sets in the order of their hashes, which differs from process to process.
+    return sorted(value) if isinstance(value, set | list) else value
