@@ -126,11 +126,11 @@ def train_clients(
             round=t,
             frozen=digest(bench.binding.read(frozen), frozen, constants),
             expected_frozen=digest(layout.gather(start, frozen), frozen, constants),
-            ranks=bench.ranks.get(client),
+            ranks=bench.ranks.get(client) if shadow is None else None,
         )
         if shadow is not None:
             shadow.row(client).copy_(trained)
-            shadow.receive(client, weight, round=t)
+            shadow.receive(client, weight, round=t, ranks=bench.ranks.get(client))
     cohort = builder.finish(recipe.round.on_invalid)
     told = {c: bench.statistics[c] for c in cohort.client_ids if c in bench.statistics}
     return Trained(

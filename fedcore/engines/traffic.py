@@ -24,7 +24,9 @@ def uplink(
     found = dict(NOTHING)
     if bench.method.population == "clients":
         for client in reported:
-            _add(found, _bytes(layout, bench.ranks.get(client)))
+            # Statistics have the broadcast's shape whatever rank they were computed of.
+            whole = bench.method.uploads == "statistics"
+            _add(found, _bytes(layout, None if whole else bench.ranks.get(client)))
             if client not in state.client_versions:
                 told = bench.statistics.get(client, {})
                 found["adapter"] += sum(t.numel() * t.element_size() for t in told.values())
