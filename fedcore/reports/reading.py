@@ -102,6 +102,7 @@ def _round(fields: Fields) -> RoundRecord:
         flags=fields.names("flags") if "flags" in fields.values else (),
         bytes_up=_traffic(fields.inner("bytes_up", **nothing)),
         bytes_down=_traffic(fields.inner("bytes_down", **nothing)),
+        upload_error=fields.number("upload_error", None),
         seconds=fields.numbers("seconds", {}),
         modules=tuple(_module(m) for m in fields.objects("modules", **absent)),
     )

@@ -40,8 +40,9 @@ class Traffic:
 class ClientRound:
     """One client in one round.
 
-    ``global_accuracy`` is the new global model's, ``local_accuracy`` that of the client's own model
-    after local training and before aggregation; both on the client's own held-out shard.
+    ``global_accuracy`` is that of the model which the client holds after the round, the global one
+    or, of personalised methods, its own; ``local_accuracy`` that of its model after local training
+    and before aggregation. Both on the client's own held-out shard.
     """
 
     client: str
@@ -80,7 +81,8 @@ class RoundRecord:
     """One completed round.
 
     ``clients`` may hold more than the ``sampled`` ones, which took part; ``flags`` is what the
-    method wants a user to know.
+    method wants a user to know. ``upload_error`` is what the number format of the uploads lost of
+    them, relative to their norm, on average over the clients.
     """
 
     index: int
@@ -93,6 +95,7 @@ class RoundRecord:
     flags: tuple[str, ...] = ()
     bytes_up: Traffic = Traffic()
     bytes_down: Traffic = Traffic()
+    upload_error: float | None = None
     seconds: Mapping[str, float] = field(default_factory=dict)
     modules: tuple[ModuleRound, ...] = ()
 

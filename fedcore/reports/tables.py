@@ -43,9 +43,10 @@ _ROUND_NOTE = (
 
 _OUTCOME_NOTE = (
     "± is the half-width of the 95% Student-t interval over seeds; a dash in its place means that "
-    "one run has no interval. Worst client and local − global: on the clients' own held-out "
-    "shards, last round. Rounds to target: median (runs that reached it). Error: mean over rounds "
-    "and modules."
+    "one run has no interval. Accuracy: on all held-out examples; where every client has a model "
+    "of its own, the mean over these. Mean and worst client, local − global: on the clients' own "
+    "held-out shards, last round. Rounds to target: median (runs that reached it). Error: mean "
+    "over rounds and modules."
 )
 
 _FAILED_NOTE = " † failed: no better than always naming the most frequent class."
@@ -109,6 +110,7 @@ def final_grid(record: RunRecord) -> Grid:
         ("rounds to target", _target(record)),
         ("aggregation error", scientific(record.mean_over_modules("aggregation_error"))),
         ("factor drift", scientific(record.mean_over_modules("factor_drift"))),
+        *_upload_error(record),
         ("time", f"{duration(sum(s.seconds.values()))} ({phases})" if s.seconds else DASH),
         (
             "peak memory",
@@ -119,6 +121,12 @@ def final_grid(record: RunRecord) -> Grid:
     if not s.finished:
         title += " (not finished)"
     return Grid(title, (Column("", number=False), Column("", number=False)), tuple(rows))
+
+
+def _upload_error(record: RunRecord) -> list[tuple[str, str]]:
+    """A row where the number format of the uploads lost something."""
+    lost = mean_or_none([r.upload_error for r in record.trained if r.upload_error is not None])
+    return [("error of the uploads' number format", scientific(lost))] if lost else []
 
 
 def _down(record: RunRecord) -> str:
@@ -147,6 +155,7 @@ def outcome_grid(rows: Sequence[Mapping[str, Any]]) -> Grid:
                 *_names(row),
                 f"{row['runs']}{unfinished}",
                 with_half_width(rate(row["accuracy_mean"]), row["accuracy_half_width"]),
+                rate(row["mean_client_mean"]),
                 with_half_width(rate(row["worst_client_mean"]), row["worst_client_half_width"]),
                 signed(row["gap_mean"]),
                 _reached(row),
@@ -154,7 +163,10 @@ def outcome_grid(rows: Sequence[Mapping[str, Any]]) -> Grid:
                 duration(row["seconds"]),
             )
         )
-    headings = ("runs", "accuracy", "worst client", "local −\nglobal", "rounds to\ntarget", "error")
+    headings = (
+        *("runs", "accuracy", "mean\nclient", "worst client"),
+        *("local −\nglobal", "rounds to\ntarget", "error"),
+    )
     note = _OUTCOME_NOTE + _FAILED_NOTE * any(row["below_majority"] for row in rows)
     return Grid("Outcome", _columns(rows, *headings, "time"), tuple(cells), note)
 
