@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from fedcore.data.codecs import Codec, codec_error, find_codec
 from fedcore.data.cohort import Cohort, CohortBuilder
 from fedcore.data.seeding import derive_seed
 from fedcore.data.server_state import ServerState
@@ -19,6 +20,7 @@ from fedcore.engines.workbench import Workbench
 from fedcore.methods.base import Broadcast
 from fedcore.training.evaluation import evaluate
 from fedcore.training.local_training import train_client
+from fedcore_kernels.layout import FactorLayout
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,7 @@ class Trained:
         private: client id to what stays with it.
         reported: the clients that sent an upload.
         flags: those of the uploads, each with its client's name.
+        upload_error: what the codec lost of each client's upload, ``||row - decoded|| / ||row||``.
     """
 
     cohort: Cohort
@@ -42,6 +45,7 @@ class Trained:
     private: Mapping[str, Mapping[str, Tensor]]
     reported: tuple[str, ...]
     flags: tuple[str, ...]
+    upload_error: Mapping[str, float]
 
 
 def train_clients(
@@ -71,7 +75,9 @@ def train_clients(
     optimiser = recipe.optimiser.settings(method)
     dense = frozenset(slot.name for slot in layout.dense_slots)
     measure = evaluates(bench, t)
+    codec = find_codec(recipe.round.codec)
     losses: dict[str, float] = {}
+    lost: dict[str, float] = {}
     accuracy: dict[str, float] = {}
     private = {client: dict(tensors) for client, tensors in state.private.items()}
     reported: list[str] = []
@@ -116,7 +122,8 @@ def train_clients(
         reported.append(client)
         trained = bench.binding.read(read)
         upload = method.prepare_upload(trained, read, Broadcast(layout, state.row), t)
-        builder.row(client).copy_(upload.row)
+        received, lost[client] = _transmitted(codec, upload.row, sent)
+        builder.row(client).copy_(received)
         flags += [f"{client}: {flag}" for flag in upload.flags]
         examples = len(bench.training_indices(client))
         weight = float(examples) if recipe.round.weighting == "examples" else 1.0
@@ -141,7 +148,17 @@ def train_clients(
         private,
         tuple(reported),
         tuple(flags),
+        lost,
     )
+
+
+def _transmitted(codec: Codec, row: Tensor, layout: FactorLayout) -> tuple[Tensor, float]:
+    """What arrives of an upload, and the relative error that its number format made."""
+    if not bool(torch.isfinite(row).all()):
+        # The server refuses it by name and value, which not every format could carry.
+        return row, float("nan")
+    decoded = codec.decode(codec.encode(row, layout), layout)
+    return decoded, codec_error(row, decoded)
 
 
 def _fails(bench: Workbench, round: int, client: str) -> bool:

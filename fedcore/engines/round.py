@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from math import isfinite
+from statistics import fmean
 from time import perf_counter
 from typing import Any
 
@@ -18,10 +19,11 @@ from fedcore.engines.client_models import personalised
 from fedcore.engines.client_turns import Trained, train_clients
 from fedcore.engines.observer import Observer
 from fedcore.engines.scoring import Score, evaluates, score
+from fedcore.engines.secure_round import aggregate_securely
 from fedcore.engines.traffic import NOTHING, added, downlink, uplink
 from fedcore.engines.workbench import Workbench
 from fedcore.errors import FedcoreError
-from fedcore.methods.base import Broadcast
+from fedcore.methods.base import Aggregate, Broadcast
 from fedcore.methods.diagnostics import diagnose
 
 
@@ -41,7 +43,7 @@ def run_round(bench: Workbench, state: ServerState, observer: Observer) -> Serve
 
     started = perf_counter()
     previous = Broadcast(state.layout, state.row)
-    result = method.aggregate(trained.cohort, previous)
+    result = _aggregate(bench, trained.cohort, previous)
     seconds["aggregate"] = perf_counter() - started
     started = perf_counter()
     modules = []
@@ -71,6 +73,7 @@ def run_round(bench: Workbench, state: ServerState, observer: Observer) -> Serve
         "flags": [*trained.flags, *result.flags],
         "bytes_up": up,
         "bytes_down": down,
+        "upload_error": fmean(trained.upload_error.values()) if trained.upload_error else None,
         "seconds": seconds,
         "modules": modules,
     }
@@ -93,6 +96,7 @@ def initial_record(bench: Workbench, state: ServerState) -> dict[str, Any]:
             "flags": [],
             "bytes_up": dict(NOTHING),
             "bytes_down": dict(NOTHING),
+            "upload_error": None,
             "seconds": {"evaluate": perf_counter() - started},
             "modules": [],
         }
@@ -107,6 +111,12 @@ def sample_clients(bench: Workbench, round: int) -> tuple[str, ...]:
     generator = torch.Generator().manual_seed(derive_seed(bench.recipe.seed, "sample", round))
     chosen = torch.randperm(len(everyone), generator=generator)[:count]
     return tuple(sorted(everyone[i] for i in chosen.tolist()))
+
+
+def _aggregate(bench: Workbench, cohort: Cohort, previous: Broadcast) -> Aggregate:
+    if not bench.recipe.round.secure_sum or not len(cohort):
+        return bench.method.aggregate(cohort, previous)
+    return aggregate_securely(bench.method, cohort, previous, bench.recipe.seed)
 
 
 def _refuse_identical(bench: Workbench, cohort: Cohort) -> None:

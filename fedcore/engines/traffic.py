@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import torch
+
+from fedcore.data.codecs import Codec, Fp32, find_codec
 from fedcore.data.server_state import ServerState
 from fedcore.engines.workbench import Workbench
 from fedcore_kernels.layout import FactorLayout
 
-BYTES_PER_NUMBER = 4
-"""Adapters travel as fp32."""
+MASKED_BYTES = 8
+"""A number of a masked upload, of whatever rank: masks are as long as the layout."""
 
 NOTHING: Mapping[str, int] = {"adapter": 0, "head": 0}
 
@@ -17,16 +20,21 @@ NOTHING: Mapping[str, int] = {"adapter": 0, "head": 0}
 def uplink(
     bench: Workbench, state: ServerState, layout: FactorLayout, reported: Sequence[str]
 ) -> dict[str, int]:
-    """Bytes that the clients in ``reported`` sent, each an upload of ``layout`` at its ranks.
+    """Bytes that the clients in ``reported`` sent, each an upload of ``layout`` at its ranks, in
+    the number format of the recipe's codec.
 
     What a client tells of its data before its first round counts as adapter traffic of that round.
     """
     found = dict(NOTHING)
+    rounds = bench.recipe.round
+    codec = find_codec(rounds.codec)
     if bench.method.population == "clients":
         for client in reported:
             # Statistics have the broadcast's shape whatever rank they were computed of.
             whole = bench.method.uploads == "statistics"
-            _add(found, _bytes(layout, None if whole else bench.ranks.get(client)))
+            ranks = None if whole else bench.ranks.get(client)
+            masked = rounds.secure_sum
+            _add(found, _masked(layout) if masked else _sizes(layout, ranks, codec))
             if client not in state.client_versions:
                 told = bench.statistics.get(client, {})
                 found["adapter"] += sum(t.numel() * t.element_size() for t in told.values())
@@ -36,13 +44,13 @@ def uplink(
 def downlink(bench: Workbench, state: ServerState, sampled: Sequence[str]) -> dict[str, int]:
     """Bytes that the clients in ``sampled`` download: whatever changed since they last took part.
 
-    A residual counts as adapter traffic.
+    The way down is fp32. A residual counts as adapter traffic.
     """
-    found = dict(NOTHING)
+    found, codec = dict(NOTHING), Fp32()
     if bench.method.population == "clients":
         for client in sampled:
-            _add(found, _bytes(state.stale_for(client), bench.ranks.get(client)))
-            found["adapter"] += state.stale_residual(client) * BYTES_PER_NUMBER
+            _add(found, _sizes(state.stale_for(client), bench.ranks.get(client), codec))
+            found["adapter"] += state.stale_residual(client) * torch.float32.itemsize
     return found
 
 
@@ -56,14 +64,34 @@ def added(
     return found
 
 
-def _bytes(layout: FactorLayout, ranks: Mapping[str, int] | None) -> dict[str, int]:
-    adapter = 0
+def at_ranks(layout: FactorLayout, ranks: Mapping[str, int] | None) -> FactorLayout:
+    """The layout of what a client of these ranks sends; ``layout`` itself without any."""
+    if ranks is None:
+        return layout
+    factors = []
     for slot in layout.factor_slots:
-        rank = slot.rows if ranks is None else min(slot.rows, ranks[slot.module])
+        rank = min(slot.rows, ranks[slot.module])
         # A core is as wide as it is high.
-        adapter += rank * (rank if slot.factor == "R" else slot.width)
-    head = sum(slot.numel for slot in layout.dense_slots)
-    return {"adapter": adapter * BYTES_PER_NUMBER, "head": head * BYTES_PER_NUMBER}
+        factors.append((slot.module, slot.factor, rank, rank if slot.factor == "R" else slot.width))
+    dense = [(slot.module, slot.shape) for slot in layout.dense_slots if slot.shape is not None]
+    return FactorLayout.build(factors, dense)
+
+
+def _sizes(layout: FactorLayout, ranks: Mapping[str, int] | None, codec: Codec) -> dict[str, int]:
+    own = at_ranks(layout, ranks)
+    factors = {slot.factor for slot in own.factor_slots}
+    return {
+        "adapter": codec.bytes(own.select(factors, dense=False)),
+        "head": codec.bytes(own.select((), dense=True)),
+    }
+
+
+def _masked(layout: FactorLayout) -> dict[str, int]:
+    factors = {slot.factor for slot in layout.factor_slots}
+    return {
+        "adapter": MASKED_BYTES * layout.select(factors, dense=False).numel,
+        "head": MASKED_BYTES * layout.select((), dense=True).numel,
+    }
 
 
 def _add(totals: dict[str, int], sizes: Mapping[str, int]) -> None:

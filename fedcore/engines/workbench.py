@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fedcore.data.seeding import derive_seed
 from fedcore.engines.observer import Observer
+from fedcore.engines.secure_round import check_sums_suffice
 from fedcore.engines.trials import check_sources
 from fedcore.errors import FedcoreError
 from fedcore.methods import METHODS, Method
@@ -105,6 +106,8 @@ def build_workbench(recipe: Recipe, observer: Observer, shelf: Shelf | None = No
     check_sources(recipe)
     shelf = shelf or Shelf()
     method = recipe.method.create()
+    if recipe.round.secure_sum:
+        check_sums_suffice(method)
     seed = recipe.seed
     observer.preparing(f"model {recipe.model.source}")
     dataset_key = (recipe.data, recipe.model.source, recipe.model.max_length)

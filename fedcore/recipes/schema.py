@@ -150,13 +150,28 @@ class TrainingSection(Section):
 
 
 class RoundsSection(Section):
-    """Who takes part in a round, and what happens to those who fail."""
+    """Who takes part in a round, how uploads travel, and what happens to those who fail.
+
+    ``codec`` is the number format of the uploads. With ``secure_sum`` the server learns their
+    weighted mean alone, through a simulation of secure aggregation.
+    """
 
     participation: float = Field(1.0, gt=0, le=1)
     dropout: float = Field(0.0, ge=0, lt=1)
     weighting: Literal["examples", "uniform"] = "examples"
     on_invalid: OnInvalid = "raise"
     allow_identical_uploads: bool = False
+    codec: Literal["fp32", "bf16", "int8"] = "fp32"
+    secure_sum: bool = False
+
+    @model_validator(mode="after")
+    def _one_format(self) -> RoundsSection:
+        if self.secure_sum and self.codec != "fp32":
+            raise ValueError(
+                f"codec is {self.codec!r} with secure_sum, whose uploads are masked integers; "
+                "leave it at 'fp32'"
+            )
+        return self
 
 
 class EvaluationSection(Section):
