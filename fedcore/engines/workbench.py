@@ -129,6 +129,7 @@ def build_workbench(recipe: Recipe, observer: Observer, shelf: Shelf | None = No
         init_std=recipe.adapter.init_std,
         frame=recipe.adapter.frame,
         seed=derive_seed(seed, "adapter"),
+        **method.adapter_options,
     )
     if dataset_key not in shelf.texts:
         observer.preparing(f"encoding {len(texts.texts)} texts")
