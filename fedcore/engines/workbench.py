@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -105,7 +105,7 @@ def build_workbench(recipe: Recipe, observer: Observer, shelf: Shelf | None = No
     """
     check_sources(recipe)
     shelf = shelf or Shelf()
-    method = recipe.method.create()
+    method = _seeded(recipe.method.create(), recipe)
     if recipe.round.secure_sum:
         check_sums_suffice(method)
     seed = recipe.seed
@@ -173,6 +173,14 @@ def build_workbench(recipe: Recipe, observer: Observer, shelf: Shelf | None = No
         ranks=ranks,
         statistics=statistics,
     )
+
+
+def _seeded(method: Method, recipe: Recipe) -> Method:
+    """What a method draws by itself follows from the run's seed, unless its own was chosen."""
+    draws = any(option.name == "seed" for option in fields(method))  # type: ignore[arg-type]
+    if not draws or "seed" in (recipe.method.model_extra or {}):
+        return method
+    return replace(method, seed=derive_seed(recipe.seed, "method"))  # type: ignore[type-var]
 
 
 def client_ranks(

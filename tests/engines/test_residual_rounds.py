@@ -102,3 +102,14 @@ def test_clients_download_the_increments_that_they_missed_or_the_sum_if_smaller(
     again = read_state(write_state(state, tmp_path))
     assert again.stale_residual("a") == 30
     assert torch.equal(again.residual["m"].outer, state.residual["m"].outer)
+
+
+def test_fresh_adapters_follow_from_the_seed_of_the_run_or_from_their_own(home):
+    def method(**settings):
+        return build_workbench(
+            tiny_recipe(home, **{"method.name": "flora", **settings}), Observer()
+        )
+
+    first, again, other = method(seed=0).method, method(seed=0).method, method(seed=1).method
+    assert first.seed == again.seed != other.seed
+    assert method(**{"method.seed": 5}).method.seed == 5
