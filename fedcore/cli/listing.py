@@ -10,31 +10,40 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from fedcore.errors import FedcoreError
 from fedcore.methods import describe_methods
 from fedcore.recipes import load_recipe, shipped_recipes
+from fedcore.reports.methods_table import cell, methods_markdown
 
 _AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON array of flat objects.")]
+_AsMarkdown = Annotated[bool, typer.Option("--markdown", help="Print one Markdown table.")]
 
 
-def methods(json_: _AsJson = False) -> None:
+def methods(json_: _AsJson = False, markdown: _AsMarkdown = False) -> None:
     """List every aggregation method with its traits and traffic."""
+    if json_ and markdown:
+        raise FedcoreError("--json and --markdown are two formats; pass one of them")
     rows = describe_methods()
     if json_:
         print(json.dumps(rows))
         return
-    console = Console()
+    if markdown:
+        print(methods_markdown(rows), end="")
+        return
     what = _table("Methods", "method", "what it is", "source")
-    traits = _table(
-        "Traits; up and down in numbers per adapted matrix, client and round",
-        *("method", "exact", "linear", "mixed ranks", "up", "down"),
+    promises = ("exact", "linear", "mixed ranks", "personalised", "streaming")
+    traits = _table("Traits", "method", *promises)
+    traffic = _table(
+        "Costs per adapted matrix and round: numbers up and down for a client, flops on the server",
+        *("method", "up", "down", "server"),
     )
-    yes = {True: "yes", False: "no"}
     for row in rows:
         what.add_row(row["name"], row["summary"], row["paper"])
-        flags = yes[row["linear"]], yes[row["mixed_ranks"]]
-        traits.add_row(row["name"], row["exact"], *flags, row["uplink"], row["downlink"])
-    console.print(what)
-    console.print(traits)
+        traits.add_row(row["name"], *(cell(row[promise.replace(" ", "_")]) for promise in promises))
+        traffic.add_row(*(row[key] for key in ("name", "uplink", "downlink", "server_cost")))
+    console = Console()
+    for table in (what, traits, traffic):
+        console.print(table)
 
 
 def _table(title: str, first: str, *others: str) -> Table:

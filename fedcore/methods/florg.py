@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from fedcore.data.cohort import Cohort
 from fedcore.errors import FedcoreError
@@ -13,13 +17,15 @@ from fedcore.methods.base import (
     Aggregate,
     Broadcast,
     Family,
+    History,
     Method,
     StepReport,
     Traits,
+    checked_ranks,
     unchanged,
 )
 from fedcore.methods.linear import LinearMethod
-from fedcore_kernels import FlorgRound, florg_round
+from fedcore_kernels import FlorgRound, florg_round, truncated_step
 
 _SOURCE = "arXiv 2602.17095"
 
@@ -37,6 +43,10 @@ class FlorgTruncated(Method):
     ``align=False`` leaves the factor in its principal gauge (orthogonal rows of falling norm). The
     model is the same; only an optimiser that remembers earlier rounds can tell the difference.
 
+    A client of rank ``r_n < r`` receives the best Gram of that rank, turned towards the leading
+    rows of what it held. An adapter that subtracts its initial Gram then starts, at such a client,
+    short of the part of that Gram which ``r_n`` directions cannot hold.
+
     Clients keep the moments of a persistent optimiser as they are: alignment exists so that
     they stay meaningful.
 
@@ -50,6 +60,8 @@ class FlorgTruncated(Method):
     summary: ClassVar[str] = "Gram adapter, best rank-r Gram, Procrustes-aligned"
     paper: ClassVar[str] = _SOURCE
     family: ClassVar[Family] = "gram"
+    history: ClassVar[History] = "alignment"
+    any_rank: ClassVar[bool] = True
     variant: ClassVar[Literal["truncated", "sketched"]] = "truncated"
     traits: ClassVar[Traits] = Traits(
         exact="when rank Q <= r, otherwise the best rank r",
@@ -94,6 +106,24 @@ class FlorgTruncated(Method):
         ]
         return Aggregate(result.row.to(previous.row.dtype), layout, steps, tuple(lost))
 
+    def for_client(self, state: Broadcast, held: Broadcast, ranks: Sequence[int]) -> Tensor:
+        """The best Gram of the client's ranks, aligned with the leading rows of ``held``.
+
+        Leading rows of the global factor would not be the best of their rank once it was turned.
+        """
+        layout, kept = state.layout, checked_ranks(state.layout, ranks)
+        row = state.row.clone()
+        one = torch.ones(1, dtype=torch.float64)
+        for group in layout.groups:
+            own, before, out = group.view(state.row), group.view(held.row), group.view(row)
+            for rank in {kept[module] for module in group.modules} - {group.rows}:
+                where = [j for j, module in enumerate(group.modules) if kept[module] == rank]
+                step = truncated_step(
+                    own[None, where], one, before[where][:, :rank], rank, align=self.align
+                )
+                out[where] = F.pad(step.factor, (0, 0, 0, group.rows - rank)).to(row.dtype)
+        return row
+
 
 @dataclass(frozen=True)
 class FlorgSketched(FlorgTruncated):
@@ -111,6 +141,8 @@ class FlorgSketched(FlorgTruncated):
     name: ClassVar[str] = "florg.sketched"
     aliases: ClassVar[tuple[str, ...]] = ()
     summary: ClassVar[str] = "Gram adapter, the paper's rectangular Procrustes (a Nystrom step)"
+    history: ClassVar[History] = "previous"
+    any_rank: ClassVar[bool] = False
     variant: ClassVar[Literal["truncated", "sketched"]] = "sketched"
     traits: ClassVar[Traits] = Traits(
         exact="when rank Q <= r, otherwise the Nystrom approximation",
@@ -138,6 +170,7 @@ class FlorgAvgA(LinearMethod):
     summary: ClassVar[str] = "Gram adapter, FedAvg of A: FLoRG's honest baseline"
     paper: ClassVar[str] = "baseline"
     family: ClassVar[Family] = "gram"
+    history: ClassVar[History] = "none"
     traits: ClassVar[Traits] = Traits(
         exact="no: misses the covariance of A",
         linear=True,

@@ -214,3 +214,29 @@ def test_the_offset_makes_errors_relative_to_the_update():
         update = mean_gram(cohort, one.module) - offset[one.module].T @ offset[one.module]
         ratio = float(mean_gram(cohort, one.module).norm() / update.norm())
         assert other.aggregation_error == pytest.approx(one.aggregation_error * ratio, rel=1e-9)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("align", [True, False])
+@given(ranks=st.lists(st.integers(1, 4), min_size=2, max_size=2), seed=st.integers(0, 50))
+def test_a_lower_rank_is_the_best_of_its_rank_and_the_nearest_factor(name, align, ranks, seed):
+    cohort, previous = gram_cohort([1.0, 2.0], rank=4, seed=seed)
+    method = create_method(name, align=align)
+    result = method.aggregate(cohort, previous)
+    before = result.row.clone()
+    row = method.for_client(Broadcast(cohort.layout, result.row), previous, ranks)
+    assert torch.equal(result.row, before)
+    for module, rank in zip(MODULES, ranks, strict=True):
+        whole = factor(cohort.layout, result.row, module)
+        own = factor(cohort.layout, row, module)
+        assert not bool(own[rank:].any())
+        tail = torch.linalg.eigvalsh(whole @ whole.T).flip(0)[rank:].square().sum().sqrt()
+        error = (whole.T @ whole - own.T @ own).norm()
+        torch.testing.assert_close(error, tail, rtol=1e-7, atol=1e-9)
+        if align:
+            # A A_prev^T is positive semi-definite: no turn brings the factor nearer.
+            turn = own[:rank] @ factor(cohort.layout, previous.row, module)[:rank].T
+            torch.testing.assert_close(turn, turn.T, rtol=1e-7, atol=1e-9)
+            assert torch.linalg.eigvalsh((turn + turn.T) / 2).min() > -1e-9
+    same = method.for_client(Broadcast(cohort.layout, result.row), previous, [4, 4])
+    assert torch.equal(same, result.row)
