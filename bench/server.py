@@ -11,6 +11,8 @@ from functools import partial
 import torch
 
 from bench.case import Plan
+from bench.folders import ADAPTERS, LAYERS, folders_case
+from bench.mixing import mixing_case
 from bench.rounds import OTHERS, florg_case, product_case
 from bench.workloads import Setting
 from fedcore.errors import FedcoreError, unknown_name
@@ -37,7 +39,9 @@ def parse_against(text: str) -> tuple[str, ...]:
 
 
 def plans(setting: Setting, against: tuple[str, ...]) -> list[Plan]:
-    """FedAvg and FLoRG rounds in fp32 and bf16; the product round where PEFT is asked for."""
+    """FedAvg and FLoRG rounds in fp32 and bf16; the product round and adapter folders where PEFT is
+    asked for, and CE-LoRA's mixing weights where loops are.
+    """
     device, found = setting.device, []
     names = [name for name in against if name in OTHERS]
     for workload in setting.rounds:
@@ -49,4 +53,9 @@ def plans(setting: Setting, against: tuple[str, ...]) -> list[Plan]:
     if "peft" in against:
         smaller = setting.rounds[0]
         found.append(Plan(f"{smaller.name} A and B", partial(product_case, smaller, device)))
+        layers = 2 if setting.small else LAYERS
+        found.append(Plan("adapter folders", partial(folders_case, ADAPTERS, layers)))
+    if "eager" in against:
+        clients = 20 if setting.small else 100
+        found.append(Plan(f"CE-LoRA, {clients} clients", partial(mixing_case, clients)))
     return found

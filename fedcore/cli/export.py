@@ -1,4 +1,4 @@
-"""`fedcore export`: a Gram adapter as plain LoRA."""
+"""`fedcore export`: a Gram or tri-factor adapter as plain LoRA."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from rich.console import Console
 
 
 def export(
-    adapter: Annotated[Path, typer.Argument(help="A PEFT folder of type gram.")],
+    adapter: Annotated[Path, typer.Argument(help="A PEFT folder of type gram or tri.")],
     out: Annotated[Path, typer.Option(help="Folder for the LoRA adapter.")],
 ) -> None:
-    """Write a Gram adapter as plain LoRA that PEFT loads without fedcore; exact, no SVD."""
+    """Write a Gram or tri-factor adapter as plain LoRA, which PEFT loads without fedcore; exact."""
     from fedcore.tuners import export_lora
 
     export_lora(adapter, out)

@@ -12,11 +12,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedcore.data.peft_keys import TRANSPOSED_FACTORS, parse_key
+from fedcore.data.peft_keys import CORE, TRANSPOSED_FACTORS, parse_key
 from fedcore.errors import FedcoreError
 from fedcore_kernels.layout import FactorLayout
 
-_PAIRS = {"lora": ("A", "B"), "gram": ("A",)}
+_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+_PAIRS = {"lora": ("A", "B"), "gram": ("A",), "tri": ("A", "B", "R")}
+
+
+# No scaling in use is near it, and fp32 factors of ordinary size survive being multiplied by it.
+_LARGEST = 1e30
+
+# Matching such a pattern can take a time exponential in the length of the module's path.
+_NESTED_REPEAT = re.compile(r"[*+}][^()]*\)\s*[*+{]")
 
 
 def _frozen(mapping: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -28,8 +37,9 @@ class AdapterState:
     """The tensors of one adapter, immutable, in PEFT's own orientation.
 
     Attributes:
-        family: ``"lora"`` (factors ``A (r, d_in)`` and ``B (d_out, r)``) or ``"gram"``
-            (factor ``A (r, k)``); ``"none"`` when only dense tensors are present.
+        family: ``"lora"`` (factors ``A (r, d_in)`` and ``B (d_out, r)``), ``"gram"`` (factor
+            ``A (r, k)``) or ``"tri"`` (``A (r, d_in)``, ``B (d_out, r)`` and the core
+            ``R (r, r)``); ``"none"`` when only dense tensors are present.
         factors: module path to factor name to tensor.
         dense: tensors that travel whole: heads, norms, magnitudes.
         constants: tensors that never change and are compared, not averaged (a Gram adapter's
@@ -71,8 +81,9 @@ class AdapterState:
             name: what to call the adapter in errors, usually the client's id.
 
         Raises:
-            FedcoreError: a factor without its partner, a rank that the configuration does not
-                declare, tensors of more than two axes, an integer or complex dtype, or no tensor.
+            FedcoreError: a factor without its partner, a core that is not square, a rank that the
+                configuration does not declare, tensors of more than two axes, an integer or complex
+                dtype, or no tensor.
         """
         factors: dict[str, dict[str, Tensor]] = {}
         dense: dict[str, Tensor] = {}
@@ -81,19 +92,22 @@ class AdapterState:
         families: set[str] = set()
         for key, tensor in tensors.items():
             meaning = parse_key(key)
-            if not tensor.dtype.is_floating_point:
+            if tensor.dtype not in _DTYPES:
                 raise FedcoreError(
-                    f"{name}: {key} has dtype {tensor.dtype}; a float dtype is needed"
+                    f"{name}: {key} has dtype {tensor.dtype}; a float dtype is needed: fp64, fp32, "
+                    "fp16 or bf16"
                 )
-            if meaning.role == "dense":
-                dense[meaning.module] = tensor
-                keys[meaning.module] = key
-                continue
-            families.add(meaning.family)
-            full_name = f"{meaning.module}.{meaning.factor}"
+            if not tensor.numel():
+                raise FedcoreError(f"{name}: {key} has shape {tuple(tensor.shape)} and no value")
+            plain = meaning.role == "dense"
+            full_name = meaning.module if plain else f"{meaning.module}.{meaning.factor}"
             if full_name in keys:
                 raise FedcoreError(f"{name}: {key} and {keys[full_name]} name the same tensor")
             keys[full_name] = key
+            if plain:
+                dense[full_name] = tensor
+                continue
+            families.add(meaning.family)
             if meaning.role == "constant":
                 constants[full_name] = tensor
             else:
@@ -109,7 +123,10 @@ class AdapterState:
         scaling = {}
         for module, named in factors.items():
             rank = _check_pair(name, family, module, named)
-            declared, scaling[module] = declared_rank_and_scaling(config, module)
+            try:
+                declared, scaling[module] = declared_rank_and_scaling(config, module)
+            except FedcoreError as error:
+                raise FedcoreError(f"{name}: {error}") from None
             if declared != rank:
                 raise FedcoreError(
                     f"{name}: module {module} has rank {rank}, its configuration says {declared}"
@@ -146,7 +163,8 @@ class AdapterState:
     def to_row(self, layout: FactorLayout, out: Tensor | None = None) -> Tensor:
         """This adapter as a row of ``layout`` (its tensors must be the layout's, exactly).
 
-        A module of a lower rank than the layout's fills the first rows and leaves the rest zero.
+        A module of a lower rank than the layout's fills the first rows (of its core, the leading
+        block) and leaves the rest zero.
         ``B`` is stored transposed; nothing is scaled here.
         """
         row = torch.zeros(layout.size, dtype=self.dtype) if out is None else out.zero_()
@@ -156,7 +174,7 @@ class AdapterState:
                 view.copy_(self.dense[slot.module])
             else:
                 stored = _stored(slot.factor, self.factors[slot.module][slot.factor])
-                view[: stored.shape[0]].copy_(stored)
+                _leading(slot.factor, view, stored.shape[0]).copy_(stored)
         return row
 
     def with_row(self, row: Tensor, layout: FactorLayout) -> AdapterState:
@@ -173,7 +191,7 @@ class AdapterState:
                 dense[slot.module] = view.to(old.dtype).clone()
             else:
                 old = factors[slot.module][slot.factor]
-                kept = view[: _stored(slot.factor, old).shape[0]]
+                kept = _leading(slot.factor, view, _stored(slot.factor, old).shape[0])
                 factors[slot.module][slot.factor] = (
                     _stored(slot.factor, kept).to(old.dtype).clone().contiguous()
                 )
@@ -196,32 +214,56 @@ def declared_rank_and_scaling(config: Mapping[str, Any], module: str) -> tuple[i
     Raises:
         FedcoreError: ``r`` or ``lora_alpha`` is missing or not positive.
     """
-    rank = _pattern(config.get("rank_pattern"), module, config.get("r"))
-    alpha = _pattern(config.get("alpha_pattern"), module, config.get("lora_alpha"))
-    if not isinstance(rank, int) or rank < 1:
-        raise FedcoreError(f"module {module}: r is {rank!r} in the adapter's configuration")
-    if not isinstance(alpha, int | float) or not 0 < alpha < float("inf"):
+    rank = _declared(config, "rank_pattern", module, "r")
+    alpha = _declared(config, "alpha_pattern", module, "lora_alpha")
+    whole = isinstance(rank, int) and not isinstance(rank, bool)
+    if not whole or not 1 <= rank <= _LARGEST:
+        raise FedcoreError(f"module {module}: r is {rank!r:.60} in the adapter's configuration")
+    number = isinstance(alpha, int | float) and not isinstance(alpha, bool)
+    if not number or not 1 / _LARGEST <= alpha <= _LARGEST:
         raise FedcoreError(
-            f"module {module}: lora_alpha is {alpha!r} in the adapter's configuration"
+            f"module {module}: lora_alpha is {alpha!r:.60} in the adapter's configuration"
         )
-    return rank, alpha / sqrt(rank) if config.get("use_rslora") else alpha / rank
+    rooted = config.get("use_rslora") or False
+    if not isinstance(rooted, bool):
+        raise FedcoreError(
+            f"module {module}: use_rslora is {rooted!r:.60} in the adapter's configuration"
+        )
+    return rank, alpha / sqrt(rank) if rooted else alpha / rank
 
 
-def _pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
-    for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            return value
-    return default
+def _declared(config: Mapping[str, Any], patterns: str, module: str, default: str) -> Any:
+    """What the first of the ``patterns`` that matches ``module`` says, else ``default``."""
+    found = config.get(patterns) or {}
+    if not isinstance(found, Mapping):
+        raise FedcoreError(f"{patterns} is {found!r:.60}; a mapping of patterns is needed")
+    for pattern, value in found.items():
+        if not isinstance(pattern, str) or _NESTED_REPEAT.search(pattern):
+            raise FedcoreError(f"{patterns} has {pattern!r:.60}, a repetition of repetitions")
+        try:
+            if re.match(rf"(.*\.)?({pattern})$", module):
+                return value
+        except (re.error, RecursionError, OverflowError) as error:
+            raise FedcoreError(f"{patterns} has {pattern!r:.60}: {error}") from None
+    return config.get(default)
 
 
 def _stored(factor: str, tensor: Tensor) -> Tensor:
     return tensor.T if factor in TRANSPOSED_FACTORS else tensor
 
 
+def _leading(factor: str, view: Tensor, rank: int) -> Tensor:
+    """The part of a factor's rows that a lower rank fills."""
+    return view[:rank, :rank] if factor == CORE else view[:rank]
+
+
 def _check_pair(name: str, family: str, module: str, named: Mapping[str, Tensor]) -> int:
     missing = [factor for factor in _PAIRS[family] if factor not in named]
     if missing:
         raise FedcoreError(f"{name}: module {module} lacks factor {missing[0]}")
+    if CORE in named and named[CORE].shape[0] != named[CORE].shape[1]:
+        shape = tuple(named[CORE].shape)
+        raise FedcoreError(f"{name}: module {module} has a core of shape {shape}; it is square")
     ranks = {factor: _stored(factor, tensor).shape[0] for factor, tensor in named.items()}
     if len(set(ranks.values())) > 1:
         raise FedcoreError(f"{name}: module {module} has factors of different rank {ranks}")

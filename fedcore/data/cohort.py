@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fedcore.data.adapter_state import AdapterState
 from fedcore.data.peft_files import read_adapter
+from fedcore.data.peft_keys import CORE
 from fedcore.data.validation import (
     Dropped,
     OnInvalid,
@@ -308,6 +309,9 @@ def _widest_layout(states: Mapping[str, AdapterState]) -> FactorLayout:
     }
     own = first.layout()
     return FactorLayout.build(
-        [(s.module, s.factor, ranks[s.module], s.width) for s in own.factor_slots],
+        [
+            (s.module, s.factor, ranks[s.module], ranks[s.module] if s.factor == CORE else s.width)
+            for s in own.factor_slots
+        ],
         [(s.module, s.shape) for s in own.dense_slots if s.shape is not None],
     )

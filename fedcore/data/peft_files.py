@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from fedcore.data.adapter_state import AdapterState
+from fedcore.data.tensor_file import TensorFile
 from fedcore.errors import FedcoreError, missing_extra
 
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -18,6 +19,9 @@ CONFIG_FILE = "adapter_config.json"
 
 DEFAULT_BUDGET = 8 * 2**30
 """Bytes of adapter weights that are read unless the caller allows more."""
+
+_CONFIG_LIMIT = 4 << 20
+_CONFIG_DEPTH = 32
 
 # One key only: safetensors writes several metadata keys in random order, and equal adapters
 # must give equal files.
@@ -38,6 +42,18 @@ def read_adapter(
         FedcoreError: a file is missing, malformed or over the budget, only pickled weights are
             there, or the tensors do not fit the configuration.
     """
+    weights, config = open_adapter(folder, name=name, budget=budget)
+    return AdapterState.from_peft(weights.read(weights.tensors), config, name=weights.label)
+
+
+def open_adapter(
+    folder: str | Path, *, name: str | None = None, budget: int = DEFAULT_BUDGET
+) -> tuple[TensorFile, dict[str, Any]]:
+    """The weights of a PEFT adapter folder, with a checked header and unread, and its config.
+
+    Raises:
+        FedcoreError: as :func:`read_adapter`, without what the tensors' values could tell.
+    """
     path = Path(folder)
     label = name or str(path)
     weights, config_file = path / WEIGHTS_FILE, path / CONFIG_FILE
@@ -47,12 +63,8 @@ def read_adapter(
         pickled = path / "adapter_model.bin"
         reason = "only pickled weights are there, which are never loaded; " * pickled.is_file()
         raise FedcoreError(f"{label}: {weights} is missing; {reason}save with safetensors")
-    if weights.stat().st_size > budget:
-        size = weights.stat().st_size
-        raise FedcoreError(f"{label}: {weights} holds {size} bytes, more than the budget {budget}")
-    return AdapterState.from_peft(
-        read_tensors(weights, label), _read_config(config_file, label), name=label
-    )
+    config = _read_config(config_file, label)
+    return TensorFile.open(weights, label, budget), config
 
 
 def write_adapter(state: AdapterState, folder: str | Path) -> Path:
@@ -112,12 +124,33 @@ def write_bytes(data: bytes, file: Path) -> None:
 
 def _read_config(file: Path, label: str) -> dict[str, Any]:
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        with file.open("rb") as handle:
+            text = handle.read(_CONFIG_LIMIT + 1)
+        if len(text) > _CONFIG_LIMIT:
+            raise FedcoreError(f"{label}: {file} holds more than {_CONFIG_LIMIT} bytes")
+        config = json.loads(text.decode("utf-8"))
+    except FedcoreError:
+        raise
+    except (OSError, ValueError, RecursionError) as error:
         raise FedcoreError(f"{label}: cannot read {file}: {error}") from error
     if not isinstance(config, dict):
         raise FedcoreError(f"{label}: {file} must hold a JSON object")
+    if _deeper(config, _CONFIG_DEPTH):
+        raise FedcoreError(f"{label}: {file} is nested deeper than {_CONFIG_DEPTH} levels")
     return config
+
+
+def _deeper(value: Any, depth: int) -> bool:
+    """Whether ``value`` nests containers more than ``depth`` levels deep."""
+    level = [value]
+    for _ in range(depth + 1):
+        level = [
+            inner
+            for outer in level
+            if isinstance(outer, dict | list)
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+        ]
+    return bool(level)
 
 
 def _jsonable(value: Any) -> Any:

@@ -21,11 +21,17 @@ _FACTORS: dict[str, tuple[str, str]] = {
     "lora_embedding_A": ("lora", "A"),
     "lora_embedding_B": ("lora", "B"),
     "gram_A": ("gram", "A"),
+    "tri_A": ("tri", "A"),
+    "tri_B": ("tri", "B"),
+    "tri_R": ("tri", "R"),
 }
 _CONSTANTS = {"gram_A0": "gram", "gram_left": "gram", "gram_right": "gram"}
 
 TRANSPOSED_FACTORS = frozenset({"B"})
 """Factors that a flat row holds transposed, so that every factor is ``rank x width``."""
+
+CORE = "R"
+"""The square factor, ``rank x rank``: a lower rank leaves rows and columns of it empty."""
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fedcore.data.adapter_state import AdapterState
+from fedcore.data.peft_keys import CORE
 from fedcore.errors import FedcoreError
 from fedcore_kernels.layout import FactorLayout
 
@@ -64,7 +65,8 @@ def check_state(state: AdapterState, layout: FactorLayout, *, mixed_ranks: bool)
         mine = own[slot.name]
         if slot.dense and mine.shape != slot.shape:
             return f"{slot.name} has shape {mine.shape}, expected {slot.shape}"
-        if mine.width != slot.width:
+        # A core is as wide as its own rank, which the next check compares.
+        if mine.width != slot.width and slot.factor != CORE:
             return f"{slot.name} has width {mine.width}, expected {slot.width}"
         if mine.rows > slot.rows or (mine.rows < slot.rows and not mixed_ranks):
             return f"{slot.name} has rank {mine.rows}, expected {slot.rows}"

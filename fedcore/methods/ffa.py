@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from fedcore.data.cohort import Cohort
-from fedcore.methods.base import Aggregate, Broadcast, ClientPlan, Family, Traits
+from fedcore.methods.base import Aggregate, Broadcast, ClientPlan, Family, History, Traits
 from fedcore.methods.linear import LinearMethod
 from fedcore.methods.nested_ranks import with_held_rows
 
@@ -15,8 +15,8 @@ from fedcore.methods.nested_ranks import with_held_rows
 class FFA(LinearMethod):
     """Freeze a common random ``A``, average ``B``: ``sum w_n B_n A = Bbar A`` exactly.
 
-    A client of lower rank takes the leading rows of ``A`` and leaves the columns of ``B`` beyond its
-    rank as they are.
+    A client of lower rank takes the leading rows of ``A`` and leaves the columns of ``B`` beyond
+    its rank as they are.
 
     The model can move only in the row space of ``A``. Clients whose ``A`` is not bit-equal to the
     broadcast are refused: a perturbation of 1e-3 on one of five already costs 6e-4 in the product.
@@ -29,6 +29,7 @@ class FFA(LinearMethod):
     summary: ClassVar[str] = "A random and frozen, B averaged"
     paper: ClassVar[str] = "arXiv 2403.12313"
     family: ClassVar[Family] = "lora"
+    history: ClassVar[History] = "none"
     traits: ClassVar[Traits] = Traits(
         exact="yes",
         linear=True,

@@ -102,7 +102,7 @@ class OptimiserSection(Section):
     @classmethod
     def _rates(cls, rates: dict[str, float]) -> dict[str, float]:
         for name, rate in rates.items():
-            if name not in ("lora", "gram", "none"):
+            if name not in _FAMILIES:
                 find_method(name)
             if not rate > 0:
                 raise ValueError(f"the learning rate of {name} is {rate}; it must be positive")
@@ -124,7 +124,7 @@ class OptimiserSection(Section):
         )
 
 
-_FAMILIES = ("lora", "gram", "none")
+_FAMILIES = ("lora", "gram", "tri", "none")
 
 
 class TrainingSection(Section):

@@ -21,7 +21,7 @@ class ModelBinding:
     these parameters and read back the same way.
 
     Attributes:
-        layout: every trained factor and dense tensor of the model.
+        layout: every factor of the adapter, trained or not, and every trained dense tensor.
         parameters: slot name to the model's parameter.
         constants: name to buffer that no client may change (initial factors, stored frames).
     """
@@ -32,16 +32,20 @@ class ModelBinding:
 
     @classmethod
     def of(cls, model: nn.Module) -> ModelBinding:
-        """Bind every parameter of ``model`` that requires a gradient.
+        """Bind the adapter of ``model`` and every parameter that requires a gradient.
+
+        Frozen factors are bound too: clients hold them as broadcast, and say so by their digest.
 
         Raises:
             FedcoreError: nothing trains.
         """
         factors, dense, parameters = [], [], {}
+        if not any(parameter.requires_grad for parameter in model.parameters()):
+            raise FedcoreError("the model has no trained parameter to federate")
         for key, parameter in model.named_parameters():
-            if not parameter.requires_grad:
-                continue
             meaning = parse_key(key)
+            if meaning.role != "factor" and not parameter.requires_grad:
+                continue
             if meaning.role == "factor":
                 shape = _stored(meaning.factor, parameter).shape
                 factors.append((meaning.module, meaning.factor, shape[0], shape[1]))
@@ -49,8 +53,6 @@ class ModelBinding:
             else:
                 dense.append((meaning.module, tuple(parameter.shape)))
                 parameters[meaning.module] = parameter
-        if not parameters:
-            raise FedcoreError("the model has no trained parameter to federate")
         constants = {}
         for key, buffer in model.named_buffers():
             meaning = parse_key(key)

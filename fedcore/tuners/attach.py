@@ -1,4 +1,4 @@
-"""Put an adapter on a base model: LoRA, FLoRG's Gram adapter, or none."""
+"""Put an adapter on a base model: LoRA, FLoRG's Gram adapter, a tri-factor adapter, or none."""
 
 from __future__ import annotations
 
@@ -10,8 +10,11 @@ import torch
 from peft import LoraConfig, PeftConfig, get_peft_model
 from torch import nn
 
-from fedcore.errors import FedcoreError
+from fedcore.errors import FedcoreError, unknown_name
 from fedcore.tuners.gram_config import GramConfig
+from fedcore.tuners.tri_config import TriConfig
+
+_FAMILIES = ("lora", "gram", "tri", "none")
 
 
 def attach_adapter(
@@ -26,20 +29,26 @@ def attach_adapter(
     init_std: float | None,
     frame: str,
     seed: int,
+    init: str = "random",
 ) -> nn.Module:
     """Wrap ``model`` so that only the adapter and the classifier head train.
 
     Args:
-        family: ``"lora"``, ``"gram"`` or ``"none"`` (the head alone).
+        family: ``"lora"``, ``"gram"``, ``"tri"`` or ``"none"`` (the head alone).
         target_modules: names of the adapted linear layers, as PEFT matches them.
         layers: transformer layers to adapt, counted from 0, negative from the end; all by default.
         init_std: standard deviation of a Gram adapter's initial factor; its own default if None.
         frame: the kind of FLoRG's frames.
         seed: seeds the initial factors and the frames, independently of the global generator.
+        init: how a tri-factor adapter starts, as :class:`~fedcore.tuners.tri_config.TriConfig` has
+            it; the other families have one start.
 
     Raises:
-        FedcoreError: no layer of the model is called so, or a layer index is out of range.
+        FedcoreError: no layer of the model is called so, a layer index is out of range, the family
+            or the start is unknown, or the start does not fit a layer.
     """
+    if family not in _FAMILIES:
+        raise unknown_name("adapter family", family, _FAMILIES)
     if family == "none":
         _freeze_all_but_head(model)
         return model
@@ -55,11 +64,13 @@ def attach_adapter(
     config: PeftConfig
     if family == "lora":
         config = LoraConfig(lora_dropout=0.0, bias="none", **common)
-    else:
+    elif family == "gram":
         small = seed % 2**31
         config = GramConfig(
             frame=frame, frame_seed=small, init_seed=small, init_std=init_std, **common
         )
+    else:
+        config = TriConfig(init=init, init_seed=seed % 2**31, **common)
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         # transformers deprecates a property that peft still reads.
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")

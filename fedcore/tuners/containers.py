@@ -20,7 +20,9 @@ from fedcore.tuners.frames import DenseFrame, Frame, StructuredFrame
 from fedcore.tuners.lora_factors import lora_factors
 
 
-def _at_least_fp32(cast: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+def at_least_fp32(cast: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """``cast``, as ``nn.Module`` applies it, except where it would narrow a tensor below fp32."""
+
     def guarded(tensor: Tensor) -> Tensor:
         out = cast(tensor)
         narrowed = out.element_size() < min(tensor.element_size(), torch.float32.itemsize)
@@ -33,7 +35,7 @@ class WideBufferDict(BufferDict):
     """A ``BufferDict`` that is not cast to half precision."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> WideBufferDict:
-        return super()._apply(_at_least_fp32(fn), recurse)
+        return super()._apply(at_least_fp32(fn), recurse)
 
 
 @dataclass(eq=False)
@@ -114,4 +116,4 @@ class GramFactors(nn.ParameterDict):
         return sum(updates[1:], start=updates[0])
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GramFactors:
-        return super()._apply(_at_least_fp32(fn), recurse)
+        return super()._apply(at_least_fp32(fn), recurse)

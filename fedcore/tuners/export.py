@@ -1,46 +1,33 @@
-"""A Gram adapter as a plain LoRA adapter, exactly, for everyone who does not have this package."""
+"""Gram and tri-factor adapters as plain LoRA, exactly, for all who do not have this package."""
 
 from __future__ import annotations
 
-import re
-from collections import Counter
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from fedcore.data.adapter_state import AdapterState
+from fedcore.data.low_rank import LowRank
 from fedcore.data.peft_files import read_adapter, write_adapter
-from fedcore.data.peft_keys import PREFIX
+from fedcore.data.plain_lora import plain_lora
 from fedcore.errors import FedcoreError
 from fedcore.tuners.frames import DenseFrame, Frame, FrameRecipe, StructuredFrame
 from fedcore.tuners.lora_factors import lora_factors
+from fedcore.tuners.tri_factors import tri_pair
 
 if TYPE_CHECKING:
     from peft import PeftModel
-
-_KEPT_FIELDS = (
-    "auto_mapping",
-    "base_model_name_or_path",
-    "exclude_modules",
-    "fan_in_fan_out",
-    "layers_pattern",
-    "layers_to_transform",
-    "modules_to_save",
-    "revision",
-    "target_modules",
-    "task_type",
-)
 
 
 def export_lora(
     source: str | Path | PeftModel, out_folder: str | Path, *, adapter_name: str | None = None
 ) -> Path:
-    """Write a Gram adapter as a plain LoRA folder; returns the folder.
+    """Write a Gram or tri-factor adapter as a plain LoRA folder; returns the folder.
 
-    ``r = lora_alpha = 2r`` (``r`` without offset), so the scale is 1; modules saved whole are kept.
+    The rank is ``2r`` for a Gram adapter (``r`` without offset) and ``r`` for a tri-factor adapter;
+    ``lora_alpha`` is that rank, so the scale is 1; modules saved whole are kept.
     The base model is not needed: shapes stand in the configuration. Each file appears whole or not
     at all, and equal adapters give byte-identical files.
 
@@ -50,7 +37,7 @@ def export_lora(
         adapter_name: which adapter of a live model; its active one by default.
 
     Raises:
-        FedcoreError: the source is no Gram adapter, or lacks a tensor or shape it should have.
+        FedcoreError: the source is of another family, or lacks a tensor or shape it should have.
     """
     if isinstance(source, str | Path):
         if adapter_name is not None:
@@ -58,7 +45,12 @@ def export_lora(
         state = read_adapter(source)
     else:
         state = _live_state(source, adapter_name)
-    return write_adapter(gram_to_lora(state), out_folder)
+    convert = {"gram": gram_to_lora, "tri": tri_to_lora}.get(state.family)
+    if convert is None:
+        raise FedcoreError(
+            f"adapter: is of family {state.family!r}; export needs a 'gram' or 'tri' adapter"
+        )
+    return write_adapter(convert(state), out_folder)
 
 
 def gram_to_lora(state: AdapterState, name: str = "adapter") -> AdapterState:
@@ -69,28 +61,36 @@ def gram_to_lora(state: AdapterState, name: str = "adapter") -> AdapterState:
     """
     if state.family != "gram":
         raise FedcoreError(f"{name}: is of family {state.family!r}; export needs a 'gram' adapter")
-    factors: dict[str, dict[str, Tensor]] = {}
-    keys = {dense: state.keys[dense] for dense in state.dense}
-    for module, named in state.factors.items():
-        lora_A, lora_B = lora_factors(
+    pairs = {
+        module: lora_factors(
             named["A"],
             _initial(state, module, name),
             _frame(state, module, name),
             state.scaling[module],
         )
-        factors[module] = {"A": lora_A.contiguous(), "B": lora_B.contiguous()}
-        for factor in ("A", "B"):
-            keys[f"{module}.{factor}"] = f"{PREFIX}{module}.lora_{factor}.weight"
-    ranks = {module: named["A"].shape[0] for module, named in factors.items()}
-    return replace(
-        state,
-        family="lora",
-        factors=factors,
-        constants={},
-        scaling=dict.fromkeys(factors, 1.0),
-        config=_lora_config(state.config, ranks),
-        keys=keys,
-    )
+        for module, named in state.factors.items()
+    }
+    return _as_lora(state, pairs)
+
+
+def tri_to_lora(state: AdapterState, name: str = "adapter") -> AdapterState:
+    """The plain LoRA adapter ``B' = s B R``, ``A' = A`` that equals ``state``.
+
+    Raises:
+        FedcoreError: ``state`` is no tri-factor adapter.
+    """
+    if state.family != "tri":
+        raise FedcoreError(f"{name}: is of family {state.family!r}; export needs a 'tri' adapter")
+    pairs = {
+        module: tri_pair(named["A"], named["R"], named["B"], state.scaling[module])
+        for module, named in state.factors.items()
+    }
+    return _as_lora(state, pairs)
+
+
+def _as_lora(state: AdapterState, pairs: Mapping[str, tuple[Tensor, Tensor]]) -> AdapterState:
+    updates = {module: LowRank(lora_B.T, lora_A) for module, (lora_A, lora_B) in pairs.items()}
+    return plain_lora(updates, state)
 
 
 def _live_state(model: PeftModel, adapter_name: str | None) -> AdapterState:
@@ -127,29 +127,3 @@ def _frame(state: AdapterState, module: str, name: str) -> Frame:
         raise FedcoreError(f"{name}: module {module} has no entry in module_shapes")
     recipe = FrameRecipe(config["frame"], config["frame_seed"], module, shape[0], shape[1])
     return StructuredFrame(recipe)
-
-
-def _lora_config(config: Mapping[str, Any], ranks: Mapping[str, int]) -> dict[str, Any]:
-    # The commonest rank is the default: fewest exceptions, and the same answer in any order.
-    common = max(Counter(ranks.values()).items(), key=lambda item: (item[1], item[0]))[0]
-    # PEFT matches a pattern against the end of a path; the anchor makes it the whole path.
-    other = {f"^{re.escape(m)}": rank for m, rank in sorted(ranks.items()) if rank != common}
-    return {
-        **{field: _ordered(config.get(field)) for field in _KEPT_FIELDS},
-        "peft_type": "LORA",
-        "inference_mode": True,
-        "r": common,
-        "lora_alpha": common,
-        "rank_pattern": other,
-        "alpha_pattern": dict(other),
-        "lora_dropout": 0.0,
-        "use_rslora": False,
-        "use_dora": False,
-        "bias": "none",
-        "init_lora_weights": True,
-    }
-
-
-def _ordered(value: Any) -> Any:
-    # PEFT writes sets in the order of their hashes, which differs from process to process.
-    return sorted(value) if isinstance(value, set | list) else value

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from math import isfinite
-from typing import Any
 
 from peft import PeftConfig
 
 from fedcore.errors import FedcoreError, unknown_name
+from fedcore.tuners.config_checks import POSITIVE, RANK, SEED, check_numbers
 from fedcore.tuners.frames import FRAME_KINDS
 from fedcore.tuners.registration import extend_peft_type
 
@@ -80,19 +78,19 @@ class GramConfig(PeftConfig):
             self.exclude_modules = set(self.exclude_modules)
         self.rank_pattern = dict(self.rank_pattern or {})
         self.alpha_pattern = dict(self.alpha_pattern or {})
-        _check("r", {"": self.r}, _RANK)
-        _check("rank_pattern", self.rank_pattern, _RANK)
-        _check("lora_alpha", {"": self.lora_alpha}, _POSITIVE)
-        _check("alpha_pattern", self.alpha_pattern, _POSITIVE)
-        _check("frame_seed", {"": self.frame_seed}, _SEED)
-        _check("init_seed", {"": self.init_seed}, _SEED)
+        check_numbers("r", {"": self.r}, RANK)
+        check_numbers("rank_pattern", self.rank_pattern, RANK)
+        check_numbers("lora_alpha", {"": self.lora_alpha}, POSITIVE)
+        check_numbers("alpha_pattern", self.alpha_pattern, POSITIVE)
+        check_numbers("frame_seed", {"": self.frame_seed}, SEED)
+        check_numbers("init_seed", {"": self.init_seed}, SEED)
         if self.init_std == 0:
             raise FedcoreError(
                 "init_std is 0; A = 0 is a stationary point of A^T A and would never train; "
                 "pass a positive number, offset=True makes the model start as the base model"
             )
         if self.init_std is not None:
-            _check("init_std", {"": self.init_std}, _POSITIVE)
+            check_numbers("init_std", {"": self.init_std}, POSITIVE)
         if self.frame not in FRAME_KINDS:
             raise unknown_name("frame", self.frame, FRAME_KINDS)
         if self.bias != "none":
@@ -104,17 +102,3 @@ class GramConfig(PeftConfig):
                 "layers_to_transform cannot be combined with target_modules given as one string; "
                 "pass a list of names or put the layer indices into the expression"
             )
-
-
-_RANK = "a whole number >= 1"
-_SEED = "a whole number >= 0"
-_POSITIVE = "a positive number"
-
-
-def _check(name: str, values: Mapping[str, Any], wanted: str) -> None:
-    for key, value in values.items():
-        allowed = int | float if wanted == _POSITIVE else int
-        valid = isinstance(value, allowed) and not isinstance(value, bool) and isfinite(value)
-        if not valid or value < 0 or (value == 0 and wanted != _SEED):
-            where = f"{name}[{key!r}]" if key else name
-            raise FedcoreError(f"{where} is {value!r}; pass {wanted}")

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
-from itertools import chain
 from math import sqrt
-from typing import Any, cast
+from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from fedcore.data.adapter_state import declared_rank_and_scaling
 from fedcore.data.seeding import derive_seed
-from fedcore.errors import FedcoreError
+from fedcore.tuners.additive_layer import AdditiveLayer
 from fedcore.tuners.containers import GramConstants, GramFactors
 from fedcore.tuners.frames import (
     DenseFrame,
@@ -31,12 +27,10 @@ INIT_SCALE = 0.1
 """The rows of the initial ``A`` have about this norm unless ``init_std`` says otherwise."""
 
 
-class GramLayer(nn.Module, BaseTunerLayer):
+class GramLayer(AdditiveLayer):
     """``y = W0 x + b + sum over active adapters of s left (A^T A - A0^T A0) right x``.
 
-    Wraps ``nn.Linear``, ``Conv1D`` or a quantised layer with ``in_features`` and ``out_features``.
-    The base weight is read by ``merge`` alone: training and inference work on half and quantised
-    bases. ``A`` is ``gram_A`` ``(r, k)``, ``A0`` the buffer ``gram_A0``; dense frames are buffers
+    ``A`` is ``gram_A`` ``(r, k)``, ``A0`` the buffer ``gram_A0``; dense frames are buffers
     too, ``gram_left`` and ``gram_right``; frames made from a recipe are not in the state dict.
     """
 
@@ -55,10 +49,7 @@ class GramLayer(nn.Module, BaseTunerLayer):
     def __init__(
         self, base_layer: nn.Module, adapter_name: str, module: str, config: GramConfig
     ) -> None:
-        super().__init__()
-        self.base_layer = base_layer
-        self.out_features, self.in_features = layer_shape(self.get_base_layer(), module)
-        self.r: dict[str, int] = {}
+        super().__init__(base_layer, adapter_name, module)
         self.frame_ids: dict[str, str] = {}
         self._constants = constants = GramConstants()
         self.gram_A = GramFactors(constants)
@@ -68,9 +59,6 @@ class GramLayer(nn.Module, BaseTunerLayer):
         self.gram_frame = constants.structured
         self.scaling = constants.scaling
         self.frame_pending = constants.frame_pending
-        self._disable_adapters = False
-        self.merged_adapters: list[str] = []
-        self._active_adapter = adapter_name
         self.update_layer(adapter_name, module, config)
 
     def update_layer(self, adapter_name: str, module: str, config: GramConfig) -> None:
@@ -105,52 +93,23 @@ class GramLayer(nn.Module, BaseTunerLayer):
         names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
         self.gram_A.activate(names)
 
-    @torch.no_grad()
-    def get_delta_weight(self, adapter: str) -> Tensor:
-        """The dense update of ``adapter``, oriented as the base weight is, in fp32 or wider."""
-        lora_A, lora_B = self.gram_A.pair(adapter)
-        with torch.autocast(device_type=lora_A.device.type, enabled=False):
-            delta = lora_B @ lora_A
-        return delta.T if isinstance(self.get_base_layer(), Conv1D) else delta
+    def carries(self, adapter: str) -> bool:
+        """Whether the layer has an adapter of this name."""
+        return adapter in self.gram_A
 
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Add the adapters' updates to the base weight; rounded once, to the weight's dtype.
+    def lora_pair(self, adapter: str) -> tuple[Tensor, Tensor]:
+        """``lora_A (m, in)``, ``lora_B (out, m)`` whose product is the adapter's update."""
+        return self.gram_A.pair(adapter)
 
-        Args:
-            safe_merge: refuse, before the weight changes, an update that makes it not finite.
-            adapter_names: which; the active ones by default.
+    @property
+    def any_active(self) -> bool:
+        """Whether :meth:`update` would add anything."""
+        return self.gram_A.any_active
 
-        Raises:
-            FedcoreError: the base weight is quantised, or the merged weight is not finite.
-        """
-        for adapter in check_adapters_to_merge(self, adapter_names):
-            if adapter not in self.gram_A:
-                continue
-            merged = self._shifted_weight(adapter, +1)
-            if safe_merge and not torch.isfinite(merged).all():
-                raise FedcoreError(f"adapter {adapter!r} makes the merged weight NaN or infinite")
-            self.get_base_layer().weight.data = merged
-            self.merged_adapters.append(adapter)
-
-    def unmerge(self) -> None:
-        """Take the merged updates out of the base weight again, up to the weight's rounding."""
-        if not self.merged:
-            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
-        while self.merged_adapters:
-            self.get_base_layer().weight.data = self._shifted_weight(self.merged_adapters.pop(), -1)
-
-    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """The update is additive; ``export_lora`` converts it exactly."""
-        return True
-
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The base layer's output plus the active adapters' updates, in the base output's dtype."""
-        if self.disable_adapters and self.merged:
-            self.unmerge()
-        result = self.base_layer(x, *args, **kwargs)
-        if self.disable_adapters or self.merged or not self.gram_A.any_active:
-            return result
-        return (result + self.gram_A(x)).to(result.dtype)
+    def update(self, x: Tensor) -> Tensor:
+        """The active adapters' share of the output, ``(..., in)`` to ``(..., out)``."""
+        found: Tensor = self.gram_A(x)
+        return found
 
     def __repr__(self) -> str:
         return "gram." + super().__repr__()
@@ -186,22 +145,6 @@ class GramLayer(nn.Module, BaseTunerLayer):
                 self.frame_pending.pop(adapter, None)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
-    def _shifted_weight(self, adapter: str, sign: int) -> Tensor:
-        weight = cast(nn.Linear, self.get_base_layer()).weight.data
-        if not weight.dtype.is_floating_point:
-            raise FedcoreError(
-                f"adapter {adapter!r} cannot be merged into a base weight of dtype {weight.dtype}; "
-                "export it with export_lora and keep it beside the base"
-            )
-        delta = self.get_delta_weight(adapter)
-        shifted = torch.add(weight.to(delta.dtype), delta.to(weight.device), alpha=sign)
-        return shifted.to(weight.dtype)
-
-    def _base_device(self) -> torch.device:
-        base = self.get_base_layer()
-        held = next(chain(base.parameters(), base.buffers()), None)
-        return torch.device("cpu") if held is None else held.device
-
     def _move_adapter_to_device_of_base_layer(
         self, adapter_name: str, device: torch.device | None = None
     ) -> None:
@@ -214,21 +157,3 @@ class GramLayer(nn.Module, BaseTunerLayer):
                 held[adapter_name] = held[adapter_name].to(target)
         if adapter_name in self.gram_frame:
             self.gram_frame[adapter_name].to(target)
-
-
-def layer_shape(layer: nn.Module, module: str) -> tuple[int, int]:
-    """``(out, in)`` of a layer that can carry a Gram adapter.
-
-    Raises:
-        FedcoreError: naming ``module`` and its type.
-    """
-    if isinstance(layer, Conv1D):
-        fan_in, fan_out = layer.weight.shape
-        return fan_out, fan_in
-    shape = (getattr(layer, "out_features", None), getattr(layer, "in_features", None))
-    if isinstance(shape[0], int) and isinstance(shape[1], int):
-        return shape[0], shape[1]
-    raise FedcoreError(
-        f"module {module} is a {type(layer).__name__}; a Gram adapter needs nn.Linear, Conv1D or a "
-        "quantised linear layer"
-    )

@@ -12,9 +12,10 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from fedcore.errors import FedcoreError
+from fedcore.tuners.additive_layer import layer_shape
 from fedcore.tuners.frames import FrameRecipe, check_same_frames
 from fedcore.tuners.gram_config import GramConfig
-from fedcore.tuners.gram_layer import GramLayer, layer_shape
+from fedcore.tuners.gram_layer import GramLayer
 
 
 class GramModel(BaseTuner):

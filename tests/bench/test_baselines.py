@@ -13,11 +13,14 @@ from bench.baselines.eager_align import eager_align
 from bench.baselines.eager_fedavg import eager_fedavg
 from bench.baselines.eager_florg import eager_sketched, eager_truncated
 from bench.baselines.eager_stacks import eager_apply_cores, eager_cross_gram, eager_gram
+from bench.baselines.looped_transport import looped_transport
 from bench.baselines.peft_weighted_adapter import peft_model, peft_weighted_adapter
 from bench.baselines.published_florg import published_florg
 from bench.baselines.scipy_procrustes import scipy_polar, scipy_procrustes
 from bench.ops.products import client_factors
 from bench.workloads import Workload, state_dicts
+from fedcore.methods.class_mixtures import read_class_mixtures
+from fedcore.methods.data_similarity import client_distances
 from fedcore_kernels import (
     align_and_average,
     apply_cores,
@@ -30,6 +33,7 @@ from fedcore_kernels import (
     truncated_step,
     weighted_mean,
 )
+from tests.property.mixtures import random_statistics
 from tests.reference.tolerance import assert_close
 
 CPU = torch.device("cpu")
@@ -162,3 +166,15 @@ def test_dense_and_peft_merges():
     for _ in range(2):
         b, a = peft_weighted_adapter(model, weights.tolist(), rank)
         assert_close(b.T @ a, expected[1], width, condition=10.0)
+
+
+def test_looped_transport():
+    told = [random_statistics(n, classes=2 + n, components=1 + n % 3) for n in range(4)]
+    clients = [read_class_mixtures(one, f"c{n}") for n, one in enumerate(told)]
+    expected = torch.from_numpy(client_distances(clients))
+    assert_close(torch.from_numpy(looped_transport(clients)), expected, 5)
+    # Row by row of the upper half: the first pairs are those of the first client.
+    part = torch.from_numpy(looped_transport(clients, 2))
+    assert_close(part[0, :3], expected[0, :3], 5)
+    assert not part[1:, 1:].any()
+    assert part[0, 3] == 0

@@ -12,6 +12,7 @@ import torch
 import fedcore
 from bench import kernels, server, session
 from bench.case import Plan, one_operation
+from bench.mixing import mixing_case
 from bench.rounds import OTHERS, SKETCHED, TRUNCATED, florg_case
 from bench.workloads import LLAMA_2_7B_ALL, ROBERTA_LARGE, Setting
 from fedcore.cli import main
@@ -148,6 +149,22 @@ def test_every_plan_of_the_kernels_builds_and_runs():
             assert set(ours.against) <= {*case.others, *case.ours}, op
             assert ours.against, op
             ours.call()
+
+
+def test_mixing_is_measured_where_loops_are():
+    names = [plan.name for plan in server.plans(Setting(CPU, small=True), ("eager", "mean"))]
+    assert names[-1] == "CE-LoRA, 20 clients"
+    assert not any("CE-LoRA" in p.name for p in server.plans(Setting(CPU), ("mean", "batched")))
+    case = mixing_case(4)
+    (name,) = case.others
+    assert name == "eager loop of ot.emd2 (6 of 6 pairs)"
+    assert case.others[name].share == 1
+    mixing = case.ours["ce_lora mixing"].call()
+    assert mixing.flags == ()
+    assert torch.equal(mixing.weights.argmax(1), torch.arange(4))
+    found = case.ours["client_distances"].call(), case.others[name].call()
+    torch.testing.assert_close(*map(torch.from_numpy, found))
+    assert next(iter(mixing_case(20).others.values())).share == 99 / 190
 
 
 def test_part_of_the_modules_is_scaled_to_all_and_said():

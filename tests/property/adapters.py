@@ -52,3 +52,25 @@ def gram_state(
     tensors["base_model.model.classifier.weight"] = torch.randn(5, 4, generator=generator)
     config = {"peft_type": "GRAM", "r": rank, "lora_alpha": alpha or float(rank)}
     return AdapterState.from_peft(tensors, config)
+
+
+def tri_state(
+    seed: int,
+    rank: int = 3,
+    alpha: float | None = None,
+    modules: Sequence[tuple[str, int, int]] = MODULES,
+    dtype: torch.dtype = torch.float32,
+) -> AdapterState:
+    """One client's tri-factor adapter: ``(module, d_in, d_out)`` each, with a head."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    tensors = {}
+    for name, d_in, d_out in modules:
+        for factor, shape in {"A": (rank, d_in), "R": (rank, rank), "B": (d_out, rank)}.items():
+            tensors[f"base_model.model.{name}.tri_{factor}"] = draw(*shape)
+    tensors["base_model.model.classifier.weight"] = draw(5, 4)
+    config = {"peft_type": "TRI", "r": rank, "lora_alpha": alpha or float(rank)}
+    return AdapterState.from_peft(tensors, config)

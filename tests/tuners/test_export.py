@@ -147,7 +147,9 @@ def test_heads_are_kept(tmp_path):
 
 def test_bad_sources_are_named(tmp_path):
     lora = get_peft_model(llama(), LoraConfig(target_modules=["q_proj"]))
-    with pytest.raises(FedcoreError, match=r"family 'lora'; export needs a 'gram' adapter"):
+    with pytest.raises(
+        FedcoreError, match=r"family 'lora'; export needs a 'gram' or 'tri' adapter"
+    ):
         export_lora(lora, tmp_path)
     with pytest.raises(FedcoreError, match=r"adapter_name is 'x'; the model has \['default'\]"):
         export_lora(trained("llama"), tmp_path, adapter_name="x")
