@@ -24,7 +24,7 @@ from fedcore.training.datasets import (
     subsample,
 )
 from fedcore.training.encoding import EncodedDataset, encode
-from fedcore.training.features import mean_states
+from fedcore.training.features import encoder_digest, mean_states
 from fedcore.training.forward import Forward
 from fedcore.training.models import load_classifier
 from fedcore.training.partitions import Partition, assign_like, partition
@@ -215,12 +215,14 @@ def _statistics(
 ) -> dict[str, Mapping[str, Tensor]]:
     """What each client tells of its data, of the features that the base model gives them."""
     features = mean_states(model, examples, recipe.evaluation.batch_size)
-    return {
-        client: method.statistics(
-            features[indices], examples.labels[indices], derive_seed(recipe.seed, "told", client)
-        )
-        for client, indices in sorted(shards.items())
-    }
+    encoder = encoder_digest(model)
+    found: dict[str, Mapping[str, Tensor]] = {}
+    for client, indices in sorted(shards.items()):
+        seed = derive_seed(recipe.seed, "told", client)
+        told = method.statistics(features[indices], examples.labels[indices], seed)
+        if told:
+            found[client] = {**told, "encoder": encoder}
+    return found
 
 
 def client_ids(clients: int) -> tuple[str, ...]:

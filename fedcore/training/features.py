@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from hashlib import sha256
+
 import torch
 from torch import Tensor, nn
 
@@ -27,3 +29,14 @@ def mean_states(model: nn.Module, examples: EncodedDataset, batch_size: int = 64
             kept = mask.unsqueeze(-1).to(states.dtype)
             found.append(((states * kept).sum(dim=1) / kept.sum(dim=1).clamp(min=1)).cpu())
     return torch.cat(found)
+
+
+def encoder_digest(model: nn.Module) -> Tensor:
+    """A hash of every frozen parameter: uint8 ``(32,)``, equal where features are comparable."""
+    total = sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        if not parameter.requires_grad:
+            held = parameter.detach().cpu().contiguous()
+            total.update(f"{name} {held.dtype} {tuple(held.shape)}".encode())
+            total.update(held.flatten().view(torch.uint8).numpy().tobytes())
+    return torch.frombuffer(bytearray(total.digest()), dtype=torch.uint8).clone()

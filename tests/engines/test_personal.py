@@ -87,14 +87,15 @@ def test_fedsa_clients_go_on_from_the_common_a_and_their_own_b(home, tmp_path, m
 def test_ce_lora_clients_go_on_from_their_own_mix_of_the_cores(home, tmp_path, uploads):
     from fedcore.methods import Broadcast, create_method
 
-    recipe = tiny_recipe(home, **{"method.name": "ce_lora", "rounds": 1})
+    settings = {"method.name": "ce_lora", "method.min_per_component": 2, "rounds": 1}
+    recipe = tiny_recipe(home, **settings)
     start(recipe, tmp_path / "run")
     before = read_state(tmp_path / "run/state/round-0000")
     after = final(tmp_path / "run")
     cohort = uploads[0]
     assert set(cohort.statistics) == set(cohort.client_ids)
     previous = Broadcast(before.layout, before.row)
-    expected = create_method("ce_lora").aggregate(cohort, previous).personal
+    expected = create_method("ce_lora", min_per_component=2).aggregate(cohort, previous).personal
     mixes = []
     for client, row in own_rows(after).items():
         mix = after.layout.gather(row, cohort.layout)
@@ -157,7 +158,8 @@ def test_an_interrupted_run_ends_with_the_same_bits(method, home, tmp_path):
 
 
 def test_statements_about_data_are_traffic_of_the_first_round_only(home, tmp_path):
-    start(tiny_recipe(home, **{"method.name": "ce_lora"}), tmp_path / "run")
+    settings = {"method.name": "ce_lora", "method.min_per_component": 2}
+    start(tiny_recipe(home, **settings), tmp_path / "run")
     records = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").open()]
     # 6 modules with a core of 2 x 2, 4 clients, 4 bytes a number.
     cores = 6 * 4 * 4 * 4
