@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import nan, sqrt
 
 import torch
 from torch import Tensor
@@ -39,6 +40,13 @@ class CombinationReport(StepReport):
     target: float
     sweeps: int
     converged: bool
+
+    @property
+    def error_bounds(self) -> tuple[float, float]:
+        """Floor and ceiling as relative errors; ``nan`` where M is zero or not certified."""
+        if not self.target > 0:
+            return nan, nan
+        return sqrt(max(self.floor, 0.0) / self.target), sqrt(max(self.ceiling, 0.0) / self.target)
 
 
 def combination_reports(

@@ -83,7 +83,7 @@ class WeightedSum:
 
     def _include(self, term: Tensor) -> None:
         if self._sum is None or self._lost is None:
-            self._sum, self._lost = term.clone(), torch.zeros_like(term)
+            self._sum, self._lost = term, torch.zeros_like(term)
             return
         # Knuth's sum: ``total`` and ``rounded`` add up to the exact sum of two numbers.
         total = self._sum + term

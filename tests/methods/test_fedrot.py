@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 from fedcore.data.cohort import Cohort
 from fedcore.errors import FedcoreError
 from fedcore.methods import Broadcast, create_method
-from fedcore.methods.linear import LinearAccumulator
 from fedcore_kernels import align_and_average
 from tests.property.adapters import lora_state
 
@@ -211,11 +210,11 @@ def test_uploads_behind_a_sum_are_the_batch():
     weights = [2.0, 0.25, 7.0, 1.0]
     uploads = [sent(row_of(n), 3, strength=1.0).row for n in range(4)]
     batch = method.aggregate(cohort_of(uploads, weights, 3), PREVIOUS).row
-    left, right = method.accumulator(), LinearAccumulator()
+    left, right = (method.accumulator(LAYOUT, PREVIOUS) for _ in range(2))
     for n, (row, weight) in enumerate(zip(uploads, weights, strict=True)):
         (right if n % 2 else left).add(row, weight)
     left.merge(right)
-    torch.testing.assert_close(left.result(torch.float64), batch, rtol=1e-13, atol=1e-13)
+    torch.testing.assert_close(left.result().row, batch, rtol=1e-13, atol=1e-13)
     assert method.traits.linear
 
 

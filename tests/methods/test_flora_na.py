@@ -1,5 +1,6 @@
 """FLoRA-NA as a method: what the next global row is for the uploads of a round."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -306,3 +307,16 @@ def test_mixed_ranks_and_partial_uploads_are_refused():
 def test_bad_options_are_refused_before_anything_runs(options, message):
     with pytest.raises(FedcoreError, match=message):
         create_method("flora_na", **options)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_diagnosis_holds_the_bounds_of_the_fit(family):
+    cohort, previous = cohort_of(family)
+    result = create_method("flora_na", certify=True).aggregate(cohort, previous)
+    for found in diagnose(cohort, result, previous, "lora"):
+        assert 0 < found.error_floor <= found.aggregation_error * (1 + 1e-9)
+        assert found.aggregation_error <= found.error_ceiling * (1 + 1e-9)
+    plain = create_method("product_svd").aggregate(cohort, previous)
+    for found in diagnose(cohort, plain, previous, "lora"):
+        assert math.isnan(found.error_floor)
+        assert math.isnan(found.error_ceiling)

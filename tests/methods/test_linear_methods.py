@@ -7,7 +7,6 @@ from fedcore.data.cohort import Cohort, CohortBuilder
 from fedcore.errors import FedcoreError
 from fedcore.methods import Broadcast, create_method
 from fedcore.methods.diagnostics import diagnose
-from fedcore.methods.linear import LinearAccumulator
 from tests.property.adapters import lora_state
 
 MODULES = ("encoder.layer.0.query", "encoder.layer.0.value")
@@ -167,22 +166,6 @@ def test_mixed_ranks_are_refused_where_they_would_shrink_the_model():
     previous = Broadcast(cohort.layout, cohort.updates[0])
     with pytest.raises(FedcoreError, match=r"client a has rank 2 .* others up to 4; fedit needs"):
         create_method("fedit").aggregate(cohort, previous)
-
-
-@given(WEIGHTS, st.integers(0, 5))
-def test_sums_merge_in_any_tree_to_the_batch_mean(weights, cut):
-    cohort, previous = lora_cohort(weights)
-    left, right = LinearAccumulator(), LinearAccumulator()
-    for n, weight in enumerate(weights):
-        (left if n < cut else right).add(cohort.updates[n], weight)
-    right.merge(left)
-    batch = create_method("fedit").aggregate(cohort, previous).row
-    torch.testing.assert_close(right.result(torch.float64), batch, rtol=1e-12, atol=1e-12)
-
-
-def test_an_empty_sum_has_no_mean():
-    with pytest.raises(ValueError, match="positive weight"):
-        LinearAccumulator().result()
 
 
 @given(WEIGHTS)

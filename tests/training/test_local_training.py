@@ -206,3 +206,31 @@ def test_a_model_is_read_and_loaded_as_a_row():
     assert [n for n, p in wrapped.named_parameters() if p.requires_grad and "lora_A" in n] == []
     with pytest.raises(FedcoreError, match="no trained parameter"):
         ModelBinding.of(nn.Linear(2, 2).requires_grad_(False))
+
+
+def test_frozen_factors_are_bound_too():
+    from fedcore.tuners import TriConfig
+
+    model = nn.Sequential()
+    model.add_module("q", nn.Linear(6, 4))
+    model.add_module("head", nn.Linear(4, 2))
+    config = TriConfig(r=2, target_modules=["q"], modules_to_save=["head"], init="random")
+    wrapped = peft.get_peft_model(model, config)
+    live = dict(wrapped.named_parameters())
+    factors = {f: live[f"base_model.model.q.tri_{f}.default"] for f in "ABR"}
+    assert {f: p.requires_grad for f, p in factors.items()} == {"A": False, "B": False, "R": True}
+    binding = ModelBinding.of(wrapped)
+    layout = binding.layout
+    assert [slot.name for slot in layout] == ["q.A", "q.B", "q.R", "head.bias", "head.weight"]
+    row = binding.read()
+    for factor, parameter in factors.items():
+        stored = parameter.T if factor == "B" else parameter
+        assert torch.equal(layout.view(row, layout.by_name[f"q.{factor}"]), stored)
+    for trains in ("R", "AR", "ABR", ""):
+        chosen = binding.trained(trains)
+        assert set(chosen) == {f"q.{f}" for f in trains} | {"head.bias", "head.weight"}
+        assert {f for f, p in factors.items() if p.requires_grad} == set(trains)
+    for parameter in wrapped.parameters():
+        parameter.requires_grad_(False)
+    with pytest.raises(FedcoreError, match="no trained parameter"):
+        ModelBinding.of(wrapped)
