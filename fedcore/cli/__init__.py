@@ -1,4 +1,4 @@
-"""The command line: ``fedcore run``, ``compare``, ``methods``, ``recipes``, ``export``, ``bench``.
+"""The command line: ``fedcore run``, ``compare``, ``aggregate``, ``export``, ``bench`` and lists.
 
 Other distributions and rooms add commands through the entry-point group ``fedcore.commands``: each
 entry point is a function that becomes a command of the entry point's name.
@@ -26,7 +26,7 @@ def _build():  # type: ignore[no-untyped-def]  # typer is optional and imported 
     try:
         import typer
 
-        from fedcore.cli import bench, compare, export, listing, run
+        from fedcore.cli import aggregate, bench, compare, export, listing, run
     except ImportError as error:
         raise missing_extra(error.name or "a dependency", "run") from error
     app = typer.Typer(
@@ -37,6 +37,7 @@ def _build():  # type: ignore[no-untyped-def]  # typer is optional and imported 
     )
     app.command()(run.run)
     app.command()(compare.compare)
+    app.command()(aggregate.aggregate)
     app.command()(listing.methods)
     app.command()(listing.recipes)
     app.command()(export.export)

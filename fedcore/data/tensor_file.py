@@ -196,7 +196,7 @@ def _parsed(text: bytes, size: int) -> Mapping[str, StoredTensor]:
     first, last = (ordered[0][1].begin, ordered[-1][1].end) if ordered else (start, start)
     if first != start or last != size:
         raise ValueError(
-            f"its header declares {last - start} bytes of tensors, {size - start} are there"
+            f"its tensors fill bytes {first - start} to {last - start} of {size - start} of data"
         )
     return MappingProxyType(dict(ordered))
 

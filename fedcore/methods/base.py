@@ -5,7 +5,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from math import nan
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
@@ -15,6 +16,8 @@ from fedcore.errors import FedcoreError
 from fedcore_kernels.layout import FactorLayout
 
 Family = Literal["lora", "gram", "tri", "none"]
+
+History = Literal["rounds", "previous", "alignment", "none"]
 
 FACTORS: Mapping[str, tuple[str, ...]] = {
     "lora": ("A", "B"),
@@ -104,6 +107,11 @@ class StepReport:
     condition: float
     gap: float
 
+    @property
+    def error_bounds(self) -> tuple[float, float]:
+        """Bounds of the aggregation error, relative to ``||M||``; ``nan`` where not known."""
+        return nan, nan
+
 
 @dataclass(frozen=True)
 class Aggregate:
@@ -148,6 +156,18 @@ class Method(ABC):
     """Whether every round starts a fresh adapter, so that optimiser moments mean nothing in it."""
     wants_features: ClassVar[bool] = False
     """Whether :meth:`statistics` is to be called on every client before its first round."""
+    history: ClassVar[History] = "rounds"
+    """What the server half needs besides uploads of factors: earlier rounds, the previous global
+    state, that state for the option ``align`` alone, or nothing. Methods that can do without the
+    rounds also aggregate adapters that were trained elsewhere."""
+    any_rank: ClassVar[bool] = False
+    """Whether leading rows of the result, as :meth:`for_client` gives them, are the best of their
+    rank, so that a result of any rank may be asked for."""
+
+    @property
+    def adapter_options(self) -> Mapping[str, Any]:
+        """What the method asks of its adapter, in the words of ``attach_adapter``; nothing here."""
+        return {}
 
     def plan(self, round: int) -> ClientPlan:
         """The client half for ``round``, counted from 0 by the server; all trains, all is sent."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fedcore.data.cohort import Cohort
-from fedcore.methods.base import Aggregate, Broadcast, Family
+from fedcore.methods.base import FACTORS, Aggregate, Broadcast, Family
 from fedcore_kernels import product_norm
 from fedcore_kernels.layout import FactorLayout
 
@@ -25,6 +25,8 @@ class ModuleDiagnosis:
             if M is zero.
         factor_drift: how far the factors moved, ``||new - old||_F / ||old||_F``; ``nan`` from zero.
         kept_rank, condition: as the server step reported them; ``None`` for plain means.
+        error_floor, error_ceiling: between what the server step says that the error must lie;
+            ``nan`` where it says nothing.
     """
 
     module: str
@@ -32,6 +34,8 @@ class ModuleDiagnosis:
     factor_drift: float
     kept_rank: int | None
     condition: float | None
+    error_floor: float = nan
+    error_ceiling: float = nan
 
 
 def diagnose(
@@ -77,6 +81,7 @@ def diagnose(
             right.append(start)
         target = float(product_norm(torch.cat(left), torch.cat(right)))
         step = aggregate.steps.get(module)
+        floor, ceiling = step.error_bounds if step else (nan, nan)
         found.append(
             ModuleDiagnosis(
                 module=module,
@@ -84,6 +89,8 @@ def diagnose(
                 factor_drift=_drift(aggregate.row, previous, module),
                 kept_rank=step.rank if step else None,
                 condition=step.condition if step else None,
+                error_floor=floor,
+                error_ceiling=ceiling,
             )
         )
     return found
@@ -93,10 +100,17 @@ def _factors(
     row: Tensor, layout: FactorLayout, module: str, family: Family
 ) -> tuple[Tensor, Tensor]:
     """Left and right factor ``(r, width)``; ``left^T right`` is the module's update."""
-    right = layout.view(row, layout.by_name[f"{module}.A"]).to(torch.float64)
+    slots = {factor: layout.by_name[f"{module}.{factor}"] for factor in FACTORS[family]}
+    found = {factor: layout.view(row, slot) for factor, slot in slots.items()}
+    return _multiplied({f: view.to(torch.float64) for f, view in found.items()}, family)
+
+
+def _multiplied(factors: Mapping[str, Tensor], family: Family) -> tuple[Tensor, Tensor]:
+    """``A^T A``, ``B A`` or ``B (R A)`` by its two factors of ``r`` rows."""
     if family == "gram":
-        return right, right
-    return layout.view(row, layout.by_name[f"{module}.B"]).to(torch.float64), right
+        return factors["A"], factors["A"]
+    right = factors["R"] @ factors["A"] if family == "tri" else factors["A"]
+    return factors["B"], right
 
 
 def _product(
@@ -104,16 +118,15 @@ def _product(
 ) -> tuple[Tensor, Tensor]:
     """One client's factors; one that it did not send is the broadcast's."""
     sent, row = cohort.layout, cohort.updates[n]
-    names = ("A", "A") if family == "gram" else ("B", "A")
-    found = []
-    for factor in names:
+    found = {}
+    for factor in FACTORS[family]:
         name = f"{module}.{factor}"
         if name in sent.by_name:
-            found.append(sent.view(row, sent.by_name[name]).to(torch.float64))
+            found[factor] = sent.view(row, sent.by_name[name]).to(torch.float64)
         else:
             slot = previous.layout.by_name[name]
-            found.append(previous.layout.view(previous.row, slot).to(torch.float64))
-    return found[0], found[1]
+            found[factor] = previous.layout.view(previous.row, slot).to(torch.float64)
+    return _multiplied(found, family)
 
 
 def _drift(row: Tensor, previous: Broadcast, module: str) -> float:

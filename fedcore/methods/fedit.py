@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from fedcore.methods.base import Family, Traits
+from fedcore.methods.base import Family, History, Traits
 from fedcore.methods.linear import LinearMethod
 
 
@@ -25,6 +25,7 @@ class FedIT(LinearMethod):
     summary: ClassVar[str] = "FedAvg of the two factors"
     paper: ClassVar[str] = "arXiv 2305.05644"
     family: ClassVar[Family] = "lora"
+    history: ClassVar[History] = "none"
     traits: ClassVar[Traits] = Traits(
         exact="no: misses the covariance of the factors",
         linear=True,

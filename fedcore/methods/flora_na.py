@@ -17,6 +17,7 @@ from fedcore.methods.base import (
     Aggregate,
     Broadcast,
     Family,
+    History,
     Method,
     Traits,
     unchanged,
@@ -83,6 +84,7 @@ class FloraNA(Method):
     summary: ClassVar[str] = "combinations of the factors nearest to the mean product"
     paper: ClassVar[str] = "arXiv 2509.26399"
     family: ClassVar[Family] = "lora"
+    history: ClassVar[History] = "none"
     traits: ClassVar[Traits] = Traits(
         exact="when clients are equal, or a factor is common up to scale",
         linear=False,

@@ -16,6 +16,7 @@ from fedcore.methods.base import (
     Aggregate,
     Broadcast,
     Family,
+    History,
     Method,
     StepReport,
     Traits,
@@ -58,6 +59,7 @@ class LoRAFair(Method):
     summary: ClassVar[str] = "FedAvg of A, and the least-squares B for it"
     paper: ClassVar[str] = "arXiv 2411.14961"
     family: ClassVar[Family] = "lora"
+    history: ClassVar[History] = "none"
     traits: ClassVar[Traits] = Traits(
         exact="no: the least-squares B for the mean A",
         linear=False,

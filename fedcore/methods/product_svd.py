@@ -16,6 +16,7 @@ from fedcore.methods.base import (
     Aggregate,
     Broadcast,
     Family,
+    History,
     Method,
     StepReport,
     Traits,
@@ -64,6 +65,8 @@ class ProductSvd(Method):
     summary: ClassVar[str] = "best rank r of the mean product, any client ranks"
     paper: ClassVar[str] = "arXiv 2402.11505"
     family: ClassVar[Family] = "lora"
+    history: ClassVar[History] = "alignment"
+    any_rank: ClassVar[bool] = True
     traits: ClassVar[Traits] = Traits(
         exact="when rank M <= r, otherwise the best rank r",
         linear=False,

@@ -1,0 +1,165 @@
+"""From adapters as they are given to a job that is known to be sound, values aside."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from fedcore.data.validation import Dropped, OnInvalid
+from fedcore.errors import FedcoreError
+from fedcore.merging.agreement import check_same_constants, own_problem, shared_problem
+from fedcore.merging.groups import dense_parts, module_groups
+from fedcore.merging.merge import Job, sound
+from fedcore.merging.sources import Adapter, Source, open_source
+from fedcore.merging.usable import names_of, usable_methods
+from fedcore.methods.base import Method
+from fedcore_kernels.layout import FactorLayout
+
+
+def open_sources(
+    named: Mapping[str, Adapter], weights: Mapping[str, float], on_invalid: OnInvalid, budget: int
+) -> tuple[list[Source], list[Dropped]]:
+    """Adapters of positive weight that can be averaged, in the order given, and the others.
+
+    With ``on_invalid = "drop"`` every value is read once here; otherwise headers alone.
+
+    Raises:
+        FedcoreError: naming the first bad adapter, or that no adapter of positive weight is left.
+    """
+    sources: list[Source] = []
+    problems: dict[str, str] = {}
+    for name, adapter in named.items():
+        try:
+            source = open_source(name, adapter, budget, sources[0] if sources else None)
+            known = bool(sources) and source.outline is sources[0].outline
+            problem = None if known else own_problem(source.outline)
+            if problem:
+                raise FedcoreError(f"{name}: {problem}")
+            sources.append(source)
+        except FedcoreError as error:
+            if on_invalid == "raise":
+                raise
+            problems[name] = str(error).removeprefix(f"{name}: ")
+    if on_invalid == "drop":
+        problems |= sound(sources, _work_dtype(sources))
+    sources = [source for source in sources if source.name not in problems]
+    if sources:
+        layout = FactorLayout.build(
+            [slot for group in module_groups(sources, None, 1, 1) for slot in group.slots],
+            [(name, tuple(tensor.shape)) for name, tensor in sources[0].outline.dense.items()],
+        )
+        for source in sources[1:]:
+            known = source.outline is sources[0].outline
+            problem = None if known else shared_problem(source.outline, sources[0], layout)
+            if problem and on_invalid == "raise":
+                raise FedcoreError(f"{source.name}: {problem}")
+            if problem:
+                problems[source.name] = problem
+    kept = [s for s in sources if s.name not in problems and weights[s.name] > 0]
+    dropped = [Dropped(name, reason) for name, reason in problems.items()]
+    dropped += [
+        Dropped(s.name, "its weight is zero")
+        for s in sources
+        if s.name not in problems and not weights[s.name] > 0
+    ]
+    if not kept:
+        first = min(dropped)
+        raise FedcoreError(f"no adapter is left; {first.client_id}: {first.reason}")
+    return kept, dropped
+
+
+def plan_job(
+    method: Method,
+    sources: Sequence[Source],
+    weights: Mapping[str, float],
+    previous: Source | None,
+    rank: int | None,
+    group_bytes: int,
+) -> Job:
+    """What is to be done, group by group.
+
+    Raises:
+        FedcoreError: adapters of another family than the method's, of mixed ranks where it needs
+            equal ones, with differing constants; a rank that it does not choose; a ``previous``
+            that does not fit.
+    """
+    first = sources[0]
+    family = first.outline.family
+    if method.family != family:
+        usable = names_of(usable_methods(family)) or "none"
+        raise FedcoreError(
+            f"{method.name} aggregates adapters of family {method.family!r}, these are of family "
+            f"{family!r}; usable: {usable}"
+        )
+    if not method.traits.mixed_ranks:
+        _check_equal_ranks(method, sources)
+    started = [] if previous is None else [previous]
+    check_same_constants([*sources, *started])
+    ranks = _ranks(method, sources, previous, rank)
+    dtype = _work_dtype([*sources, *started])
+    every = [*sources, *started]
+    groups = module_groups(every, max(ranks.values(), default=None), group_bytes, dtype.itemsize)
+    if previous is not None:
+        layout = FactorLayout.build(
+            [slot for group in groups for slot in group.slots],
+            [(name, tuple(tensor.shape)) for name, tensor in first.outline.dense.items()],
+        )
+        problem = shared_problem(previous.outline, first, layout)
+        if problem:
+            raise FedcoreError(f"{previous.name}: {problem}")
+    ordered = sorted(sources, key=lambda source: source.name)
+    return Job(
+        method=method,
+        first=first,
+        sources=tuple(ordered),
+        weights=torch.tensor([weights[s.name] for s in ordered], dtype=torch.float64),
+        previous=previous,
+        ranks=ranks,
+        groups=tuple(groups),
+        parts=tuple(dense_parts(first.outline, len(sources), group_bytes, dtype.itemsize)),
+        work_dtype=dtype,
+    )
+
+
+def _work_dtype(sources: Sequence[Source]) -> torch.dtype:
+    wide = any(source.outline.dtype == torch.float64 for source in sources)
+    return torch.float64 if wide else torch.float32
+
+
+def _check_equal_ranks(method: Method, sources: Sequence[Source]) -> None:
+    first = sources[0]
+    for source in sources[1:]:
+        for module in first.outline.factors:
+            one, other = source.ranks[module], first.ranks[module]
+            if one != other:
+                mixed = [m for m in usable_methods(method.family) if m.traits.mixed_ranks]
+                raise FedcoreError(
+                    f"{source.name}: {module} has rank {one}, that of {first.name} is {other}; "
+                    f"{method.name} needs equal ranks, mixed ones are accepted by {names_of(mixed)}"
+                )
+
+
+def _ranks(
+    method: Method, sources: Sequence[Source], previous: Source | None, rank: int | None
+) -> dict[str, int]:
+    """Module to the rank of the result, where one was asked for."""
+    if rank is None:
+        return {}
+    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+        raise FedcoreError(f"rank is {rank!r}; pass a whole number of 1 or more")
+    if not method.any_rank:
+        free = names_of([m for m in usable_methods(method.family) if m.any_rank])
+        raise FedcoreError(
+            f"rank is {rank}, which {method.name} does not choose; leave it out or use {free}"
+        )
+    if method.family == "gram" and previous is not None:
+        raise FedcoreError(
+            f"rank is {rank}; factors that are aligned to previous keep its rank, leave rank out"
+        )
+    found = {}
+    for module, named in sources[0].outline.factors.items():
+        stacked = sum(source.ranks[module] for source in sources)
+        widths = [named["A"].shape[1], *([named["B"].shape[0]] if "B" in named else [])]
+        found[module] = min(rank, stacked, *widths)
+    return found

@@ -1,0 +1,138 @@
+"""What an aggregation of adapters gives: adapters that PEFT loads, and what was lost."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor
+
+from fedcore.data.adapter_state import AdapterState
+from fedcore.data.low_rank import LowRank
+from fedcore.data.peft_keys import PREFIX
+from fedcore.data.validation import Dropped
+from fedcore.merging.errors_table import MethodError
+from fedcore.merging.merge import Job, Merged
+
+
+@dataclass(frozen=True)
+class Aggregated:
+    """The result of :func:`fedcore.aggregate`.
+
+    Attributes:
+        adapter: the aggregated adapter, as it is written.
+        residual: a second adapter that has to be added to the first, where the method has one.
+        errors: one row for the method and one for each alternative; empty if not asked for.
+        dropped: adapters that were left out, with reasons.
+        flags: what a user should know of the result.
+        exact: whether the mean of the products is kept up to the rounding of the written dtype;
+            never with DoRA, whose normalisation no average passes through.
+    """
+
+    adapter: AdapterState
+    residual: AdapterState | None
+    errors: tuple[MethodError, ...]
+    dropped: tuple[Dropped, ...]
+    flags: tuple[str, ...]
+    exact: bool
+
+
+def adapters_of(job: Job, merged: Merged) -> tuple[AdapterState, AdapterState | None]:
+    """The adapter and, where factors and a residual stand beside each other, the second one."""
+    factors, residual = merged.factors, _lora_factors(merged.residual)
+    if not factors:
+        return _adapter(job, residual, merged.dense), None
+    beside = _adapter(job, residual, {}, plain=True) if residual else None
+    return _adapter(job, factors, merged.dense), beside
+
+
+def kept_scaling(job: Job) -> dict[str, float]:
+    """Module to the scaling that the result is written with, 1 wherever it can be absorbed.
+
+    The offset of a Gram adapter is stored unscaled, so the scaling that all share has to stay.
+    """
+    first = job.first.outline
+    if first.family == "gram" and first.config.get("offset", True):
+        return dict(first.scaling)
+    return dict.fromkeys(first.factors, 1.0)
+
+
+def _lora_factors(residual: Mapping[str, LowRank]) -> dict[str, dict[str, Tensor]]:
+    return {
+        module: {"A": part.inner.contiguous(), "B": part.outer.T.contiguous()}
+        for module, part in residual.items()
+    }
+
+
+def _adapter(
+    job: Job,
+    factors: Mapping[str, Mapping[str, Tensor]],
+    dense: Mapping[str, Tensor],
+    plain: bool = False,
+) -> AdapterState:
+    first = job.first.outline
+    scaling = {module: kept_scaling(job)[module] for module in factors}
+    keys = {name: f"{PREFIX}{name}" for name in dense}
+    for module, named in factors.items():
+        for factor in named:
+            tag = _tag(first.keys[f"{module}.{factor}"])
+            keys[f"{module}.{factor}"] = f"{PREFIX}{module}.{tag}"
+    constants = {}
+    if first.constants and not plain:
+        constants = job.first.constants()
+        keys |= {name: f"{PREFIX}{name}" for name in constants}
+    found = AdapterState(first.family, factors, dense, constants, scaling, {}, keys)
+    ranks = {module: found.rank(module) for module in factors}
+    return replace(found, config=_config(job, ranks, scaling, plain))
+
+
+def _tag(key: str) -> str:
+    """The end of a factor's key as files have it, from that of a file or of a live model."""
+    parts = key.split(".")
+    at = next(i for i in reversed(range(len(parts))) if re.match(r"(lora|gram)_", parts[i]))
+    return f"{parts[at]}.weight" if parts[-1] == "weight" else parts[at]
+
+
+def _config(
+    job: Job, ranks: Mapping[str, int], scaling: Mapping[str, float], plain: bool
+) -> dict[str, Any]:
+    """The first adapter's fields with the ranks of the result, and ``alpha = scaling * rank``."""
+    config = dict(job.first.outline.config)
+    named = (s.outline.config.get("base_model_name_or_path") for s in (job.first, *job.sources))
+    base = next((name for name in named if name), None)
+    if base:
+        config["base_model_name_or_path"] = base
+    alphas = {module: _number(scaling[module] * rank) for module, rank in ranks.items()}
+    # The commonest value is the default: fewest exceptions, and the same answer in any order.
+    rank, alpha = (_commonest(values) for values in (ranks, alphas))
+    config |= {
+        "inference_mode": True,
+        "r": rank,
+        "lora_alpha": alpha,
+        "rank_pattern": _exceptions(ranks, rank),
+        "alpha_pattern": _exceptions(alphas, alpha),
+        "use_rslora": False,
+    }
+    if "init_lora_weights" in config:
+        config["init_lora_weights"] = True
+    if plain:
+        # What the first adapter saves whole stands there once.
+        config["modules_to_save"] = None
+        config["bias"] = "none"
+    return config
+
+
+def _commonest(values: Mapping[str, Any]) -> Any:
+    return max(Counter(values.values()).items(), key=lambda item: (item[1], item[0]))[0]
+
+
+def _exceptions(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
+    # PEFT matches a pattern against the end of a path; the anchor makes it the whole path.
+    return {f"^{re.escape(m)}": v for m, v in sorted(values.items()) if v != default}
+
+
+def _number(value: float) -> float | int:
+    return int(value) if value == int(value) else value
