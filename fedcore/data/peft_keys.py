@@ -2,7 +2,8 @@
 
 ``base_model.model.encoder.layer.0.query.lora_A.weight`` is factor ``A`` of module
 ``encoder.layer.0.query``. Files drop the adapter's name, live models carry it
-(``lora_A.default.weight``, ``classifier.modules_to_save.default.weight``); both are understood.
+(``lora_A.default.weight``, ``classifier.modules_to_save.default.weight``,
+``lora_magnitude_vector.default.weight``); both are understood.
 Factors are recognised by their key, never by their shape: a layer may be as wide as the rank.
 """
 
@@ -26,6 +27,9 @@ _FACTORS: dict[str, tuple[str, str]] = {
     "tri_R": ("tri", "R"),
 }
 _CONSTANTS = {"gram_A0": "gram", "gram_left": "gram", "gram_right": "gram"}
+
+MAGNITUDE = "lora_magnitude_vector"
+"""DoRA's magnitudes, a dense tensor of the module; files end their key here."""
 
 TRANSPOSED_FACTORS = frozenset({"B"})
 """Factors that a flat row holds transposed, so that every factor is ``rank x width``."""
@@ -55,7 +59,9 @@ def parse_key(key: str) -> KeyMeaning:
             return KeyMeaning("factor", family, ".".join(parts[:i]), factor)
         if tag in _CONSTANTS:
             return KeyMeaning("constant", _CONSTANTS[tag], ".".join(parts[:i]), tag)
-    if "modules_to_save" in parts:
+    if MAGNITUDE in parts[-3:]:
+        path = ".".join(parts[: parts.index(MAGNITUDE, -3) + 1])
+    elif "modules_to_save" in parts:
         i = parts.index("modules_to_save")
         path = ".".join(parts[:i] + parts[i + 2 :])
     return KeyMeaning("dense", "", path, "")

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from fedcore.data.adapter_state import AdapterState
+from fedcore.data.peft_keys import MAGNITUDE
 from fedcore.data.validation import check_state
 from fedcore.errors import FedcoreError
 from fedcore.merging.sources import Source
@@ -33,12 +34,10 @@ _SAME_FIELDS: Mapping[str, Any] = {
 _PLAIN_STARTS = (None, True, False, "gaussian", "orthogonal", "eva")
 """Values of ``init_lora_weights`` that leave the base weights as they are."""
 
-_MAGNITUDE = "lora_magnitude_vector"
-
 
 def magnitudes(state: AdapterState) -> list[str]:
     """The dense tensors that are DoRA's magnitude vectors."""
-    return [name for name in state.dense if _MAGNITUDE in name.split(".")]
+    return [name for name in state.dense if MAGNITUDE in name.split(".")]
 
 
 def own_problem(state: AdapterState) -> str | None:

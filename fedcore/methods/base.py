@@ -13,6 +13,7 @@ from torch import Tensor
 from fedcore.data.cohort import Cohort
 from fedcore.data.low_rank import LowRank
 from fedcore.errors import FedcoreError
+from fedcore.methods.decisions import Rule
 from fedcore_kernels.layout import FactorLayout
 
 Family = Literal["lora", "gram", "tri", "none"]
@@ -163,6 +164,14 @@ class Method(ABC):
     any_rank: ClassVar[bool] = False
     """Whether leading rows of the result, as :meth:`for_client` gives them, are the best of their
     rank, so that a result of any rank may be asked for."""
+
+    @property
+    def rule(self) -> Rule | None:
+        """What decides about whole adapters before modules are aggregated; None if nothing does.
+
+        A method without one treats every module on its own.
+        """
+        return None
 
     @property
     def adapter_options(self) -> Mapping[str, Any]:

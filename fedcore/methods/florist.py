@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 
 from fedcore.data.cohort import Cohort
 from fedcore.data.low_rank import LowRank
@@ -25,8 +24,8 @@ from fedcore.methods.base import (
 from fedcore.methods.fresh_adapter import fresh_adapter
 from fedcore.methods.pairs import check_whole_upload, pair_groups, with_dense_means
 from fedcore_kernels import product_svd
-from fedcore_kernels.product_svd import tail_and_gap
-from fedcore_kernels.steps import EPS_REL, spread
+from fedcore_kernels.product_svd import energy_rank, tail_and_gap
+from fedcore_kernels.steps import spread
 
 
 @dataclass(frozen=True)
@@ -135,20 +134,3 @@ class Florist(Method):
                 f"below tau {self.tau}: {least} keeps {short[least]:.3g} of its energy",
             )
         return Aggregate(row, layout.select((), dense=True), steps, flags, residual)
-
-
-def energy_rank(values: Tensor, tau: float) -> Tensor:
-    """The fewest leading of the descending ``values (L, s)`` whose squares hold ``tau`` of all.
-
-    What is left over is summed from the small end, so that ``tau = 1`` drops nothing but rounding:
-    values not above 1e-12 of the largest. It may exceed ``1 - tau`` by 1e-12 of that, so that 4 of
-    5 equal values hold 0.8. Rows of zeros have rank 0, all others at least 1.
-
-    Returns:
-        ``(L,)`` int64.
-    """
-    largest = values[:, :1]
-    relative = torch.where(values > EPS_REL * largest, values / largest, 0.0)
-    rest = relative.square().flip(-1).cumsum(-1).flip(-1)
-    wanted = (rest > (1 - tau) * (1 + EPS_REL) * rest[:, :1]).sum(-1)
-    return torch.maximum(wanted, (largest[:, 0] > 0).to(wanted.dtype))

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
-from fedcore.data.cohort import Cohort
-from fedcore.methods.product_distances import cohort_gram, norms
-from fedcore.methods.robust_hosts import RobustMethod, Verdict, check_number, median
+from fedcore.methods.decisions import Decision
+from fedcore.methods.product_distances import norms
+from fedcore.methods.robust_hosts import RobustMethod, check_number, median
 
 
 @dataclass(frozen=True)
@@ -44,23 +46,16 @@ class RobustClip(RobustMethod):
         if self.limit is not None:
             check_number(self.name, "limit", self.limit, or_none=True)
 
-    def judge(self, cohort: Cohort) -> Verdict:
+    def judge(self, clients: Sequence[str], weights: Tensor, gram: Tensor) -> Decision:
         """Everyone, those above the limit with a smaller ``B``."""
-        sizes = norms(cohort_gram(cohort))
+        sizes = norms(gram)
         limit = float(median(sizes)) if self.limit is None else self.limit
         above = sizes > limit
         if not bool(above.any()):
-            return Verdict(cohort)
+            return Decision(weights)
         scales = torch.where(above, limit / sizes, 1.0)
-        flags = [
-            f"{cohort.client_ids[n]}: scaled by {scales[n]:.3g}, its norm {sizes[n]:.3g} is above "
-            f"{limit:.3g}"
+        flags = tuple(
+            f"{clients[n]}: scaled by {scales[n]:.3g}, its norm {sizes[n]:.3g} is above {limit:.3g}"
             for n in above.nonzero()[:, 0].tolist()
-        ]
-        # A product with c is not of bf16's or fp16's precision any more.
-        wide = torch.promote_types(cohort.updates.dtype, torch.float32)
-        updates = cohort.updates.to(wide, copy=True)
-        for slot in cohort.layout.factor_slots:
-            if slot.factor == "B":
-                cohort.layout.view(updates, slot).mul_(scales.to(updates)[:, None, None])
-        return Verdict(replace(cohort, updates=updates), tuple(flags))
+        )
+        return Decision(weights, scales, flags)

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
 from torch import Tensor
 
-from fedcore.data.cohort import Cohort
-from fedcore.methods.product_distances import cohort_gram, norms
-from fedcore.methods.robust_hosts import (
-    RobustMethod,
-    Verdict,
-    check_count,
-    check_number,
-    median,
-)
+from fedcore.methods.decisions import Decision
+from fedcore.methods.product_distances import norms
+from fedcore.methods.robust_hosts import RobustMethod, check_count, check_number, median
 
 # The largest change of a weight at which the fit has settled.
 _SETTLED = 1e-9
@@ -62,23 +57,21 @@ class RobustGeomedian(RobustMethod):
         check_number(self.name, "smoothing", self.smoothing)
         check_count(self.name, "sweeps", self.sweeps, 1)
 
-    def judge(self, cohort: Cohort) -> Verdict:
+    def judge(self, clients: Sequence[str], weights: Tensor, gram: Tensor) -> Decision:
         """Everyone, with the weights of the median."""
-        gram, shares = cohort_gram(cohort), cohort.shares
+        shares = weights / weights.sum()
         nu = self.smoothing * float(median(norms(gram)))
-        if len(cohort) < 2 or nu == 0:
-            return Verdict(cohort)
+        if len(clients) < 2 or nu == 0:
+            return Decision(weights)
         fit = _weiszfeld(gram, shares, nu, self.sweeps)
         flags = [
             f"{client}: counts {new:.3g} in place of {old:.3g}"
-            for client, new, old in zip(
-                cohort.client_ids, fit.weights.tolist(), shares.tolist(), strict=True
-            )
+            for client, new, old in zip(clients, fit.weights.tolist(), shares.tolist(), strict=True)
             if new < 0.5 * old
         ]
         if not fit.settled:
             flags.append(f"the weights have not settled after {self.sweeps} sweeps")
-        return Verdict(replace(cohort, weights=fit.weights), tuple(flags))
+        return Decision(fit.weights, flags=tuple(flags))
 
 
 def _weiszfeld(gram: Tensor, shares: Tensor, nu: float, sweeps: int) -> _Fit:

@@ -6,8 +6,9 @@ from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import inf
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from fedcore.data.cohort import Cohort
@@ -22,7 +23,9 @@ from fedcore.methods.base import (
     Traits,
     Upload,
 )
+from fedcore.methods.decisions import Decision, Rule, chosen, follow
 from fedcore.methods.pairs import check_whole_upload
+from fedcore.methods.product_distances import cohort_gram
 from fedcore_kernels.layout import FactorLayout
 
 TRAITS = Traits(
@@ -36,13 +39,6 @@ TRAITS = Traits(
     server_cost="(d_in + d_out) m^2 + N^2, m = N r, and the host",
 )
 """Of every rule with its default host; an instance has its own host's."""
-
-
-class Verdict(NamedTuple):
-    """The cohort that the host is given, and a flag for every client that was treated otherwise."""
-
-    cohort: Cohort
-    flags: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -69,8 +65,9 @@ class RobustMethod(Method):
     weight_cap: float | None = None
 
     family: ClassVar[Family] = "lora"
-    # A rule decides over whole adapters; those on disk are aggregated some modules at a time.
-    history: ClassVar[History] = "rounds"
+    # As the default host; an instance has its own host's, as it has its traits.
+    history: ClassVar[History] = "none"
+    any_rank: ClassVar[bool] = True
     traits: ClassVar[Traits] = TRAITS
 
     def __post_init__(self) -> None:
@@ -87,14 +84,68 @@ class RobustMethod(Method):
         # Facts of the class elsewhere; here they are those of the host that was chosen.
         object.__setattr__(self, "traits", own)
         object.__setattr__(self, "restarts", host.restarts)
+        object.__setattr__(self, "any_rank", host.any_rank)
+        # Hosts have their default options, with which none aligns to an earlier state.
+        aligned = host.history == "alignment"
+        object.__setattr__(self, "history", "none" if aligned else host.history)
+
+    @property
+    def rule(self) -> Rule:
+        """The method itself."""
+        return self
 
     @abstractmethod
-    def judge(self, cohort: Cohort) -> Verdict:
-        """What the host shall aggregate of at least one client, all of positive weight.
+    def judge(self, clients: Sequence[str], weights: Tensor, gram: Tensor) -> Decision:
+        """The rule proper, of at least one client; the ``weights`` are capped and positive.
+
+        Args:
+            clients: N ids in ascending order.
+            weights: ``(N,)`` fp64.
+            gram: ``(N, N)`` fp64, the inner products of the updates; finite.
 
         Raises:
-            FedcoreError: too few clients for the rule.
+            FedcoreError: the rule cannot judge these clients.
         """
+
+    def check_clients(self, clients: int) -> None:
+        """Any number is enough, unless a rule says otherwise."""
+
+    def decide(self, clients: Sequence[str], weights: Tensor, gram: Tensor) -> Decision:
+        """The rule's decision on capped weights; an update whose norm overflows is left out.
+
+        Args:
+            clients: N ids in ascending order.
+            weights: ``(N,)`` fp64, positive, as reported.
+            gram: ``(N, N)`` fp64, the inner products of the updates.
+
+        Raises:
+            FedcoreError: no update has a finite norm, or too few for the rule.
+        """
+        cap = inf if self.weight_cap is None else self.weight_cap
+        flags = [
+            f"{clients[n]}: its weight {weights[n]:g} counts as {cap:g}"
+            for n in (weights > cap).nonzero()[:, 0].tolist()
+        ]
+        capped = weights.clamp(max=cap)
+        # Of such an update no distance is known: all would look like 0.
+        finite = gram.diagonal().isfinite()
+        if bool(finite.all()):
+            self.check_clients(len(clients))
+            found = self.judge(clients, capped, gram)
+            return replace(found, flags=(*flags, *found.flags))
+        places = finite.nonzero()[:, 0]
+        others = [clients[n] for n in places.tolist()]
+        gone = [clients[n] for n in (~finite).nonzero()[:, 0].tolist()]
+        if not others:
+            raise FedcoreError(f"{self.name}: the norm of every update overflows")
+        self.check_clients(len(others))
+        part = self.judge(others, capped[places], gram[places][:, places])
+        flags += [f"{client}: left out, the norm of its update overflows" for client in gone]
+        scales = None
+        if part.scales is not None:
+            scales = torch.ones_like(capped).index_copy(0, places, part.scales)
+        kept = torch.zeros_like(capped).index_copy(0, places, part.weights)
+        return Decision(kept, scales, (*flags, *part.flags))
 
     def inner(self) -> Method:
         """The host.
@@ -120,10 +171,14 @@ class RobustMethod(Method):
             return host.aggregate(cohort, previous)
         host.check_cohort(cohort)
         check_whole_upload(cohort, previous, self.name)
-        capped, flags = self._capped(chosen(cohort, cohort.weights > 0))
-        verdict = self.judge(capped)
-        result = host.aggregate(verdict.cohort, previous)
-        return replace(result, flags=(*flags, *verdict.flags, *result.flags))
+        present = chosen(cohort, cohort.weights > 0)
+        try:
+            self.check_clients(len(present))
+            decision = self.decide(present.client_ids, present.weights, cohort_gram(present))
+        except FedcoreError as error:
+            raise FedcoreError(f"round {cohort.round}: {error}") from error
+        result = host.aggregate(follow(present, decision), previous)
+        return replace(result, flags=(*decision.flags, *result.flags))
 
     @property
     def adapter_options(self) -> Mapping[str, Any]:
@@ -148,17 +203,6 @@ class RobustMethod(Method):
         """The host's."""
         return self.inner().for_client(state, held, ranks)
 
-    def _capped(self, cohort: Cohort) -> tuple[Cohort, tuple[str, ...]]:
-        cap = inf if self.weight_cap is None else self.weight_cap
-        above = (cohort.weights > cap).nonzero()[:, 0].tolist()
-        if not above:
-            return cohort, ()
-        flags = tuple(
-            f"{cohort.client_ids[n]}: its weight {cohort.weights[n]:g} counts as {cap:g}"
-            for n in above
-        )
-        return replace(cohort, weights=cohort.weights.clamp(max=cap)), flags
-
 
 def possible_hosts() -> tuple[Method, ...]:
     """LoRA methods whose clients send both factors in every round, as they are created by name."""
@@ -175,22 +219,6 @@ def possible_hosts() -> tuple[Method, ...]:
         if sends_both and common and host.uploads == "factors":
             found.append(host)
     return tuple(found)
-
-
-def chosen(cohort: Cohort, kept: Tensor) -> Cohort:
-    """The clients that ``kept (N,)``, boolean, names; ``cohort`` itself where it names all."""
-    if bool(kept.all()):
-        return cohort
-    places = kept.nonzero()[:, 0]
-    on_device = places.to(cohort.updates.device)
-    return replace(
-        cohort,
-        updates=cohort.updates[on_device],
-        weights=cohort.weights[places],
-        client_ids=tuple(cohort.client_ids[n] for n in places.tolist()),
-        ranks=cohort.ranks[places],
-        scalings=cohort.scalings[places],
-    )
 
 
 def check_number(name: str, option: str, value: object, *, or_none: bool = False) -> None:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import inf
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
-from fedcore.data.cohort import Cohort
 from fedcore.errors import FedcoreError
-from fedcore.methods.product_distances import cohort_gram, distances
-from fedcore.methods.robust_hosts import RobustMethod, Verdict, check_count, chosen
+from fedcore.methods.decisions import Decision
+from fedcore.methods.product_distances import distances
+from fedcore.methods.robust_hosts import RobustMethod, check_count
 
 
 @dataclass(frozen=True)
@@ -48,36 +50,39 @@ class RobustKrum(RobustMethod):
         if self.keep is not None:
             check_count(self.name, "keep", self.keep, 1, or_none=True)
 
-    def judge(self, cohort: Cohort) -> Verdict:
-        """The clients of lowest score.
+    def check_clients(self, clients: int) -> None:
+        """Refuse a number of clients of which the rule promises nothing.
 
         Raises:
             FedcoreError: fewer than ``2 faulty + 3`` clients, or ``keep`` above ``N - faulty``.
         """
-        clients, least = len(cohort), 2 * self.faulty + 3
+        least, most = 2 * self.faulty + 3, clients - self.faulty
         if clients < least:
             raise FedcoreError(
-                f"round {cohort.round}: robust_krum with faulty = {self.faulty} needs {least} "
-                f"clients or more, this round has {clients}"
+                f"robust_krum with faulty = {self.faulty} needs {least} clients or more, it has "
+                f"{clients}"
             )
-        most = clients - self.faulty
-        keep = most if self.keep is None else self.keep
-        if keep > most:
+        if self.keep is not None and self.keep > most:
             raise FedcoreError(
-                f"round {cohort.round}: robust_krum cannot keep {keep} of {clients} clients, "
-                f"{self.faulty} of which may be faulty; pass keep up to {most}"
+                f"robust_krum cannot keep {self.keep} of {clients} clients, {self.faulty} of "
+                f"which may be faulty; pass keep up to {most}"
             )
-        squares = distances(cohort_gram(cohort)).square().fill_diagonal_(inf)
+
+    def judge(self, clients: Sequence[str], weights: Tensor, gram: Tensor) -> Decision:
+        """The clients of lowest score."""
+        most = len(clients) - self.faulty
+        keep = most if self.keep is None else self.keep
+        squares = distances(gram).square().fill_diagonal_(inf)
         nearest = squares.sort(dim=1).values[:, : most - 2]
         scores = nearest.sum(1)
         # Rows stand in the order of client ids, which a stable sort keeps among equals.
         order = scores.argsort(stable=True)
-        kept = torch.zeros(clients, dtype=torch.bool)
-        kept[order[:keep]] = True
+        kept = torch.zeros_like(weights)
+        kept[order[:keep]] = weights[order[:keep]]
         worst = float(scores[order[keep - 1]])
         flags = tuple(
-            f"{cohort.client_ids[n]}: left out, its score {scores[n]:.3g} is not among the "
+            f"{clients[n]}: left out, its score {scores[n]:.3g} is not among the "
             f"{keep} lowest, up to {worst:.3g}"
             for n in sorted(order[keep:].tolist())
         )
-        return Verdict(chosen(cohort, kept), flags)
+        return Decision(kept, flags=flags)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from fedcore.data.cohort import Cohort
-from fedcore.methods.product_distances import cohort_gram, distances
-from fedcore.methods.robust_hosts import RobustMethod, Verdict, check_number, chosen, median
+from fedcore.methods.decisions import Decision
+from fedcore.methods.product_distances import distances
+from fedcore.methods.robust_hosts import RobustMethod, check_number, median
 
 # Distances that differ by less are equal: rounding of the Gram matrix reaches that far.
 _EQUAL = 1e-6
@@ -48,24 +49,24 @@ class RobustMedian(RobustMethod):
         super().__post_init__()
         check_number(self.name, "cutoff", self.cutoff)
 
-    def judge(self, cohort: Cohort) -> Verdict:
+    def judge(self, clients: Sequence[str], weights: Tensor, gram: Tensor) -> Decision:
         """The clients within the threshold."""
-        clients = len(cohort)
-        if clients < 3:
-            return Verdict(cohort)
-        gaps = distances(cohort_gram(cohort))
-        others = gaps[~torch.eye(clients, dtype=torch.bool)].view(clients, clients - 1)
+        count = len(clients)
+        if count < 3:
+            return Decision(weights)
+        gaps = distances(gram)
+        others = gaps[~torch.eye(count, dtype=torch.bool)].view(count, count - 1)
         centre = medoid(others)
         middle = float(median(others[centre]))
         deviation = float(median((others[centre] - middle).abs()))
         threshold = middle + self.cutoff * deviation
         kept = gaps[centre] <= threshold * (1 + _EQUAL)
         flags = tuple(
-            f"{cohort.client_ids[n]}: left out, {gaps[centre, n]:.3g} from the most central client "
-            f"{cohort.client_ids[centre]}, more than {threshold:.3g}"
+            f"{clients[n]}: left out, {gaps[centre, n]:.3g} from the most central client "
+            f"{clients[centre]}, more than {threshold:.3g}"
             for n in (~kept).nonzero()[:, 0].tolist()
         )
-        return Verdict(chosen(cohort, kept), flags)
+        return Decision(weights * kept, flags=flags)
 
 
 def medoid(gaps: Tensor) -> int:

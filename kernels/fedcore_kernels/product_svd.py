@@ -114,10 +114,25 @@ def kept_directions(values: Tensor, limit: int, energy: float | None, eps_rel: f
     """How many of the descending ``values (l, s)`` are kept, (l,)."""
     count = ((values > eps_rel * values[:, :1]) & (values > 0)).sum(-1)
     if energy is not None:
-        # Energy left over, summed from the small end so that energy 1 drops nothing but zeros.
-        dropped = values.square().flip(-1).cumsum(-1).flip(-1)
-        count = torch.minimum(count, (dropped > (1 - energy) * dropped[:, :1]).sum(-1))
+        count = torch.minimum(count, energy_rank(values, energy))
     return count.clamp(max=limit)
+
+
+def energy_rank(values: Tensor, energy: float) -> Tensor:
+    """The fewest leading of the descending ``values (L, s)`` whose squares hold ``energy`` of all.
+
+    What is left over is summed from the small end, so that ``energy = 1`` drops nothing but
+    rounding: values not above 1e-12 of the largest. It may exceed ``1 - energy`` by 1e-12 of that,
+    so that 4 of 5 equal values hold 0.8. Rows of zeros have rank 0, all others at least 1.
+
+    Returns:
+        ``(L,)`` int64.
+    """
+    largest = values[:, :1]
+    relative = torch.where(values > EPS_REL * largest, values / largest, 0.0)
+    rest = relative.square().flip(-1).cumsum(-1).flip(-1)
+    wanted = (rest > (1 - energy) * (1 + EPS_REL) * rest[:, :1]).sum(-1)
+    return torch.maximum(wanted, (largest[:, 0] > 0).to(wanted.dtype))
 
 
 def tail_and_gap(values: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:

@@ -177,6 +177,15 @@ def test_the_energy_rule_is_minimal_and_monotone(case: Pair, one: float, other: 
     assert torch.equal(capped.rank, many.rank.clamp(max=2))
 
 
+def test_energy_is_counted_without_rounding() -> None:
+    eye = torch.eye(5, dtype=torch.float64)[None, None]
+    # Four of five equal values hold 0.8 of the energy, though 0.8 is no binary number.
+    assert product_svd(eye, eye, [1.0], energy=0.8).rank.tolist() == [4]
+    assert product_svd(eye, eye, [1.0], energy=0.8 + 1e-9).rank.tolist() == [5]
+    # A share below one unit in the last place is held by one direction, not by none.
+    assert product_svd(eye, eye, [1.0], energy=1e-17).rank.tolist() == [1]
+
+
 def test_energy_pads_to_the_module_of_the_largest_rank() -> None:
     left = torch.zeros(1, 2, 3, 3, dtype=torch.float64)
     left[0, 0] = torch.diag(torch.tensor([3.0, 1e-3, 1e-3]))

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from fedcore.errors import FedcoreError
 from fedcore.methods import create_method
-from fedcore.methods.florist import energy_rank
 from fedcore.methods.fresh_adapter import fresh_adapter
+from fedcore_kernels.product_svd import energy_rank
 from tests.property.lora_rounds import LoraRound, lora_rounds, make_lora_round
 from tests.reference.residuals import residual
 from tests.reference.updates import factors, mean_update
