@@ -17,9 +17,10 @@ from fedcore.merging.agreement import magnitudes
 from fedcore.merging.errors_table import ErrorTally, MethodError
 from fedcore.merging.groups import DEFAULT_GROUP_BYTES
 from fedcore.merging.inputs import Adapters, Weights, named_adapters, parse_dtype, weights_by_name
-from fedcore.merging.merge import Job, Progress, merge
+from fedcore.merging.merge import Progress, merge
 from fedcore.merging.output import check_output, write_folder
 from fedcore.merging.planning import open_sources, plan_job
+from fedcore.merging.reading import Job
 from fedcore.merging.result import Aggregated, adapters_of, kept_scaling
 from fedcore.merging.sources import Adapter, open_source
 from fedcore.merging.usable import check_usable, usable_methods
@@ -52,7 +53,9 @@ def aggregate(
     The target is the weighted mean of the adapters' updates, ``M = sum_n w_n s_n B_n A_n``, with
     scalings as each configuration declares them; heads and other dense tensors, and DoRA
     magnitudes, are averaged. Adapters are read by groups of modules, so that memory is the
-    result's and one group's of all adapters.
+    result's and one group's of all adapters. A method with a rule over whole adapters reads them
+    twice; adapters that it leaves out have no part in anything that is averaged, and stay in the
+    M that errors are measured against.
 
     Args:
         adapters: PEFT folders, or client id to folder; in place of a folder a state, a PEFT state
@@ -72,7 +75,7 @@ def aggregate(
         overwrite: replace the adapter in ``out``.
         budget: refuse weight files of more bytes.
         group_bytes: of one group's tensors of all adapters.
-        progress: called with the number of parts done and of all.
+        progress: called with the number of parts done and of all, in both passes if there are two.
 
     Returns:
         :class:`~fedcore.merging.result.Aggregated`. The first adapter gives the configuration:
@@ -184,8 +187,11 @@ def _alternatives(chosen: Method) -> list[Method]:
     return [
         check_usable(method(), previous=False, align=None)
         for method in usable_methods(chosen.family, previous=False)
-        # A method with a factor in common differs from averaging only where there is none.
-        if method.name != chosen.name and method().plan(0).sends == factors
+        # A method with a factor in common differs from averaging only where there is none; a rule
+        # is no other way of averaging.
+        if method.name != chosen.name
+        and method().plan(0).sends == factors
+        and method().rule is None
     ]
 
 

@@ -1,60 +1,27 @@
-"""The loop over module groups: read a group's tensors, run the method on them, keep its result."""
+"""The loop over module groups: run the method on a group's tensors, keep its result."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from fedcore.data.adapter_state import AdapterState
-from fedcore.data.cohort import SCALE_POWER, Cohort
+from fedcore.data.cohort import Cohort
 from fedcore.data.low_rank import LowRank
-from fedcore.data.peft_keys import TRANSPOSED_FACTORS
-from fedcore.data.validation import check_row
-from fedcore.errors import FedcoreError
+from fedcore.merging.deciding import decide
 from fedcore.merging.errors_table import ErrorTally
-from fedcore.merging.groups import (
-    DEFAULT_GROUP_BYTES,
-    DensePart,
-    ModuleGroup,
-    dense_parts,
-    module_groups,
-)
-from fedcore.merging.running import run_method
-from fedcore.merging.sources import Source
-from fedcore.methods.base import Aggregate, Broadcast, Method
+from fedcore.merging.groups import DensePart, ModuleGroup
+from fedcore.merging.reading import Job, cohorts, fill_row, finite
+from fedcore.merging.running import aggregating, run_method
+from fedcore.methods.base import Aggregate, Broadcast
+from fedcore.methods.decisions import follow
 from fedcore_kernels import weighted_mean
-from fedcore_kernels.layout import FactorLayout, SlotGroup
+from fedcore_kernels.layout import FactorLayout
 
 Progress = Callable[[int, int], None]
 """Told how many of how many parts are done."""
-
-
-@dataclass(frozen=True)
-class Job:
-    """Everything that is known before the first value is read.
-
-    Attributes:
-        method: as it runs without rounds.
-        first: gives configuration, keys and dtypes; one of ``sources``.
-        sources: N adapters of positive weight, by name; they agree with each other.
-        weights: ``(N,)`` fp64, positive.
-        previous: the adapter that all of them started from, where the method can use it.
-        ranks: module to the rank of the result, for methods that choose it.
-        work_dtype: fp32, or fp64 if any tensor is.
-    """
-
-    method: Method
-    first: Source
-    sources: tuple[Source, ...]
-    weights: Tensor
-    previous: Source | None
-    ranks: Mapping[str, int]
-    groups: tuple[ModuleGroup, ...]
-    parts: tuple[DensePart, ...]
-    work_dtype: torch.dtype
 
 
 @dataclass
@@ -70,64 +37,6 @@ class Merged:
     flags: list[str] = field(default_factory=list)
 
 
-def fill_row(source: Source, group: ModuleGroup, out: Tensor) -> dict[str, Tensor]:
-    """Write a group's factors of one adapter into the row ``out``, scalings absorbed.
-
-    Rows beyond the adapter's rank, and what lies between tensors, are left as they are.
-
-    Returns:
-        The factors by their full names, as they were read.
-
-    Raises:
-        FedcoreError: naming adapter, tensor and value where one is not finite.
-    """
-    outline = source.outline
-    found = source.read(slot.name for slot in group.layout)
-    for slots in group.layout.groups:
-        for module, view in zip(slots.modules, slots.view(out).unbind(), strict=True):
-            tensor = found[f"{module}.{slots.factor}"]
-            stored = tensor.T if slots.factor in TRANSPOSED_FACTORS else tensor
-            (view if len(stored) == slots.rows else view[: len(stored)]).copy_(stored)
-        _absorb(slots, out, outline)
-    problem = check_row(out, group.layout)
-    if problem:
-        raise FedcoreError(f"{source.name}: {problem}")
-    return found
-
-
-def _absorb(slots: SlotGroup, out: Tensor, outline: AdapterState) -> None:
-    """Multiply a group's factors by their share of the scalings."""
-    power = SCALE_POWER[outline.family].get(slots.factor, 0.0)
-    scales = [outline.scaling[module] ** power for module in slots.modules]
-    if len(set(scales)) > 1:
-        for view, scale in zip(slots.view(out).unbind(), scales, strict=True):
-            view.mul_(scale)
-    elif scales[0] != 1.0:
-        slots.view(out).mul_(scales[0])
-
-
-def cohorts(job: Job) -> Iterator[tuple[ModuleGroup, Cohort]]:
-    """Group after group as a cohort of its own; only one is held at a time.
-
-    A rule that decides about whole adapters can walk over it once before the results are formed.
-
-    Raises:
-        FedcoreError: naming the adapter whose values are not finite, or whose factors differ where
-            the method needs a common one.
-    """
-    for group in job.groups:
-        layout = group.layout
-        updates = _empty_rows(job, group)
-        first: dict[str, Tensor] = {}
-        held = {slot.name for slot in job.method.frozen_layout(layout, 0)}
-        for row, source in zip(updates, job.sources, strict=True):
-            found = fill_row(source, group, row)
-            if held and not first:
-                first = {name: found[name] for name in sorted(held)}
-            _check_common(job, source, first, found)
-        yield group, _cohort(job, group, updates)
-
-
 def merge(
     job: Job,
     cast: Callable[[str, Tensor], Tensor],
@@ -136,6 +45,9 @@ def merge(
 ) -> Merged:
     """Aggregate all groups and average all dense tensors.
 
+    A method with a rule over whole adapters reads all groups twice: first for the rule alone, then
+    for its host, which is given what the rule leaves of each. The tally is given all of it.
+
     Args:
         cast: a tensor's full name and its value to what is written.
         tally: takes the errors of the method and of its alternatives.
@@ -143,71 +55,36 @@ def merge(
     Raises:
         FedcoreError: as :func:`cohorts`; or the method refuses, or its result is not finite.
     """
-    merged, done, total = Merged(), 0, len(job.groups) + len(job.parts)
+    rule, host = job.method.rule, aggregating(job.method)
+    done, total = 0, len(job.groups) * (1 if rule is None else 2) + len(job.parts)
+
+    def step() -> None:
+        nonlocal done
+        done += 1
+        if progress is not None:
+            progress(done, total)
+
+    decision = None if rule is None else decide(job, rule, step)
+    weights = job.weights if decision is None else decision.weights
+    merged = Merged(flags=[] if decision is None else list(decision.flags))
     for group, cohort in cohorts(job):
         previous = _broadcast(job, group, cohort)
-        result = run_method(job.method, cohort, previous)
+        counted = cohort if decision is None else follow(cohort, decision)
+        result = run_method(host, counted, previous)
         row = _of_ranks(job, group.layout, result.row, previous)
         _collect(merged, job, group.layout, row, result, cast)
         if tally is not None:
             tally.add(job.method, cohort, previous, merged)
-        done += 1
-        if progress is not None:
-            progress(done, total)
+        step()
     whole: dict[str, list[Tensor]] = {}
     for part in job.parts:
-        whole.setdefault(part.name, []).append(_dense_mean(job, part))
-        done += 1
-        if progress is not None:
-            progress(done, total)
+        whole.setdefault(part.name, []).append(_dense_mean(job, part, weights))
+        step()
     shapes = job.first.outline.dense
     for name, pieces in whole.items():
         mean = torch.cat(pieces) if len(pieces) > 1 else pieces[0]
         merged.dense[name] = cast(name, mean.view(shapes[name].shape))
     return merged
-
-
-def _empty_rows(job: Job, group: ModuleGroup) -> Tensor:
-    """Rows for all adapters, zero unless every element will be written."""
-    layout = group.layout
-    whole = layout.numel == layout.size and all(
-        source.ranks[slot.module] == slot.rows
-        for source in job.sources
-        for slot in layout.factor_slots
-    )
-    make = torch.empty if whole else torch.zeros
-    return make(len(job.sources), layout.size, dtype=job.work_dtype)
-
-
-def _cohort(job: Job, group: ModuleGroup, updates: Tensor) -> Cohort:
-    modules = group.layout.modules
-    return Cohort(
-        layout=group.layout,
-        updates=updates,
-        weights=job.weights,
-        client_ids=tuple(source.name for source in job.sources),
-        round=0,
-        ranks=torch.tensor([[s.ranks[module] for module in modules] for s in job.sources]),
-        scalings=torch.tensor(
-            [[s.outline.scaling[module] for module in modules] for s in job.sources],
-            dtype=torch.float64,
-        ),
-    )
-
-
-def _check_common(
-    job: Job,
-    source: Source,
-    expected: Mapping[str, Tensor],
-    found: Mapping[str, Tensor],
-) -> None:
-    for name, other in expected.items():
-        one = found[name]
-        if one.shape != other.shape or not torch.equal(one.double(), other.double()):
-            raise FedcoreError(
-                f"{source.name}: {name} differs from that of {job.sources[0].name}; "
-                f"{job.method.name} needs it to be common"
-            )
 
 
 def _broadcast(job: Job, group: ModuleGroup, cohort: Cohort) -> Broadcast:
@@ -263,39 +140,11 @@ def _collect(
         )
 
 
-def _dense_mean(job: Job, part: DensePart) -> Tensor:
+def _dense_mean(job: Job, part: DensePart, weights: Tensor) -> Tensor:
+    """The mean of those with a weight; the others are looked at, and may not hold NaN either."""
     values = torch.empty(len(job.sources), part.stop - part.start, dtype=job.work_dtype)
     for row, source in zip(values, job.sources, strict=True):
         row.copy_(source.dense(part.name, part.start, part.stop))
         finite(source.name, part.name, row)
-    return weighted_mean(values, job.weights)
-
-
-def finite(owner: str, name: str, values: Tensor) -> None:
-    """Raise on the first value that is not finite.
-
-    Raises:
-        FedcoreError: naming owner, tensor, number and value.
-    """
-    bad = ~torch.isfinite(values)
-    if bool(bad.any()):
-        raise FedcoreError(
-            f"{owner}: {name} holds {int(bad.sum())} values that are not finite, such as "
-            f"{values[bad][0].item()}"
-        )
-
-
-def sound(sources: Sequence[Source], work_dtype: torch.dtype) -> dict[str, str]:
-    """Read every value of every source once; source name to what is wrong, if anything."""
-    problems: dict[str, str] = {}
-    for source in sources:
-        outline, size = source.outline, work_dtype.itemsize
-        try:
-            for group in module_groups([source], None, DEFAULT_GROUP_BYTES, size):
-                fill_row(source, group, torch.zeros(group.layout.size, dtype=work_dtype))
-            for part in dense_parts(outline, 1, DEFAULT_GROUP_BYTES, size):
-                values = source.dense(part.name, part.start, part.stop)
-                finite(source.name, part.name, values)
-        except FedcoreError as error:
-            problems[source.name] = str(error).removeprefix(f"{source.name}: ")
-    return problems
+    kept = weights > 0
+    return weighted_mean(values if bool(kept.all()) else values[kept], weights[kept])

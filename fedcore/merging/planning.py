@@ -10,7 +10,8 @@ from fedcore.data.validation import Dropped, OnInvalid
 from fedcore.errors import FedcoreError
 from fedcore.merging.agreement import check_same_constants, own_problem, shared_problem
 from fedcore.merging.groups import dense_parts, module_groups
-from fedcore.merging.merge import Job, sound
+from fedcore.merging.reading import Job, sound
+from fedcore.merging.running import aggregating
 from fedcore.merging.sources import Adapter, Source, open_source
 from fedcore.merging.usable import names_of, usable_methods
 from fedcore.methods.base import Method
@@ -93,10 +94,10 @@ def plan_job(
             f"{family!r}; usable: {usable}"
         )
     if not method.traits.mixed_ranks:
-        _check_equal_ranks(method, sources)
+        _check_equal_ranks(aggregating(method), sources)
     started = [] if previous is None else [previous]
     check_same_constants([*sources, *started])
-    ranks = _ranks(method, sources, previous, rank)
+    ranks = _ranks(aggregating(method), sources, previous, rank)
     dtype = _work_dtype([*sources, *started])
     every = [*sources, *started]
     groups = module_groups(every, max(ranks.values(), default=None), group_bytes, dtype.itemsize)

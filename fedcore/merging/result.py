@@ -15,7 +15,8 @@ from fedcore.data.low_rank import LowRank
 from fedcore.data.peft_keys import PREFIX
 from fedcore.data.validation import Dropped
 from fedcore.merging.errors_table import MethodError
-from fedcore.merging.merge import Job, Merged
+from fedcore.merging.merge import Merged
+from fedcore.merging.reading import Job
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,11 @@ from fedcore.methods.base import Aggregate, Broadcast, Method
 from fedcore_kernels.errors import KernelInputError
 
 
+def aggregating(method: Method) -> Method:
+    """The method that forms the result: the host of one with a rule, otherwise itself."""
+    return method if method.rule is None else method.rule.inner()
+
+
 def run_method(method: Method, cohort: Cohort, previous: Broadcast) -> Aggregate:
     """``method`` on whole uploads, of which it sees what its clients would send.
 

@@ -39,9 +39,10 @@ def check_usable(method: Method, previous: bool, align: bool | None) -> Method:
         FedcoreError: naming the methods that can be used instead.
     """
     if method.history == "rounds":
+        whose = "" if method.rule is None else f" with host {method.rule.inner().name}"
         raise FedcoreError(
-            f"{method.name} needs the rounds of a federation and cannot aggregate adapters that "
-            f"were trained elsewhere; usable: {names_of(usable_methods())}"
+            f"{method.name}{whose} needs the rounds of a federation and cannot aggregate adapters "
+            f"that were trained elsewhere; usable: {names_of(usable_methods())}"
         )
     if method.history == "previous" and not previous:
         raise FedcoreError(

@@ -74,6 +74,25 @@ def test_the_result_does_not_depend_on_the_order_of_the_adapters(tmp_path):
         assert all(torch.equal(row[key], rows[0][key]) for key in rows[0])
 
 
+@pytest.mark.parametrize("method", ["fedit", "product_svd", "flora"])
+def test_adapters_are_summed_in_the_order_of_their_names(tmp_path, method):
+    """Weights this far apart let the order of summation show in the last bits."""
+    folders = [lora_folder(tmp_path / f"{n}", n, head=True, dtype=torch.float64) for n in range(6)]
+    weights = [1.0, 1e3, 7.0, 0.3, 2e4, 11.0]
+
+    def bits(names, order):
+        named = {names[n]: folders[n] for n in order}
+        reported = {names[n]: weights[n] for n in range(6)}
+        found = aggregate(named, reported, method=method, compare=False).adapter.to_peft()
+        return b"".join(tensor.numpy().tobytes() for _, tensor in sorted(found.items()))
+
+    expected = bits("abcdef", range(6))
+    orders = [[5, 4, 3, 2, 1, 0], [2, 0, 5, 1, 4, 3], [4, 1, 0, 3, 5, 2]]
+    assert all(bits("abcdef", order) == expected for order in orders)
+    # Other names in the same order given: other bits.
+    assert any(bits(names, range(6)) != expected for names in ("fedcba", "cafbed", "ebadfc"))
+
+
 @pytest.mark.parametrize("group_bytes", [1, 3000, 1 << 30])
 @pytest.mark.parametrize("method", ["fedit", "product_svd", "fedex", "flora", "lora_fair"])
 def test_groups_of_modules_of_any_size_give_the_same_bits(tmp_path, method, group_bytes):

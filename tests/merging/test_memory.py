@@ -53,9 +53,16 @@ def folders(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("method", "on_invalid"), [("fedit", "raise"), ("fedit", "drop"), ("product_svd", "raise")]
+    ("method", "on_invalid", "groups"),
+    [
+        ("fedit", "raise", 1),
+        ("fedit", "drop", 1),
+        ("product_svd", "raise", 1),
+        # Beside what was read, what the rule made of it.
+        ("robust_clip", "raise", 2),
+    ],
 )
-def test_peak_memory_does_not_grow_with_the_adapters(folders, method, on_invalid):
+def test_peak_memory_does_not_grow_with_the_adapters(folders, method, on_invalid, groups):
     paths = os.pathsep.join(str(ROOT / part) for part in ("", "kernels"))
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, method, on_invalid, *folders],
@@ -66,7 +73,7 @@ def test_peak_memory_does_not_grow_with_the_adapters(folders, method, on_invalid
         env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
     )
     adapter = 4 * MODULES * RANK * 2 * WIDTH
-    # The result, one group of 4 MiB, and its working copies, some of them in fp64: together 25 MiB.
+    # The result, a group of 4 MiB, and its working copies, some of them in fp64: 25 or 29 MiB.
     # The tensors of all adapters are 36 MiB, and as much again while they are made a matrix.
     assert ADAPTERS * adapter == 36 << 20
-    assert int(done.stdout) < adapter + (4 << 20) + (18 << 20)
+    assert int(done.stdout) < adapter + groups * (4 << 20) + (18 << 20)

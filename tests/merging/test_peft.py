@@ -1,11 +1,16 @@
 """The results in vanilla PEFT, and beside PEFT's own combinations."""
 
+import sys
+
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from fedcore import aggregate
+from fedcore.cli import main
+from tests.property.folders import write_folder
+from tests.reference.merged import config_of, stored_tensors
 
 WEIGHTS = [3.0, 1.0, 2.0]
 
@@ -168,6 +173,61 @@ def test_pefts_linear_combination_is_not_the_mean_of_factors(equal, tmp_path):
     model.add_weighted_adapter(["0", "1", "2"], [1 / 3] * 3, "merged", "linear")
     for name, update in updates(model, "merged").items():
         torch.testing.assert_close(update, 3 * ours[name], rtol=0, atol=1e-5)
+
+
+def test_live_dora_models_mix_with_folders_and_are_written_as_files_are(tmp_path):
+    folders = [save(tmp_path / name, n, use_dora=True) for n, name in enumerate("ab")]
+    expected = aggregate({"a": folders[0], "b": folders[1]}, [1, 3]).adapter.to_peft()
+    stored = stored_tensors(folders[0])
+    for name in ("default", "mine"):
+        model = PeftModel.from_pretrained(base_model(), str(folders[1]), adapter_name=name)
+        live = {key: value for key, value in model.state_dict().items() if ".lora_" in key}
+        magnitude = f"lora_magnitude_vector.{name}.weight"
+        assert sum(key.endswith(magnitude) for key in live) == 4
+        config = model.peft_config[name].to_dict()
+        both = {"a": folders[0], "b": (live, config)}
+        found = aggregate(both, [1, 3], out=tmp_path / name).adapter.to_peft()
+        assert all(torch.equal(found[key], expected[key]) for key in expected)
+        # The live one gives the keys too, if it comes first.
+        first = {"b": (live, config), "a": folders[0]}
+        turned = aggregate(first, {"a": 1, "b": 3}).adapter.to_peft()
+        assert found.keys() == turned.keys() == stored.keys() == expected.keys()
+        loaded = PeftModel.from_pretrained(base_model(), str(tmp_path / name)).state_dict()
+        for key, value in expected.items():
+            if key.endswith("lora_magnitude_vector"):
+                assert torch.equal(loaded[f"{key}.default.weight"], value)
+                other = model.state_dict()[f"{key}.{name}.weight"]
+                torch.testing.assert_close(value, (stored[key] + 3 * other) / 4)
+
+
+def test_peft_loads_what_a_rule_kept_on_the_command_line(tmp_path, monkeypatch, capsys):
+    folders = [save(tmp_path / name, 0) for name in "abcde"]
+    for n, folder in enumerate(folders):
+        tensors = stored_tensors(folder)
+        noise = stored_tensors(save(tmp_path / "noise", n + 1))
+        sign = -10 if n == 3 else 1
+        moved = {
+            key: (sign if "lora_B" in key else 1) * (tensor + 0.1 * noise[key])
+            for key, tensor in tensors.items()
+        }
+        write_folder(folder, moved, config_of(folder))
+    out = tmp_path / "out"
+    arguments = ["--method", "robust_krum", "--option", "faulty=1", "--option", "host=flora"]
+    command = ["fedcore", "aggregate", *map(str, folders), *arguments, "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    printed = capsys.readouterr()
+    assert not stopped.value.code, printed.err
+    assert f"note: {folders[3]}: left out, its score" in printed.out
+    assert printed.out.count("left out") == 1
+    honest = [folder for folder in folders if folder != folders[3]]
+    every = [updates(PeftModel.from_pretrained(base_model(), str(f))) for f in honest]
+    model = PeftModel.from_pretrained(base_model(), str(out))
+    for name, found in updates(model).items():
+        mean = sum(own[name] for own in every) / 4
+        torch.testing.assert_close(found, mean, rtol=0, atol=1e-5)
+    assert model.peft_config["default"].r == 4 * 3
 
 
 def test_peft_loads_an_aggregated_dora_adapter(tmp_path):

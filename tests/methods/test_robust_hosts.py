@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from fedcore.data.cohort import CohortBuilder
 from fedcore.errors import FedcoreError
 from fedcore.methods import METHODS, Broadcast, create_method
+from fedcore.methods.decisions import follow
 from fedcore.methods.product_distances import cohort_gram, distances, norms
 from fedcore.methods.robust_hosts import RobustMethod, possible_hosts
 from fedcore_kernels.layout import FactorLayout
@@ -189,6 +190,60 @@ def test_weights_beyond_the_cap_count_as_the_cap(name):
     assert torch.equal(uniform.row, plain.row)
 
 
+@pytest.mark.parametrize("name", RULES)
+@given(seed=st.integers(0, 2**31), faulty=st.integers(0, 6))
+def test_the_decision_is_of_the_gram_alone_and_any_part_of_the_cohort_can_follow_it(
+    name, seed, faulty
+):
+    weights = [2.0, 3.0, 1.0, 4.0, 0.5, 1.0, 2.0]
+    case = clustered_round(7, [faulty], seed=seed, weights=weights, scale=-5.0)
+    cohort, method = case.cohort, create_method(name, weight_cap=3.5)
+    decision = method.rule.decide(cohort.client_ids, cohort.weights, cohort_gram(cohort))
+    assert {flag.split(":")[0] for flag in decision.flags} >= {"c003", f"c{faulty:03d}"}
+    assert decision.weights.shape == (7,)
+    left = follow(cohort, decision)
+    kept = [n for n in range(7) if decision.kept[n]]
+    assert left.client_ids == tuple(cohort.client_ids[n] for n in kept)
+    assert torch.equal(left.weights, decision.weights[kept])
+    scales = torch.ones(7).double() if decision.scales is None else decision.scales
+    expected = scales[kept, None] * products(cohort)[kept]
+    torch.testing.assert_close(products(left), expected, rtol=1e-12, atol=1e-12)
+    for module in cohort.layout.modules:
+        slots = [cohort.layout.by_name[f"{module}.{factor}"] for factor in "AB"]
+        part = FactorLayout.build([(s.module, s.factor, s.rows, s.width) for s in slots])
+        alone = follow(
+            replace(cohort, layout=part, updates=cohort.layout.gather(cohort.updates, part)),
+            decision,
+        )
+        assert torch.equal(alone.updates, left.layout.gather(left.updates, part))
+    whole_round = method.aggregate(cohort, case.previous)
+    host = create_method("product_svd").aggregate(left, case.previous)
+    assert torch.equal(whole_round.row, host.row)
+    assert whole_round.flags == (*decision.flags, *host.flags)
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_an_update_whose_norm_overflows_is_left_out(name):
+    """Its distances would be NaN, and no distance at all to any comparison."""
+    case = clustered_round(6)
+    layout, updates = case.cohort.layout, case.cohort.updates.clone()
+    layout.view(updates, layout.by_name["m1.B"])[2] = 1e160
+    method = create_method(name)
+    found = method.aggregate(case.with_updates(updates), case.previous)
+    others = pick(case.cohort, [0, 1, 3, 4, 5])
+    ids = tuple(case.cohort.client_ids[n] for n in (0, 1, 3, 4, 5))
+    expected = method.aggregate(replace(others, client_ids=ids), case.previous)
+    one, other = (whole(case.cohort, result.row) for result in (found, expected))
+    torch.testing.assert_close(one, other, rtol=0, atol=1e-9 * float(other.norm()))
+    assert found.flags == (
+        "c002: left out, the norm of its update overflows",
+        *expected.flags,
+    )
+    layout.view(updates, layout.by_name["m1.B"]).fill_(1e160)
+    with pytest.raises(FedcoreError, match=rf"round 1: {name}: the norm of every update overflows"):
+        method.aggregate(case.with_updates(updates), case.previous)
+
+
 def test_hosts_are_the_lora_methods_whose_clients_send_both_factors():
     assert sorted(host.name for host in possible_hosts()) == sorted(HOSTS)
 
@@ -202,7 +257,14 @@ def test_the_client_half_and_the_traits_are_the_host_s(name):
         assert method.traits.privacy_note == host.traits.privacy_note
         assert not method.traits.linear
         assert method.restarts == host.restarts
-        assert method.history == "rounds"
+        assert method.any_rank == host.any_rank
+        # Of a host that could align, the default options do not.
+        assert not getattr(host, "align", False)
+        assert method.history == ("none" if host.history == "alignment" else host.history)
+        assert method.rule is method
+        assert host.rule is None
+    assert create_method(name).history == "none"
+    assert create_method(name, host="fedrot").history == "rounds"
     assert create_method(name, host="FlexLoRA").inner() == create_method("product_svd")
     case = clustered_round(5)
     row, layout = case.cohort.updates[0], case.cohort.layout
