@@ -11,13 +11,14 @@ from functools import partial
 import torch
 
 from bench.case import Plan
+from bench.combination import FAMILIES, combination_case
 from bench.folders import ADAPTERS, LAYERS, folders_case
 from bench.mixing import mixing_case
 from bench.rounds import OTHERS, florg_case, product_case
 from bench.workloads import Setting
 from fedcore.errors import FedcoreError, unknown_name
 
-AGAINST = (*OTHERS, "peft")
+AGAINST = (*OTHERS, "peft", "adam")
 """What a round can be measured against, besides ``all`` of it."""
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -40,7 +41,7 @@ def parse_against(text: str) -> tuple[str, ...]:
 
 def plans(setting: Setting, against: tuple[str, ...]) -> list[Plan]:
     """FedAvg and FLoRG rounds in fp32 and bf16; the product round and adapter folders where PEFT is
-    asked for, and CE-LoRA's mixing weights where loops are.
+    asked for, CE-LoRA's mixing weights where loops are, FLoRA-NA's coefficients where Adam is.
     """
     device, found = setting.device, []
     names = [name for name in against if name in OTHERS]
@@ -58,4 +59,9 @@ def plans(setting: Setting, against: tuple[str, ...]) -> list[Plan]:
     if "eager" in against:
         clients = 20 if setting.small else 100
         found.append(Plan(f"CE-LoRA, {clients} clients", partial(mixing_case, clients)))
+    if "adam" in against:
+        modules = setting.rounds[0].modules
+        for family in FAMILIES:
+            build = partial(combination_case, family, modules, device)
+            found.append(Plan(f"FLoRA-NA, {family}", build))
     return found

@@ -50,7 +50,7 @@ def server(
     against: Annotated[
         str,
         typer.Option(
-            help="published, eager, batched, mean, peft, several with commas, or all.",
+            help="published, eager, batched, mean, peft, adam, several with commas, or all.",
         ),
     ] = "all",
     threads: _Threads = None,

@@ -75,7 +75,7 @@ class FloraNA(Method):
 
     align: bool = False
     affine: bool = False
-    sweeps: int = 50
+    sweeps: int = 500
     tolerance: float = 1e-10
     certify: bool = True
 

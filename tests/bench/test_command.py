@@ -96,7 +96,7 @@ def test_a_server_round_is_measured_against_what_is_named(command):
     ("arguments", "message"),
     [
         (["server", "--against", "publshed"], "unknown --against 'publshed'; did you mean publish"),
-        (["server", "--against", "xyzzy"], "valid: all, batched, eager, mean, peft, published"),
+        (["server", "--against", "xyzzy"], "valid: adam, all, batched, eager, mean, peft"),
         (["server", "--against", ","], "--against is empty; valid: published, eager"),
         (["kernels", "--device", "gpu"], "unknown --device 'gpu'"),
         (["kernels", "rows.json"], "rows.json is given without --json"),
@@ -135,7 +135,7 @@ def test_outside_a_checkout_one_line_says_so(name, command, monkeypatch, tmp_pat
 def test_against_takes_several_names_or_all():
     assert server.parse_against("mean, eager,mean") == ("mean", "eager")
     assert server.parse_against("all") == server.AGAINST
-    assert set(server.AGAINST) == {"published", "eager", "batched", "peft", "mean"}
+    assert set(server.AGAINST) == {"published", "eager", "batched", "peft", "mean", "adam"}
     with pytest.raises(FedcoreError, match="unknown --against"):
         server.parse_against("mean,nothing")
 
