@@ -4,6 +4,8 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 # The oldest Triton that the interpreted kernels are tested with, beside the one that is installed.
 OLDER  := 3.7.1
+# One test process a core: every one of them computes on a single thread.
+PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
 
 .PHONY: run test test-gpu bench clean
 
@@ -15,10 +17,10 @@ test: $(VENV)/.test $(VENV)/.triton-$(OLDER)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/gpu
-	TRITON_INTERPRET=1 PYTHONPATH=$(VENV)/triton-$(OLDER) $(BIN)/python -m pytest tests/gpu
-	$(BIN)/python -m pytest tests/offline
+	$(PYTEST)
+	TRITON_INTERPRET=1 $(PYTEST) tests/gpu
+	TRITON_INTERPRET=1 PYTHONPATH=$(VENV)/triton-$(OLDER) $(PYTEST) tests/gpu
+	$(PYTEST) tests/offline
 
 # On a machine with an NVIDIA card: the same cases on it, and its memory checker where there is one.
 test-gpu: $(VENV)/.test
