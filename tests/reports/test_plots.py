@@ -224,6 +224,6 @@ def test_spread_keeps_order_and_distance(seed: int):
 
 
 def test_styles_differ():
-    by_method = {repr(series_style(method, 0)) for method in range(18)}
+    by_method = {repr(series_style(method, 0)) for method in range(108)}
     by_setting = {repr(series_style(m, s)) for m in range(6) for s in range(3)}
-    assert (len(by_method), len(by_setting)) == (18, 18)
+    assert (len(by_method), len(by_setting)) == (108, 18)

@@ -91,10 +91,11 @@ def freeze(axes: Axes) -> None:
 
 
 def series_style(method: int, setting: int) -> dict[str, Any]:
-    """Colour by method, dash and marker by setting; no two alike for 18 methods or 3 settings."""
+    """Colour by method, dash and marker by setting; no two alike for 108 methods or 3 settings."""
     tour = method // len(PALETTE)
+    shift = setting + tour // len(DASHES)
     return {
         "color": PALETTE[method % len(PALETTE)],
         "linestyle": DASHES[(tour + setting) % len(DASHES)],
-        "marker": MARKERS[(method + setting) % len(MARKERS)],
+        "marker": MARKERS[(method + shift) % len(MARKERS)],
     }
