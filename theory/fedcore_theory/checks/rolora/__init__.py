@@ -1,0 +1,1 @@
+"""RoLoRA, arXiv 2502.01755: alternating minimisation on a linear regressor."""

@@ -1,0 +1,1 @@
+"""Toy models and random rounds that several checks share."""
