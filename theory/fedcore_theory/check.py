@@ -42,6 +42,11 @@ class Measured:
     def __post_init__(self) -> None:
         if (self.relation == "within") != isinstance(self.bound, tuple):
             raise ValueError(f"{self.what}: relation {self.relation!r} with bound {self.bound!r}")
+        # NumPy's numbers would turn `holds` into one of NumPy's, which JSON does not know.
+        bound = self.bound
+        plain = tuple(map(float, bound)) if isinstance(bound, tuple) else float(bound)
+        object.__setattr__(self, "value", float(self.value))
+        object.__setattr__(self, "bound", plain)
 
     @property
     def holds(self) -> bool:

@@ -1,0 +1,1 @@
+"""What an inexact aggregation costs, in a bound and along a real run."""
