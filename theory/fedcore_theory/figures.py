@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fedcore.reports.plots.style import INK, MUTED, SMALL, dress, new_figure, series_style
+from fedcore.reports.plots.style import (
+    INK,
+    MUTED,
+    SMALL,
+    dress,
+    new_figure,
+    series_style,
+    whole_numbers,
+)
 from fedcore_theory.check import Measured, Outcome
 
 if TYPE_CHECKING:
@@ -44,7 +52,7 @@ def trajectories(
     log_y: bool = True,
     marks: Mapping[str, float] | None = None,
 ) -> Figure:
-    """Curves against what bounds them.
+    """Curves against what bounds them; places that are integers get whole numbers on the axis.
 
     Args:
         marks: label to a height that is marked by a dotted line, such as a floor.
@@ -67,6 +75,8 @@ def trajectories(
             colour += 1
     for label, height in (marks or {}).items():
         axes.axhline(height, color=MUTED, linewidth=1.0, linestyle=":", label=label)
+    if not log_x and all(np.asarray(line.x).dtype.kind == "i" for line in lines):
+        whole_numbers(axes)
     _legend(axes)
     return figure
 
@@ -90,6 +100,11 @@ def orders(series: Mapping[str, tuple[ArrayLike, ArrayLike]], x_label: str, y_la
             label=f"{label}: slope {slope:.2f}",
         )
         axes.plot(xs, np.exp(offset) * xs**slope, color=INK, linewidth=0.9, linestyle=(0, (5, 2)))
+    places = sorted({float(x) for xs, _ in series.values() for x in np.asarray(xs)})
+    # Matplotlib's own labels of a short logarithmic axis run into each other.
+    if len(places) <= 6 and places[-1] < 20 * places[0]:
+        axes.set_xticks(places, [f"{place:g}" for place in places])
+        axes.set_xticks([], minor=True)
     _legend(axes)
     return figure
 
@@ -124,8 +139,14 @@ def histogram(
     return figure
 
 
-def bars(groups: Mapping[str, Mapping[str, float]], y_label: str, *, log_y: bool = False) -> Figure:
-    """Numbers side by side: group on the x axis to series to height."""
+def bars(
+    groups: Mapping[str, Mapping[str, float]],
+    y_label: str,
+    *,
+    log_y: bool = False,
+    marks: Mapping[str, float] | None = None,
+) -> Figure:
+    """Numbers side by side: group on the x axis to series to height; ``marks`` are bounds."""
     figure = new_figure(3.2)
     axes = dress(figure.add_subplot(), "", y_label)
     _scales(axes, False, log_y)
@@ -144,9 +165,12 @@ def bars(groups: Mapping[str, Mapping[str, float]], y_label: str, *, log_y: bool
             linewidth=0,
             label=name,
         )
+    for n, (label, height) in enumerate((marks or {}).items()):
+        dashes = _DASHES[n % len(_DASHES)]
+        axes.axhline(height, color=INK, linewidth=1.2, linestyle=dashes, label=label)
     axes.set_xticks(range(len(groups)), list(groups))
     axes.grid(False, axis="x")
-    if len(names) > 1:
+    if len(names) > 1 or marks:
         _legend(axes)
     return figure
 
@@ -197,6 +221,8 @@ def _scales(axes: Axes, log_x: bool, log_y: bool) -> None:
         axes.set_xscale("log")
     if log_y:
         axes.set_yscale("log")
+    # Less than a decade is labelled between its powers, too.
+    axes.tick_params(which="minor", labelsize=SMALL, labelcolor=INK)
 
 
 def _legend(axes: Axes) -> None:

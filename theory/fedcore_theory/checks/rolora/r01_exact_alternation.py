@@ -90,5 +90,5 @@ CHECK = Check(
     measure=measure,
     picture=picture,
     repetitions=5,
-    finding="Rounding is all that is lost, while the mean of both factors is off by half or more.",
+    finding="Rounding is all that is lost; the mean of both factors is off by a quarter or more.",
 )

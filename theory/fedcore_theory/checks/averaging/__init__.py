@@ -1,0 +1,1 @@
+"""FedAvg of the factors: its error, its orders and its gauge."""

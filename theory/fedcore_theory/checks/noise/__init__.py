@@ -1,0 +1,1 @@
+"""Gaussian noise on factors and on products."""

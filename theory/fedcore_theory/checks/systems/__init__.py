@@ -1,0 +1,1 @@
+"""What a server may see, scalings, and rules that judge whole clients."""
