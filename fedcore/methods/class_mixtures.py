@@ -18,6 +18,9 @@ MOST_COMPONENTS = 3
 VARIANCE_FLOOR = 1e-5
 """Added to every variance of a fit, as in the authors' code."""
 
+# Of responsibilities that sum to a whole number of examples.
+_ROUNDING = 1e-6
+
 SUM_TOLERANCE = 1e-4
 """How far mixture weights that travelled in fp32 may sum from one."""
 
@@ -51,8 +54,10 @@ def fit_class_mixtures(
 ) -> dict[str, Tensor]:
     """Fit ``G_c = min(3, floor(n_c / min_per_component))`` Gaussians to each class of a client.
 
-    A class with ``G_c = 0`` is left out. Classes are numbered in the order of their labels, which
-    themselves are not told: distances between clients do not need them.
+    Fewer where a component would rest on less than ``min_per_component`` examples, counted by their
+    responsibilities: it would tell them. A class with ``G_c = 0`` is left out. Classes are numbered
+    in the order of their labels, which themselves are not told: distances between clients do not
+    need them.
 
     Args:
         features: ``(n, D)`` finite, from the frozen encoder.
@@ -70,26 +75,19 @@ def fit_class_mixtures(
         MissingExtraError: scikit-learn is not installed.
     """
     _check_examples(features, labels)
-    try:
-        from sklearn.mixture import GaussianMixture
-    except ImportError:
-        raise missing_extra("scikit-learn", "run") from None
     points, kinds = features.double().cpu().numpy(), labels.cpu().numpy()
     parts: dict[str, list[NDArray[np.float64]]] = {"weights": [], "means": [], "variances": []}
     classes: list[int] = []
     counts: list[int] = []
     for place, label in enumerate(np.unique(kinds)):
         own = points[kinds == label]
-        components = min(MOST_COMPONENTS, len(own) // min_per_component)
-        if not components:
+        if len(own) < min_per_component:
             continue
         (state,) = np.random.SeedSequence((seed, place)).generate_state(1)
-        fit = GaussianMixture(
-            components, covariance_type="diag", reg_covar=VARIANCE_FLOOR, random_state=int(state)
-        ).fit(own)
-        for name, found in zip(parts, (fit.weights_, fit.means_, fit.covariances_), strict=True):
-            parts[name].append(found)
-        classes += [len(counts)] * components
+        found = _fit_class(own, int(state), min_per_component)
+        for name, values in found.items():
+            parts[name].append(values)
+        classes += [len(counts)] * len(found["weights"])
         counts.append(len(own))
     if not counts:
         return {}
@@ -98,6 +96,28 @@ def fit_class_mixtures(
     if share_counts:
         told["counts"] = torch.tensor(counts, dtype=torch.int64)
     return told
+
+
+def _fit_class(
+    points: NDArray[np.float64], seed: int, min_per_component: int
+) -> dict[str, NDArray[np.float64]]:
+    """The largest mixture of ``points (n, D)`` whose components all rest on enough of them."""
+    try:
+        from sklearn.mixture import GaussianMixture
+    except ImportError:
+        raise missing_extra("scikit-learn", "run") from None
+    least = min_per_component / len(points) * (1 - _ROUNDING)
+    for components in range(min(MOST_COMPONENTS, len(points) // min_per_component), 1, -1):
+        fit = GaussianMixture(
+            components, covariance_type="diag", reg_covar=VARIANCE_FLOOR, random_state=seed
+        ).fit(points)
+        if fit.weights_.min() >= least:
+            return {"weights": fit.weights_, "means": fit.means_, "variances": fit.covariances_}
+    return {
+        "weights": np.ones(1),
+        "means": points.mean(0, keepdims=True),
+        "variances": points.var(0, keepdims=True) + VARIANCE_FLOOR,
+    }
 
 
 def read_class_mixtures(statistics: Mapping[str, Tensor], client_id: str) -> ClassMixtures:

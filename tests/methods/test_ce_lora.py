@@ -304,6 +304,7 @@ def test_clients_without_a_class_in_common_still_mix():
 
 def test_statistics_are_told_once_and_only_of_large_classes():
     features = torch.randn(25, 6, generator=torch.Generator().manual_seed(0))
+    features[:10] += 50
     labels = torch.tensor([3] * 20 + [8] * 5)
     told = method().statistics(features, labels, seed=7)
     assert sorted(told) == ["classes", "means", "variances", "weights"]

@@ -223,8 +223,20 @@ def blobs(sizes, features=6, seed=0):
     return torch.cat(parts)[order], labels[order]
 
 
+def clumps(sizes, features=6, seed=0):
+    """A class for every entry of ``sizes``, of clumps far apart with those numbers of examples."""
+    random = torch.Generator().manual_seed(seed)
+    parts = [
+        torch.randn(n, features, generator=random) + 50 * k * torch.eye(features)[c % features]
+        for c, own in enumerate(sizes)
+        for k, n in enumerate(own)
+    ]
+    labels = torch.tensor([10 * (c + 1) for c, own in enumerate(sizes) for _ in range(sum(own))])
+    return torch.cat(parts), labels
+
+
 def test_a_class_gets_one_component_for_every_ten_examples_up_to_three():
-    features, labels = blobs([9, 10, 19, 20, 29, 30, 100])
+    features, labels = clumps([[9], [10], [19], [10, 10], [15, 14], [10, 10, 10], [40, 30, 30]])
     told = fit_class_mixtures(features, labels, 0, 10, share_counts=True)
     # The first class is too small, and the numbers of the others do not tell their labels.
     assert torch.bincount(told["classes"]).tolist() == [1, 1, 2, 2, 3, 3]
@@ -267,6 +279,33 @@ def test_statistics_that_are_the_data_are_not_released():
     assert float(nearest.max()) < 1e-6
     torch.testing.assert_close(told["variances"], torch.full((3, 4), 1e-5), rtol=1e-3, atol=0)
     assert fit_class_mixtures(features, labels, 42, 10) == {}
+
+
+@given(
+    features=st.integers(1, 4),
+    size=st.integers(1, 60),
+    least=st.integers(1, 12),
+    seed=st.integers(0, 2**31),
+)
+def test_every_component_rests_on_enough_examples(features, size, least, seed):
+    points, labels = blobs([size], features, seed)
+    told = fit_class_mixtures(points, labels, seed, least)
+    if size < least:
+        assert told == {}
+        return
+    assert 1 <= len(told["weights"]) <= min(3, size // least)
+    assert float(told["weights"].min()) * size >= least * (1 - 1e-5)
+
+
+def test_an_example_far_from_its_class_is_not_told():
+    features, labels = clumps([[29, 1], [1]])
+    told = fit_class_mixtures(features, labels, 0, 10)
+    assert float(torch.cdist(told["means"], features[29:30]).min()) > 1
+    # Asked to, it is, and a class of one example is that example.
+    told = fit_class_mixtures(features, labels, 0, 1)
+    assert float(torch.cdist(told["means"], features[29:30]).min()) < 1e-4
+    torch.testing.assert_close(told["means"][-1], features[30], rtol=0, atol=1e-6)
+    torch.testing.assert_close(told["variances"][-1], torch.full((6,), 1e-5), rtol=1e-6, atol=0)
 
 
 def test_disjoint_labels_have_a_finite_distance():

@@ -90,4 +90,7 @@ def _section(result: Result) -> str:
 
 
 def _caption(result: Result) -> str:
-    return f"{result.check.id}, {result.check.title}: measurements in colour, bounds black, dashed."
+    return (
+        f"{result.check.id}, {result.check.title}: in colour what the check is about, black and "
+        "dashed what it stands against."
+    )

@@ -1,0 +1,1 @@
+"""Small networks on real digits: low-rank layers trained by clients that share no label."""
