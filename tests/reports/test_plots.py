@@ -15,7 +15,7 @@ from fedcore.reports import plots
 from fedcore.reports.comparison import group_runs
 from fedcore.reports.plots.labels import plain, short_names, spread
 from fedcore.reports.plots.layers import module_labels, natural_order
-from fedcore.reports.plots.style import PALETTE, series_style
+from fedcore.reports.plots.style import PALETTE, new_figure, series_style
 from fedcore.reports.reading import read_run
 from fedcore.reports.record import RunRecord
 from tests.reports.fake_run import module_names, write_fake_run
@@ -221,6 +221,17 @@ def test_spread_keeps_order_and_distance(seed: int):
     assert max(placed) <= 1 + 1e-12
     far = [0.1, 0.5, 0.9]
     assert spread(far, 0.07, 0.0, 1.0) == far
+
+
+def test_hatched_bars_keep_their_colour_in_a_page():
+    figure = new_figure(2.0)
+    figure.add_subplot().bar([0, 1], [1, 2], color=PALETTE[1], hatch="///", edgecolor="white")
+    svg = plots.to_svg(figure, "bars")
+    ground = re.search(r"<pattern .*?<rect [^>]*>", svg, flags=re.DOTALL)[0]
+    assert f"fill: var(--series-1, {PALETTE[1]})" in ground
+    used = set(re.findall(r"url\(#(.*?)\)", svg))
+    assert used
+    assert used <= set(re.findall(r'\bid="(.*?)"', svg))
 
 
 def test_styles_differ():

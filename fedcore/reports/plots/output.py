@@ -45,7 +45,9 @@ def to_svg(figure: Figure, name: str) -> str:
     text = text[text.index("<svg") :]
     text = re.sub(r"<!--.*?-->", "", text, flags=re.DOTALL)
     text = re.sub(r'\s(?:xmlns(?::xlink)?|version|width|height)="[^"]*"', "", text, count=5)
-    text = re.sub(r'(\bid="|"#|url\(#)', lambda match: f"{match[0]}{name}-", text)
+    text = re.sub(r'(\bid="|href="#|url\(#)', lambda match: f"{match[0]}{name}-", text)
+    # The ground of a hatch is an attribute, in which a page's variables would mean nothing.
+    text = re.sub(r'fill="(#[0-9a-f]{6})"', r'style="fill: \1"', text)
     for color, variable in _VARIABLES.items():
         text = text.replace(color, f"var({variable}, {color})")
     return text

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 _ROUNDING = 1e-6
 """Uploads are fp32, and so is what is broadcast."""
 
+GRAMS = ("florg.sketched", "florg.truncated")
+
 BELOW = (
     ("flora_na", "fedit"),
     ("product_svd", "flora_na"),
@@ -65,11 +67,21 @@ def _above(errors: Mapping[str, Array], lower: str, upper: str) -> int:
 
 
 def picture(outcome: Outcome) -> Figure:
-    """The mean over layers, round by round."""
+    """Errors over those of averaging the same factors, means over layers, round by round."""
+    against = {"fedit": ("lora_fair", "flora_na", "product_svd"), "florg.avg_a": GRAMS}
+    errors = outcome.curves
     lines = [
-        Line(name, np.arange(1, len(found) + 1), found) for name, found in outcome.curves.items()
+        Line(f"{name} / {mean}", np.arange(1, len(errors[name]) + 1), errors[name] / errors[mean])
+        for mean, names in against.items()
+        for name in names
     ]
-    return trajectories(lines, "round", "‖M − result‖ / ‖M‖, mean over layers")
+    averaging = np.arange(1, len(errors["fedit"]) + 1)
+    return trajectories(
+        [*lines, Line("averaging the factors", averaging, np.ones(len(averaging)), bound=True)],
+        "round",
+        "error / that of averaging, means over layers",
+        log_y=False,
+    )
 
 
 CHECK = Check(
