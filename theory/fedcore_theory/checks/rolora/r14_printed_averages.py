@@ -124,7 +124,7 @@ def picture(outcome: Outcome) -> Figure:
 CHECK = Check(
     id="R14",
     title="printed averages",
-    claim="The last column of the table of GLUE accuracies is the mean of the five tasks in its row.",
+    claim="The last column of the table of GLUE accuracies is the mean of its row.",
     source="RoLoRA, arXiv 2502.01755, table 1 (ICML 2025 version)",
     verdict="erratum",
     assumptions="The accuracies of the single tasks are right as printed.",
