@@ -4,8 +4,8 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 # The oldest Triton that the interpreted kernels are tested with, beside the one that is installed.
 OLDER  := 3.7.1
-# One test process a core: every one of them computes on a single thread.
-PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
+# One test process a core: every one of them computes on a single thread, NumPy's BLAS too.
+PYTEST := OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
 
 .PHONY: run test test-gpu bench clean
 
