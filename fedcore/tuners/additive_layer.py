@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from abc import abstractmethod
 from itertools import chain
 from typing import Any, cast
 
@@ -34,22 +35,22 @@ class AdditiveLayer(nn.Module, BaseTunerLayer):
         self.merged_adapters: list[str] = []
         self._active_adapter = adapter_name
 
+    @abstractmethod
     def carries(self, adapter: str) -> bool:
         """Whether the layer has an adapter of this name."""
-        raise NotImplementedError
 
+    @abstractmethod
     def lora_pair(self, adapter: str) -> tuple[Tensor, Tensor]:
         """``lora_A (m, in)``, ``lora_B (out, m)`` whose product is the adapter's update."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def any_active(self) -> bool:
         """Whether :meth:`update` would add anything."""
-        raise NotImplementedError
 
+    @abstractmethod
     def update(self, x: Tensor) -> Tensor:
         """The active adapters' share of the output, ``(..., in)`` to ``(..., out)``."""
-        raise NotImplementedError
 
     @torch.no_grad()
     def get_delta_weight(self, adapter: str) -> Tensor:

@@ -26,7 +26,7 @@ class Nested(Method):
         mixed_ranks = True
 
     def aggregate(self, cohort, previous):
-        raise NotImplementedError
+        raise AssertionError("nothing is aggregated here")
 
 
 def update(state: AdapterState, module: str = MODULE) -> torch.Tensor:
