@@ -85,6 +85,27 @@ class AdapterState:
                 configuration does not declare, tensors of more than two axes, an integer or complex
                 dtype, or no tensor.
         """
+        found = cls.from_tensors(tensors, name=name)
+        scaling = {}
+        for module in found.factors:
+            rank = found.rank(module)
+            try:
+                declared, scaling[module] = declared_rank_and_scaling(config, module)
+            except FedcoreError as error:
+                raise FedcoreError(f"{name}: {error}") from None
+            if declared != rank:
+                raise FedcoreError(
+                    f"{name}: module {module} has rank {rank}, its configuration says {declared}"
+                )
+        return replace(found, scaling=scaling, config=config)
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor], *, name: str = "adapter") -> AdapterState:
+        """Read the tensors of an adapter whose configuration is not known: no scalings.
+
+        Raises:
+            FedcoreError: as :meth:`from_peft`, without what concerns the configuration.
+        """
         factors: dict[str, dict[str, Tensor]] = {}
         dense: dict[str, Tensor] = {}
         constants: dict[str, Tensor] = {}
@@ -120,18 +141,9 @@ class AdapterState:
         if len(families) > 1:
             raise FedcoreError(f"{name}: mixes adapter families {sorted(families)}")
         family = families.pop() if families else "none"
-        scaling = {}
         for module, named in factors.items():
-            rank = _check_pair(name, family, module, named)
-            try:
-                declared, scaling[module] = declared_rank_and_scaling(config, module)
-            except FedcoreError as error:
-                raise FedcoreError(f"{name}: {error}") from None
-            if declared != rank:
-                raise FedcoreError(
-                    f"{name}: module {module} has rank {rank}, its configuration says {declared}"
-                )
-        return cls(family, factors, dense, constants, scaling, config, keys)
+            _check_pair(name, family, module, named)
+        return cls(family, factors, dense, constants, keys=keys)
 
     def to_peft(self) -> dict[str, Tensor]:
         """The state dict under the keys it was read under."""
@@ -257,7 +269,7 @@ def _leading(factor: str, view: Tensor, rank: int) -> Tensor:
     return view[:rank, :rank] if factor == CORE else view[:rank]
 
 
-def _check_pair(name: str, family: str, module: str, named: Mapping[str, Tensor]) -> int:
+def _check_pair(name: str, family: str, module: str, named: Mapping[str, Tensor]) -> None:
     missing = [factor for factor in _PAIRS[family] if factor not in named]
     if missing:
         raise FedcoreError(f"{name}: module {module} lacks factor {missing[0]}")
@@ -267,4 +279,3 @@ def _check_pair(name: str, family: str, module: str, named: Mapping[str, Tensor]
     ranks = {factor: _stored(factor, tensor).shape[0] for factor, tensor in named.items()}
     if len(set(ranks.values())) > 1:
         raise FedcoreError(f"{name}: module {module} has factors of different rank {ranks}")
-    return next(iter(ranks.values()))

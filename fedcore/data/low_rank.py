@@ -57,3 +57,22 @@ def accumulated(
         if part.rank:
             found[module] = total([held[module], part] if module in held else [part])
     return found
+
+
+def packed(parts: Mapping[str, LowRank]) -> dict[str, Tensor]:
+    """The factors by ``module/outer`` and ``module/inner``, as files hold them."""
+    return {
+        f"{module}/{side}": tensor
+        for module, part in sorted(parts.items())
+        for side, tensor in part._asdict().items()
+    }
+
+
+def unpacked(tensors: Mapping[str, Tensor]) -> dict[str, LowRank]:
+    """What :func:`packed` packed.
+
+    Raises:
+        KeyError: a factor without its partner.
+    """
+    modules = sorted({name.rpartition("/")[0] for name in tensors})
+    return {m: LowRank(tensors[f"{m}/outer"], tensors[f"{m}/inner"]) for m in modules}

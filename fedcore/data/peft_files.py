@@ -63,7 +63,7 @@ def open_adapter(
         pickled = path / "adapter_model.bin"
         reason = "only pickled weights are there, which are never loaded; " * pickled.is_file()
         raise FedcoreError(f"{label}: {weights} is missing; {reason}save with safetensors")
-    config = _read_config(config_file, label)
+    config = read_object(config_file, label)
     return TensorFile.open(weights, label, budget), config
 
 
@@ -122,7 +122,12 @@ def write_bytes(data: bytes, file: Path) -> None:
     os.replace(temporary, file)
 
 
-def _read_config(file: Path, label: str) -> dict[str, Any]:
+def read_object(file: Path, label: str) -> dict[str, Any]:
+    """The object in a JSON file of moderate size and depth.
+
+    Raises:
+        FedcoreError: it is missing, malformed, too large or too deep, naming ``label``.
+    """
     try:
         with file.open("rb") as handle:
             text = handle.read(_CONFIG_LIMIT + 1)

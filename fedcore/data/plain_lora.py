@@ -1,14 +1,13 @@
-"""Low-rank updates as a plain LoRA adapter of scale 1, each module with the rank it needs."""
+"""Low-rank updates as a plain LoRA adapter of scale 1 and one rank, which every server reads."""
 
 from __future__ import annotations
 
-import re
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
+from torch.nn.functional import pad
 
 from fedcore.data.adapter_state import AdapterState
 from fedcore.data.low_rank import LowRank, total
@@ -29,19 +28,25 @@ _KEPT_FIELDS = (
 
 
 def plain_lora(updates: Mapping[str, LowRank], like: AdapterState) -> AdapterState:
-    """A LoRA adapter whose update of each module is ``outer^T inner``, at scale 1.
+    """A LoRA adapter whose update of each module is ``outer^T inner``, at scale 1 and one rank.
 
-    ``B = outer^T`` and ``A = inner``, ``r = lora_alpha``; the commonest rank is the default, other
-    modules stand in ``rank_pattern``. Dense tensors and what the configuration says of the base
-    model are those of ``like``.
+    ``B = outer^T`` and ``A = inner``, ``r = lora_alpha`` the largest rank; modules of less have
+    rows and columns of zeros, because servers pass over ``rank_pattern`` and would scale them by
+    the wrong rank. Dense tensors and what the configuration says of the base model are those of
+    ``like``.
 
     Args:
         updates: module to factors ``(p, d_out)`` and ``(p, d_in)``, ``p >= 1``.
         like: an adapter of the same base model.
     """
+    rank = max(part.rank for part in updates.values())
     factors, keys = {}, {dense: like.keys[dense] for dense in like.dense}
-    for module, update in updates.items():
-        factors[module] = {"A": update.inner.contiguous(), "B": update.outer.T.contiguous()}
+    for module, (outer, inner) in updates.items():
+        missing = rank - inner.shape[0]
+        factors[module] = {
+            "A": pad(inner, (0, 0, 0, missing)).contiguous(),
+            "B": pad(outer.T, (0, missing)).contiguous(),
+        }
         for factor in ("A", "B"):
             keys[f"{module}.{factor}"] = f"{PREFIX}{module}.lora_{factor}.weight"
     return replace(
@@ -50,7 +55,7 @@ def plain_lora(updates: Mapping[str, LowRank], like: AdapterState) -> AdapterSta
         factors=factors,
         constants={},
         scaling=dict.fromkeys(factors, 1.0),
-        config=plain_config(like.config, {module: part.rank for module, part in updates.items()}),
+        config=_plain_config(like.config, rank),
         keys=keys,
     )
 
@@ -75,25 +80,16 @@ def with_residual(adapter: AdapterState, residual: Mapping[str, LowRank]) -> Ada
     return plain_lora(updates, adapter)
 
 
-def plain_config(config: Mapping[str, Any], ranks: Mapping[str, int]) -> dict[str, Any]:
-    """The fields of ``adapter_config.json`` for a LoRA adapter of scale 1.
-
-    Args:
-        config: of an adapter of the same base model; what it says of that model is kept.
-        ranks: module to rank.
-    """
-    # The commonest rank is the default: fewest exceptions, and the same answer in any order.
-    common = max(Counter(ranks.values()).items(), key=lambda item: (item[1], item[0]))[0]
-    # PEFT matches a pattern against the end of a path; the anchor makes it the whole path.
-    other = {f"^{re.escape(m)}": rank for m, rank in sorted(ranks.items()) if rank != common}
+def _plain_config(config: Mapping[str, Any], rank: int) -> dict[str, Any]:
+    """The fields of ``adapter_config.json``; what ``config`` says of the base model is kept."""
     return {
         **{field: _ordered(config.get(field)) for field in _KEPT_FIELDS},
         "peft_type": "LORA",
         "inference_mode": True,
-        "r": common,
-        "lora_alpha": common,
-        "rank_pattern": other,
-        "alpha_pattern": dict(other),
+        "r": rank,
+        "lora_alpha": rank,
+        "rank_pattern": {},
+        "alpha_pattern": {},
         "lora_dropout": 0.0,
         "use_rslora": False,
         "use_dora": False,

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedcore.data.low_rank import LowRank, accumulated
+from fedcore.data.low_rank import LowRank, accumulated, packed, unpacked
 from fedcore.data.peft_files import read_tensors, write_tensors, write_text
 from fedcore.errors import FedcoreError
 from fedcore_kernels.layout import FactorLayout
@@ -105,12 +105,7 @@ def write_state(state: ServerState, folder: Path) -> Path:
     temporary.mkdir(parents=True)
     write_tensors({"row": state.row}, temporary / "server.safetensors")
     if state.residual:
-        parts = {
-            f"{module}/{side}": tensor
-            for module, part in sorted(state.residual.items())
-            for side, tensor in part._asdict().items()
-        }
-        write_tensors(parts, temporary / "residual.safetensors")
+        write_tensors(packed(state.residual), temporary / "residual.safetensors")
     if state.private:
         flat = {
             f"{client}/{name}": tensor
@@ -167,9 +162,7 @@ def read_state(folder: Path) -> ServerState:
             layout=layout,
             row=row,
             private=private,
-            residual={
-                m: LowRank(parts[f"{m}/outer"], parts[f"{m}/inner"]) for m in residual_modules
-            },
+            residual=unpacked(parts),
             residual_sizes=dict(about.get("residual_sizes", [])),
             versions=about["versions"],
             client_versions=about["client_versions"],

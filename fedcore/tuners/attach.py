@@ -30,8 +30,9 @@ def attach_adapter(
     frame: str,
     seed: int,
     init: str = "random",
+    task_type: str = "SEQ_CLS",
 ) -> nn.Module:
-    """Wrap ``model`` so that only the adapter and the classifier head train.
+    """Wrap ``model`` so that only the adapter trains, and with a classifier its head.
 
     Args:
         family: ``"lora"``, ``"gram"``, ``"tri"`` or ``"none"`` (the head alone).
@@ -42,6 +43,8 @@ def attach_adapter(
         seed: seeds the initial factors and the frames, independently of the global generator.
         init: how a tri-factor adapter starts, as :class:`~fedcore.tuners.tri_config.TriConfig` has
             it; the other families have one start.
+        task_type: PEFT's name of the task. A classifier's head (``"SEQ_CLS"``) trains with the
+            adapter; a language model's (``"CAUSAL_LM"``) is part of the frozen base.
 
     Raises:
         FedcoreError: no layer of the model is called so, a layer index is out of range, the family
@@ -53,7 +56,7 @@ def attach_adapter(
         _freeze_all_but_head(model)
         return model
     common: dict[str, Any] = {
-        "task_type": "SEQ_CLS",
+        "task_type": task_type,
         "r": rank,
         "lora_alpha": alpha,
         "use_rslora": use_rslora,
@@ -83,7 +86,9 @@ def _freeze_all_but_head(model: nn.Module) -> None:
     names = [name for name, _ in model.named_children() if name in ("classifier", "score")]
     if not names:
         found = ", ".join(name for name, _ in model.named_children())
-        raise FedcoreError(f"the model has no head called classifier or score, only {found}")
+        raise FedcoreError(
+            f"the model has no classifier head (classifier or score) to train, only {found}"
+        )
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name.split(".")[0] in names)
 

@@ -97,13 +97,18 @@ def test_every_variant_is_exact(name, fields, tmp_path):
 def test_exported_ranks_and_scale(tmp_path):
     export_lora(trained("llama", rank_pattern={"layers.1.self_attn.v_proj": 5}), tmp_path)
     config = json.loads((tmp_path / CONFIG).read_text())
-    assert (config["peft_type"], config["r"], config["lora_alpha"]) == ("LORA", 6, 6)
-    pattern = {r"^model\.layers\.1\.self_attn\.v_proj": 10}
-    assert config["rank_pattern"] == config["alpha_pattern"] == pattern
+    assert (config["peft_type"], config["r"], config["lora_alpha"]) == ("LORA", 10, 10)
+    assert config["rank_pattern"] == config["alpha_pattern"] == {}
     state = read_adapter(tmp_path)
     assert state.family == "lora"
     assert set(state.scaling.values()) == {1.0}
-    assert state.rank("model.layers.1.self_attn.v_proj") == 10
+    # A module of less rank is filled with zeros: readers pass over patterns.
+    for module, named in state.factors.items():
+        filled = 10 if module == "model.layers.1.self_attn.v_proj" else 6
+        assert state.rank(module) == 10
+        assert not named["A"][filled:].any()
+        assert not named["B"][:, filled:].any()
+        assert named["A"][:filled].any(dim=1).all()
     export_lora(trained("llama", offset=False), tmp_path)
     assert json.loads((tmp_path / CONFIG).read_text())["r"] == 3
 
