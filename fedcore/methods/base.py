@@ -155,6 +155,8 @@ class Method(ABC):
     """Whether the slots of an upload hold the factors, or something that was computed of them."""
     restarts: ClassVar[bool] = False
     """Whether every round starts a fresh adapter, so that optimiser moments mean nothing in it."""
+    updates_base: ClassVar[bool] = False
+    """Whether rounds give a residual: part of their result goes into the base weights."""
     wants_features: ClassVar[bool] = False
     """Whether :meth:`statistics` is to be called on every client before its first round."""
     history: ClassVar[History] = "rounds"

@@ -95,6 +95,11 @@ def create_method(name: str, **options: Any) -> Method:
     return method(**options)
 
 
+def options_of(method: Method) -> dict[str, Any]:
+    """The hyper-parameters by name: ``create_method(method.name, **options_of(method))`` is it."""
+    return {option.name: getattr(method, option.name) for option in fields(method)}  # type: ignore[arg-type]
+
+
 def describe_methods() -> list[dict[str, Any]]:
     """One flat record a method: name, aliases, source, traits and traffic."""
     return [

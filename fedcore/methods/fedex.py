@@ -78,6 +78,7 @@ class FedEx(Method):
     summary: ClassVar[str] = "FedAvg, with its error added to the base weights"
     paper: ClassVar[str] = "arXiv 2410.09432"
     family: ClassVar[Family] = "lora"
+    updates_base: ClassVar[bool] = True
     history: ClassVar[History] = "none"
     traits: ClassVar[Traits] = Traits(
         exact="yes; with residual_rank when the covariance has no higher rank",

@@ -64,6 +64,7 @@ class Flora(Method):
     family: ClassVar[Family] = "lora"
     history: ClassVar[History] = "none"
     restarts: ClassVar[bool] = True
+    updates_base: ClassVar[bool] = True
     traits: ClassVar[Traits] = Traits(
         exact="yes",
         linear=False,

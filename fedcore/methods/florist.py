@@ -69,6 +69,7 @@ class Florist(Method):
     family: ClassVar[Family] = "lora"
     history: ClassVar[History] = "none"
     restarts: ClassVar[bool] = True
+    updates_base: ClassVar[bool] = True
     traits: ClassVar[Traits] = Traits(
         exact="when tau = 1, otherwise the best rank p",
         linear=False,

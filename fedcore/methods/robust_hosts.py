@@ -84,6 +84,7 @@ class RobustMethod(Method):
         # Facts of the class elsewhere; here they are those of the host that was chosen.
         object.__setattr__(self, "traits", own)
         object.__setattr__(self, "restarts", host.restarts)
+        object.__setattr__(self, "updates_base", host.updates_base)
         object.__setattr__(self, "any_rank", host.any_rank)
         # Hosts have their default options, with which none aligns to an earlier state.
         aligned = host.history == "alignment"

@@ -2,6 +2,7 @@
 
 from fedcore.recipes.loading import (
     load_recipe,
+    parse_recipe,
     parse_settings,
     parse_value,
     shipped_recipes,
@@ -12,6 +13,7 @@ from fedcore.recipes.schema import Recipe
 __all__ = [
     "Recipe",
     "load_recipe",
+    "parse_recipe",
     "parse_settings",
     "parse_value",
     "shipped_recipes",

@@ -32,11 +32,19 @@ def load_recipe(name: str | Path, settings: Mapping[str, Any] | None = None) -> 
     values = _read(name)
     for key, value in (settings or {}).items():
         _set(values, key, value)
-    _check_keys(Recipe, values, "")
+    return _recipe(values)
+
+
+def parse_recipe(text: str) -> Recipe:
+    """A recipe from TOML text, as :func:`to_toml` writes it.
+
+    Raises:
+        FedcoreError: as :func:`load_recipe`.
+    """
     try:
-        return Recipe.model_validate(values)
-    except ValidationError as error:
-        raise FedcoreError(_first_problem(error)) from error
+        return _recipe(tomllib.loads(text))
+    except tomllib.TOMLDecodeError as error:
+        raise FedcoreError(f"the recipe's text: {error}") from error
 
 
 def parse_settings(assignments: Sequence[str]) -> dict[str, Any]:
@@ -81,6 +89,14 @@ def _read(name: str | Path) -> dict[str, Any]:
         return tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise FedcoreError(f"recipe {name}: {error}") from error
+
+
+def _recipe(values: dict[str, Any]) -> Recipe:
+    _check_keys(Recipe, values, "")
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        raise FedcoreError(_first_problem(error)) from error
 
 
 def _set(values: dict[str, Any], key: str, value: Any) -> None:

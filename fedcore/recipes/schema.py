@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from fedcore.data.validation import OnInvalid
 from fedcore.methods import Method, create_method, find_method
+from fedcore.privacy.accounting import AccountantName
 from fedcore.training.local_training import LocalSettings
 from fedcore.training.optimisers import OptimiserSettings
+from fedcore.training.private_training import PrivateSettings
 
 
 class Section(BaseModel):
@@ -19,16 +22,25 @@ class Section(BaseModel):
 
 
 class ModelSection(Section):
-    """Which pretrained model. ``source``: ``minilm``, a local folder, or a hub id ``org/name``."""
+    """Which pretrained model.
+
+    ``source``: ``minilm`` or ``smollm2``, a local folder, or a hub id ``org/name``.
+    """
 
     source: str = "minilm"
     max_length: int = Field(64, ge=4)
 
 
 class DataSection(Section):
-    """Which labelled texts. ``source``: ``bbc-news``, a CSV, TSV or JSONL file, or a data set."""
+    """Which labelled texts.
+
+    ``source``: ``bbc-news``, a CSV, TSV or JSONL file, or a dataset of the hub with its ``subset``.
+    ``text_column`` may be a template of columns, as in ``"{question} {answer}"``; an empty
+    ``label_column`` says that there are no labels.
+    """
 
     source: str = "bbc-news"
+    subset: str | None = None
     text_column: str = "text"
     label_column: str = "label"
     test_fraction: float = Field(0.2, gt=0, lt=1)
@@ -174,24 +186,69 @@ class RoundsSection(Section):
         return self
 
 
+class CentralPrivacySection(Section):
+    """Differential privacy of whole clients, by a server that they trust; off without
+    ``noise_multiplier``.
+
+    Every client's update is cut to ``max_norm``, and noise of ``noise_multiplier`` times that is
+    added to a round's sum. Clients are drawn independently, with probability
+    ``round.participation``.
+    """
+
+    noise_multiplier: float | None = Field(None, gt=0, allow_inf_nan=False)
+    max_norm: float = Field(1.0, gt=0, allow_inf_nan=False)
+
+
+class PrivacySection(Section):
+    """Differential privacy of the clients' examples, by DP-SGD; off without ``noise_multiplier``.
+
+    Every example's gradient is cut to ``max_grad_norm``, which takes the place of
+    ``training.clip_norm``, and noise of ``noise_multiplier`` times that is added to a batch's sum;
+    ``training.batch_size`` is the expected size of a Poisson sample. ``delta`` and ``accountant``
+    are those of the epsilon in the record. ``noise`` is ``"seeded"`` by the run's seed, so that
+    runs repeat, or ``"secret"``: drawn anew, as it must be where the seed is known to others.
+    """
+
+    noise_multiplier: float | None = Field(None, gt=0, allow_inf_nan=False)
+    max_grad_norm: float = Field(1.0, gt=0, allow_inf_nan=False)
+    delta: float = Field(1e-5, gt=0, lt=1)
+    accountant: AccountantName = "rdp"
+    noise: Literal["seeded", "secret"] = "seeded"
+    central: CentralPrivacySection = CentralPrivacySection()
+
+    def settings(self) -> PrivateSettings | None:
+        """The same as the training loop takes it; None where clients train without privacy."""
+        if self.noise_multiplier is None:
+            return None
+        return PrivateSettings(self.noise_multiplier, self.max_grad_norm)
+
+
 class EvaluationSection(Section):
-    """When the models are evaluated, and the accuracy that traffic is counted up to."""
+    """When the models are evaluated, and the quality that traffic is counted up to.
+
+    ``target_accuracy`` is for classifiers, ``target_perplexity`` for language models.
+    """
 
     every: int = Field(1, ge=1)
     batch_size: int = Field(64, ge=1)
     target_accuracy: float = Field(0.9, gt=0, le=1)
+    target_perplexity: float | None = Field(None, gt=1)
     diagnostics: bool = True
 
 
 class Recipe(Section):
-    """A federated fine-tuning job."""
+    """A federated fine-tuning job.
+
+    ``task``: what the models learn, the class of a text or to continue it.
+    """
 
     name: str = "unnamed"
     description: str = ""
+    task: Literal["classification", "causal"] = "classification"
     seed: int = Field(0, ge=0)
     rounds: int = Field(12, ge=1)
     clients: int = Field(10, ge=1)
-    engine: Literal["local"] = "local"
+    engine: Literal["local", "flower"] = "local"
     model: ModelSection = ModelSection()
     data: DataSection = DataSection()
     partition: PartitionSection = PartitionSection()
@@ -200,7 +257,15 @@ class Recipe(Section):
     optimiser: OptimiserSection = OptimiserSection()
     training: TrainingSection = TrainingSection()
     round: RoundsSection = RoundsSection()
+    privacy: PrivacySection = PrivacySection()
     evaluation: EvaluationSection = EvaluationSection()
+
+    def local_settings(self, method: Method) -> LocalSettings:
+        """How much one trainer trains in a round; one holder of all data as much as everyone."""
+        local = self.training.settings()
+        if method.population == "pooled" and local.steps is not None:
+            return replace(local, steps=local.steps * self.clients)
+        return local
 
     def plain(self) -> dict[str, Any]:
         """The recipe as nested plain values, without keys that are None."""
