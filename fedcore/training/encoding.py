@@ -7,8 +7,8 @@ what lets :mod:`fedcore.training.prefix` compute it once.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -16,6 +16,9 @@ from torch import Tensor
 
 from fedcore.errors import FedcoreError
 from fedcore.training.datasets import TextDataset
+
+IGNORED = -100
+"""The target of a position where nothing is to be predicted."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,15 +56,27 @@ class EncodedDataset:
         """Memory of the three tensors."""
         return self.input_ids.nbytes + self.attention_mask.nbytes + self.labels.nbytes
 
-    def take(self, indices: Tensor | np.ndarray | Sequence[int]) -> EncodedDataset:
+    def targets(self, batch: Tensor) -> Tensor:
+        """The classes to be predicted for the examples ``batch``: int64 ``(B,)``."""
+        return self.labels[batch]
+
+    def take(self, indices: Tensor | np.ndarray | Sequence[int]) -> Self:
         """A copy of the examples at ``indices``, in that order."""
         index = torch.as_tensor(indices, dtype=torch.int64, device=self.input_ids.device)
-        return EncodedDataset(self.input_ids[index], self.attention_mask[index], self.labels[index])
+        return replace(
+            self,
+            input_ids=self.input_ids[index],
+            attention_mask=self.attention_mask[index],
+            labels=self.labels[index],
+        )
 
-    def to(self, device: torch.device | str) -> EncodedDataset:
+    def to(self, device: torch.device | str) -> Self:
         """The same examples on ``device``."""
-        return EncodedDataset(
-            self.input_ids.to(device), self.attention_mask.to(device), self.labels.to(device)
+        return replace(
+            self,
+            input_ids=self.input_ids.to(device),
+            attention_mask=self.attention_mask.to(device),
+            labels=self.labels.to(device),
         )
 
 

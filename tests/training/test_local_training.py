@@ -171,12 +171,12 @@ def test_evaluation_is_per_example():
     found = evaluate(forward, EXAMPLES, torch.tensor([7, 3, 11]), batch_size=2)
     logits = forward(torch.tensor([7, 3, 11]))
     right = logits.argmax(-1) == EXAMPLES.labels[[7, 3, 11]]
-    assert torch.equal(found.correct, right)
+    assert torch.equal(found.correct, right.long())
     assert found.accuracy == pytest.approx(float(right.double().mean()))
     losses = nn.functional.cross_entropy(logits, EXAMPLES.labels[[7, 3, 11]], reduction="none")
     assert found.loss == pytest.approx(float(losses.mean()), rel=1e-6)
-    assert found.accuracy_on(torch.tensor([3])) == float(right[1])
-    assert math.isnan(found.accuracy_on(torch.tensor([5])))
+    assert found.on(torch.tensor([3])).accuracy == float(right[1])
+    assert math.isnan(found.on(torch.tensor([5])).accuracy)
     assert math.isnan(evaluate(forward, EXAMPLES, EVERYTHING[:0]).accuracy)
 
 

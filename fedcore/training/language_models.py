@@ -1,0 +1,78 @@
+"""Causal language models with their tokenizers: a packaged one, a local folder, or a hub id."""
+
+from __future__ import annotations
+
+from contextlib import redirect_stderr
+from io import StringIO
+from typing import Any
+
+import torch
+from torch import nn
+
+from fedcore.errors import FedcoreError
+from fedcore.training.layers import eval_mode
+from fedcore.training.models import (
+    check_complete,
+    check_model_source,
+    gguf_file,
+    loading,
+    quiet_transformers,
+    ready,
+)
+
+
+def load_language_model(source: str, *, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
+    """Load a causal language model and its tokenizer.
+
+    Nothing is added to the checkpoint and nothing is drawn. A GGUF file is read into plain weights
+    of type ``dtype``: what its 4-bit blocks stand for, exactly, so that any adapter can be trained
+    on them. The tokenizer pads on the right, with its end token if it has no padding token.
+
+    Args:
+        source: ``"smollm2"``, a local folder, or a hub id as ``owner/name`` or ``hf:name``. A
+            folder holds a checkpoint as transformers saves it, or one GGUF file.
+        dtype: floating type of the weights.
+
+    Returns:
+        The transformers model, on the CPU and in evaluation mode, and its tokenizer.
+
+    Raises:
+        FedcoreError: an unknown source (before anything is downloaded), a type that is not
+            floating, a checkpoint that cannot be loaded, lacks weights, or is of a model whose
+            tokens see later ones, or a tokenizer with neither a padding nor an end token.
+        MissingExtraError: transformers, gguf or the package that holds the model is not installed.
+    """
+    found = check_model_source(source)
+    if not dtype.is_floating_point:
+        raise FedcoreError(f"dtype is {dtype}; weights need a floating type")
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    where: dict[str, Any] = {"local_files_only": found.kind != "hub"}
+    file = gguf_file(found)
+    if file is not None:
+        where["gguf_file"] = file
+    # Reading a GGUF file draws a progress bar that transformers has no switch for.
+    with loading(source), quiet_transformers(), redirect_stderr(StringIO()):
+        tokenizer = AutoTokenizer.from_pretrained(found.location, **where)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            found.location, dtype=dtype, output_loading_info=True, **where
+        )
+    model, info = loaded
+    check_complete(source, model, info)
+    tokenizer.padding_side = "right"
+    ready(source, model, tokenizer)
+    _check_causal(source, model)
+    return model, tokenizer
+
+
+@torch.no_grad()
+def _check_causal(source: str, model: nn.Module) -> None:
+    """A token that sees the next one predicts it from itself, and the loss means nothing."""
+    ids = torch.tensor([[0, 1], [0, 2]])
+    with eval_mode(model):
+        first, second = model(input_ids=ids).logits[:, 0]
+    if not torch.allclose(first, second, equal_nan=True):
+        raise FedcoreError(
+            f"model {source!r} ({type(model).__name__}) lets tokens see later ones; it is no "
+            "causal language model"
+        )

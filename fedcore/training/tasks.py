@@ -1,0 +1,63 @@
+"""What the clients' models learn: everything in which the tasks differ, as one table.
+
+Rounds, methods, evaluation and reports are the same for all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from fedcore.errors import unknown_name
+from fedcore.training.datasets import TextDataset
+from fedcore.training.encoding import EncodedDataset, encode
+from fedcore.training.language_models import load_language_model
+from fedcore.training.models import load_classifier
+from fedcore.training.next_tokens import encode_continuations
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task.
+
+    Attributes:
+        peft_type: PEFT's name of the task, which decides whether a head trains with the adapter.
+        load: model source, number of classes and seed to the base model and its tokenizer.
+        encode: texts, tokenizer and length to examples with their targets.
+        generates: whether the models continue texts, so that a report can show one.
+    """
+
+    peft_type: str
+    load: Callable[[str, int, int], tuple[nn.Module, Any]]
+    encode: Callable[[TextDataset, Any, int], EncodedDataset]
+    generates: bool = False
+
+
+TASKS: Mapping[str, Task] = {
+    "classification": Task(
+        peft_type="SEQ_CLS",
+        load=lambda source, classes, seed: load_classifier(source, classes, seed=seed),
+        encode=encode,
+    ),
+    "causal": Task(
+        peft_type="CAUSAL_LM",
+        load=lambda source, classes, seed: load_language_model(source),
+        encode=encode_continuations,
+        generates=True,
+    ),
+}
+"""By the name that a recipe gives them."""
+
+
+def find_task(name: str) -> Task:
+    """The task called ``name``.
+
+    Raises:
+        FedcoreError: there is none, with the nearest names.
+    """
+    if name not in TASKS:
+        raise unknown_name("task", name, TASKS)
+    return TASKS[name]

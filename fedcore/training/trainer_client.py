@@ -1,0 +1,335 @@
+"""A transformers ``Trainer`` script as a client of a federation that exchanges folders."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sized
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fedcore.data.adapter_state import AdapterState
+from fedcore.data.exchange import (
+    BROADCAST_FILE,
+    BroadcastFolder,
+    UploadFolder,
+    fixed_tensors,
+    read_broadcast,
+    write_upload,
+)
+from fedcore.data.keyed_rows import row_from_tensors, tensors_from_row
+from fedcore.data.peft_files import read_adapter, read_tensors, write_tensors
+from fedcore.data.validation import check_row, check_weight, digest
+from fedcore.errors import FedcoreError, missing_extra
+from fedcore.methods import create_method
+from fedcore.methods.base import Broadcast, Method, Upload
+from fedcore.methods.catalog import options_of
+from fedcore.training.binding import ModelBinding
+from fedcore.training.live_adapter import live_adapter
+from fedcore.training.residual import FrozenResidual
+from fedcore.training.round_checks import check_fits, check_holds, check_optimiser
+from fedcore_kernels.layout import FactorLayout
+
+try:
+    from transformers import TrainerCallback
+except ImportError as error:
+    raise missing_extra("transformers", "peft") from error
+
+
+@dataclass
+class _Round:
+    """What the client is in the middle of."""
+
+    broadcast: BroadcastFolder
+    method: Method
+    examples: float | None = None
+    sent: bool = False
+
+
+class FederatedClient(TrainerCallback):  # type: ignore[misc,unused-ignore]
+    """Makes an unmodified ``Trainer`` script (or one of its subclasses) a federated client.
+
+    A round is ``receive``, ``trainer.train()``, ``upload``. ``receive`` has to come before the
+    Trainer builds its optimiser, so each round has a Trainer of its own; as a callback the client
+    refuses an optimiser that would step a frozen factor or leave out one that trains. Example::
+
+        model = get_peft_model(base, LoraConfig(r=8, lora_alpha=16))
+        client = FederatedClient(model)
+        client.receive("federation/broadcast/round-0003")
+        trainer = Trainer(model, arguments, train_dataset=texts, callbacks=[client])
+        trainer.train()
+        client.upload("uploads/site-1")
+
+    Used as a context manager it puts ``requires_grad`` back and takes the residual off at the end.
+
+    Args:
+        model: wrapped by PEFT, one adapter; ``trainer.model`` without further wrapping.
+        method: by name, or an instance with options of its own; by default the broadcast says it,
+            and it must not say another.
+        round: the round, likewise.
+        examples: the client's weight; the length of the Trainer's training set by default.
+        private: folder for what stays with this client from one round to the next; needed where a
+            method leaves factors or the head to the clients. It is never sent.
+
+    Optimiser moments are not carried from one round to the next.
+
+    Raises:
+        FedcoreError: nothing of the model trains, or it has not one adapter called ``default``.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        method: str | Method | None = None,
+        round: int | None = None,
+        examples: float | None = None,
+        private: str | Path | None = None,
+    ) -> None:
+        self._model = model
+        self._outline = live_adapter(model)
+        self._binding = ModelBinding.of(model)
+        self._residual = FrozenResidual(model, self._binding.layout.modules)
+        self._method = create_method(method) if isinstance(method, str) else method
+        self._round_number = round
+        self._examples = examples
+        self._private = None if private is None else Path(private)
+        self._trained_before = {name: p.requires_grad for name, p in model.named_parameters()}
+        self._now: _Round | None = None
+        if examples is not None and (problem := check_weight(examples)):
+            raise FedcoreError(f"examples: {problem}")
+
+    def __enter__(self) -> FederatedClient:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._residual.load({})
+        for name, parameter in self._model.named_parameters():
+            parameter.requires_grad_(self._trained_before[name])
+
+    @property
+    def round(self) -> int:
+        """The round that was received."""
+        return self._current().broadcast.round
+
+    @property
+    def method(self) -> Method:
+        """The federation's method."""
+        return self._current().method
+
+    @property
+    def outline(self) -> AdapterState:
+        """The model's adapter as it was at the beginning: its keys, shapes and configuration."""
+        return self._outline
+
+    @property
+    def examples(self) -> float:
+        """The client's weight in the round.
+
+        Raises:
+            FedcoreError: nobody said it.
+        """
+        found = self._current().examples
+        if found is None:
+            raise FedcoreError(
+                "the number of examples is not known; pass examples, or train by a Trainer whose "
+                "training set has a length"
+            )
+        return found
+
+    def receive(
+        self, source: str | Path | AdapterState | Tensor, *, round: int | None = None
+    ) -> None:
+        """Load the global values and freeze what the round's plan does not train.
+
+        Args:
+            source: a broadcast folder; or a PEFT folder, an adapter, or a row in the layout of this
+                model's adapter, where the constructor was told the method.
+            round: of what is received; the constructor's by default.
+
+        Raises:
+            FedcoreError: it is not of this model, method or round; nothing has changed then.
+        """
+        expected = self._round_number if round is None else round
+        broadcast = self._broadcast(source, expected)
+        method = create_method(broadcast.method, **broadcast.options)
+        row = self._start(broadcast, method)
+        frozen = method.frozen_layout(broadcast.layout, broadcast.round)
+        check_fits(self._binding, self._outline, broadcast, method)
+        check_holds(self._binding, row, broadcast.layout, frozen)
+        self._binding.load(row, broadcast.layout)
+        self._residual.load(broadcast.residual)
+        self._binding.trained(method.plan(broadcast.round).trains)
+        self._now = _Round(broadcast, method, self._examples)
+
+    def on_train_begin(
+        self,
+        args: Any,
+        state: Any,
+        control: Any,
+        optimizer: Any = None,
+        train_dataloader: Any = None,
+        **rest: Any,
+    ) -> None:
+        """Refuse to train what was not received, or with an optimiser of another round.
+
+        Raises:
+            FedcoreError: naming the parameter.
+        """
+        now = self._current()
+        if now.sent:
+            raise FedcoreError(
+                f"round {now.broadcast.round} was uploaded; receive the next one before training"
+            )
+        trains = now.method.plan(now.broadcast.round).trains
+        check_optimiser(self._binding, trains, optimizer)
+        if self._examples is None:
+            dataset = getattr(train_dataloader, "dataset", None)
+            now.examples = float(len(dataset)) if isinstance(dataset, Sized) else None
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
+        """Refuse what the server would refuse: see :meth:`check`."""
+        self.check()
+
+    def check(self) -> None:
+        """Compare the model with the broadcast.
+
+        Raises:
+            FedcoreError: a frozen factor or a constant changed, or a tensor holds values that are
+                not finite.
+        """
+        now = self._current()
+        layout, t = now.broadcast.layout, now.broadcast.round
+        frozen = now.method.frozen_layout(layout, t)
+        held = self._binding.read(frozen)
+        expected = layout.gather(now.broadcast.row, frozen)
+        for slot in frozen:
+            if not torch.equal(frozen.view(held, slot), frozen.view(expected, slot)):
+                raise FedcoreError(f"round {t}: {slot.name} is frozen and changed in training")
+        if self._frozen_digest(now) != now.broadcast.digest_of(frozen):
+            raise FedcoreError(f"round {t}: a constant of the adapter changed in training")
+        problem = check_row(self._binding.read(layout), layout)
+        if problem:
+            raise FedcoreError(f"round {t}: {problem}")
+
+    def prepare(self) -> Upload:
+        """What the method sends of this round, as a row of its upload layout; for transports of
+        one's own. What it leaves to the client goes to ``private``.
+
+        Raises:
+            FedcoreError: see :meth:`check`.
+        """
+        self.check()
+        now = self._current()
+        layout, t = now.broadcast.layout, now.broadcast.round
+        read = now.method.read_layout(layout, t)
+        made = now.method.prepare_upload(
+            self._binding.read(read), read, Broadcast(layout, now.broadcast.row), t
+        )
+        own = now.method.private_layout(layout, t)
+        if len(own) and self._private is not None:
+            self._private.mkdir(parents=True, exist_ok=True)
+            kept = tensors_from_row(self._binding.read(own), own)
+            write_tensors(kept, self._private / "private.safetensors")
+        now.sent = True
+        return made
+
+    @property
+    def upload_layout(self) -> FactorLayout:
+        """The layout of what this round sends."""
+        now = self._current()
+        return now.method.upload_layout(now.broadcast.layout, now.broadcast.round)
+
+    def upload(self, folder: str | Path) -> Path:
+        """Write what the method sends of this round to ``folder``; an earlier upload is replaced.
+
+        What the method leaves to the client goes to ``private`` first.
+
+        Raises:
+            FedcoreError: see :meth:`check`; or the number of examples is not known.
+        """
+        now = self._current()
+        broadcast, method, t = now.broadcast, now.method, now.broadcast.round
+        examples, made = self.examples, self.prepare()
+        return write_upload(
+            UploadFolder(
+                made.row,
+                round=t,
+                examples=examples,
+                frozen=self._frozen_digest(now),
+                started_from=broadcast.identity,
+                flags=made.flags,
+            ),
+            self.upload_layout,
+            self._outline,
+            Path(folder),
+            factors=method.uploads == "factors",
+        )
+
+    def _current(self) -> _Round:
+        if self._now is None:
+            raise FedcoreError("nothing was received; call receive before training")
+        return self._now
+
+    def _frozen_digest(self, now: _Round) -> str:
+        frozen = now.method.frozen_layout(now.broadcast.layout, now.broadcast.round)
+        # Buffers that are rebuilt from a recipe are in no file; their recipe was compared.
+        live = {name: self._binding.constants[name] for name in self._outline.constants}
+        constants = fixed_tensors(live)
+        return digest(self._binding.read(frozen), frozen, constants)
+
+    def _broadcast(
+        self, source: str | Path | AdapterState | Tensor, round: int | None
+    ) -> BroadcastFolder:
+        if isinstance(source, str | Path) and (Path(source) / BROADCAST_FILE).is_file():
+            found = read_broadcast(Path(source))
+            self._check_announced(found, round)
+            return found
+        if self._method is None or round is None:
+            raise FedcoreError(
+                f"source is no folder with {BROADCAST_FILE}; pass method and round to "
+                "FederatedClient, which it would say"
+            )
+        if self._method.updates_base and round > 0:
+            raise FedcoreError(
+                f"{self._method.name} updates base weights, and source is an adapter without them; "
+                f"pass a folder with {BROADCAST_FILE}"
+            )
+        if isinstance(source, str | Path):
+            adapter = read_adapter(source)
+        elif isinstance(source, Tensor):
+            layout = self._outline.layout()
+            layout.check(source, "source")
+            adapter = self._outline.with_row(source, layout)
+        else:
+            adapter = source
+        return BroadcastFolder(adapter, round, self._method.name, options_of(self._method))
+
+    def _check_announced(self, found: BroadcastFolder, round: int | None) -> None:
+        told = create_method(found.method, **found.options)
+        if self._method is not None and self._method != told:
+            raise FedcoreError(f"method is {self._method}, the broadcast's is {told}")
+        if round is not None and round != found.round:
+            raise FedcoreError(f"round is {round}, the broadcast's is {found.round}")
+
+    def _start(self, broadcast: BroadcastFolder, method: Method) -> Tensor:
+        """The global row, with the client's own values where the method leaves them to it."""
+        own = method.private_layout(broadcast.layout, broadcast.round)
+        if not len(own):
+            return broadcast.row
+        if self._private is None:
+            raise FedcoreError(
+                f"{method.name} leaves {len(own)} tensors to the client, first {own.slots[0].name};"
+                " pass private, a folder where they are kept between rounds"
+            )
+        file = self._private / "private.safetensors"
+        if not file.is_file():
+            return broadcast.row
+        held: Mapping[str, Tensor] = read_tensors(file, "private")
+        try:
+            values = row_from_tensors(held, own)
+        except FedcoreError as error:
+            raise FedcoreError(f"{file}: {error}") from None
+        return broadcast.layout.scatter(broadcast.row, own, values)
