@@ -10,6 +10,7 @@ from torch import Tensor
 from fedcore.data.server_state import ServerState
 from fedcore.engines.workbench import Workbench
 from fedcore.methods.base import Broadcast
+from fedcore_kernels.layout import FactorLayout
 
 OWN = "row"
 """The private tensor that holds a personalised client's values, in the global layout."""
@@ -31,8 +32,15 @@ def client_row(bench: Workbench, state: ServerState, client: str) -> Tensor:
         held = Broadcast(layout, own.get(HELD, state.row))
         wanted = [ranks[module] for module in layout.modules]
         row = bench.method.for_client(Broadcast(layout, state.row), held, wanted)
+    return with_own(bench, layout, row, own, state.round)
+
+
+def with_own(
+    bench: Workbench, layout: FactorLayout, row: Tensor, own: Mapping[str, Tensor], round: int
+) -> Tensor:
+    """``row`` with the client's ``own`` values in the slots that the method leaves to it."""
     if OWN in own:
-        private = bench.method.private_layout(layout, state.round)
+        private = bench.method.private_layout(layout, round)
         row = layout.scatter(row, private, layout.gather(own[OWN], private))
     return row
 

@@ -3,25 +3,36 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+from fedcore.data.measures import Measure, measure_of
 from fedcore.data.server_state import ServerState
 from fedcore.engines.environment import describe_environment, git_commit, peak_memory_bytes
 from fedcore.engines.observer import Observer
+from fedcore.engines.private_clients import privacy_summary
 from fedcore.engines.results import write_adapters
 from fedcore.engines.round import initial_record, run_round
 from fedcore.engines.run_folder import RunFolder
+from fedcore.engines.sample import generation_sample
 from fedcore.engines.trials import check_sources
 from fedcore.engines.workbench import Shelf, Workbench, build_workbench
 from fedcore.recipes import Recipe
 
+Rounds = Callable[[Workbench, RunFolder, ServerState, Observer], Iterator[ServerState]]
+"""What runs the rounds that are left after a state, tells the observer of each, and yields its
+state once that is saved in the folder; another engine passes its own."""
+
 
 def start(
-    recipe: Recipe, path: Path, observer: Observer | None = None, shelf: Shelf | None = None
+    recipe: Recipe,
+    path: Path,
+    observer: Observer | None = None,
+    shelf: Shelf | None = None,
+    rounds: Rounds | None = None,
 ) -> dict[str, Any]:
     """Run ``recipe`` from the beginning into the empty folder ``path``; returns its summary.
 
@@ -39,11 +50,14 @@ def start(
     folder = RunFolder.create(path, recipe)
     folder.write_json("environment.json", describe_environment())
     folder.write_json("partition.json", bench.counts)
-    return _go_on(bench, folder, None, watcher)
+    return _go_on(bench, folder, None, watcher, rounds or _rounds)
 
 
 def resume(
-    path: Path, observer: Observer | None = None, shelf: Shelf | None = None
+    path: Path,
+    observer: Observer | None = None,
+    shelf: Shelf | None = None,
+    rounds: Rounds | None = None,
 ) -> dict[str, Any]:
     """Continue the run in ``path`` to the bits of a run that was never interrupted.
 
@@ -70,22 +84,14 @@ def resume(
         folder.write_json("partition.json", bench.counts)
     else:
         watcher.message(f"resuming: {state.round} of {recipe.rounds} rounds are done")
-    return _go_on(bench, folder, state, watcher)
+    return _go_on(bench, folder, state, watcher, rounds or _rounds)
 
 
-def _go_on(
-    bench: Workbench, folder: RunFolder, state: ServerState | None, observer: Observer
-) -> dict[str, Any]:
-    recipe = bench.recipe
-    if state is None:
-        start_row = bench.binding.read()
-        state = ServerState(round=0, layout=bench.binding.layout, row=start_row)
-        state = _recorded(state, initial_record(bench, state))
-        folder.save(state)
-    records = folder.rewind_metrics(state)
-    observer.run_started(recipe.rounds, state.round)
+def _rounds(
+    bench: Workbench, folder: RunFolder, state: ServerState, observer: Observer
+) -> Iterator[ServerState]:
     save_seconds = 0.0
-    while state.round < recipe.rounds:
+    while state.round < bench.recipe.rounds:
         state = run_round(bench, state, observer)
         # A state is timed after it is written, so a record carries the save before its own.
         state = _recorded(
@@ -94,13 +100,36 @@ def _go_on(
         started = perf_counter()
         folder.save(state)
         save_seconds = perf_counter() - started
-        records.append(dict(state.record))
         observer.round_finished(state.record)
+        yield state
+
+
+def _go_on(
+    bench: Workbench,
+    folder: RunFolder,
+    state: ServerState | None,
+    observer: Observer,
+    rounds: Rounds,
+) -> dict[str, Any]:
+    recipe = bench.recipe
+    # A workbench is built to the same bits every time, so a resumed run knows its start as well.
+    start_row = bench.binding.read()
+    if state is None:
+        state = ServerState(round=0, layout=bench.binding.layout, row=start_row)
+        state = _recorded(state, initial_record(bench, state))
+        folder.save(state)
+    records = folder.rewind_metrics(state)
+    observer.run_started(recipe.rounds, state.round)
+    for after in rounds(bench, folder, state, observer):
+        state = after
+        records.append(dict(state.record))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         written = write_adapters(bench, state, folder.path)
     summary = summarise(bench, state, records)
     summary["adapters"] = [str(path.relative_to(folder.path)) for path in written]
+    if bench.task.generates:
+        folder.write_json("sample.json", generation_sample(bench, start_row, state))
     folder.write_json("summary.json", summary)
     return summary
 
@@ -114,11 +143,15 @@ def summarise(
 ) -> dict[str, Any]:
     """The run in one flat record: quality, traffic, time, memory, versions."""
     recipe = bench.recipe
+    measure = measure_of(recipe.task)
     evaluated = [record for record in records if record["accuracy"] is not None]
     last = evaluated[-1]
-    target = recipe.evaluation.target_accuracy
-    reached = next((r for r in evaluated if r["accuracy"] >= target and r["round"] >= 0), None)
-    spread = _client_accuracies(bench, last)
+    quality = [(r["round"], q) for r in evaluated if (q := _quality(measure, r)) is not None]
+    target: float | None = getattr(recipe.evaluation, f"target_{measure.name}")
+    reached = None
+    if target is not None:
+        reached = next((t for t, q in quality if t >= 0 and measure.reaches(q, target)), None)
+    spread = _client_qualities(bench, measure, last)
     seconds: dict[str, float] = {}
     for record in records:
         for phase, value in record["seconds"].items():
@@ -132,10 +165,12 @@ def summarise(
         "rounds": state.round,
         "clients": recipe.clients,
         "accuracy": last["accuracy"],
-        "best_accuracy": max(record["accuracy"] for record in evaluated),
-        "worst_client": min(spread, default=None),
+        "loss": last["loss"],
+        measure.name: _quality(measure, last),
+        f"best_{measure.name}": measure.best([q for _, q in quality]),
+        "worst_client": measure.worst(spread),
         "mean_client": sum(spread) / len(spread) if spread else None,
-        "best_client": max(spread, default=None),
+        "best_client": measure.best(spread),
         "bytes_up": {"adapter": traffic["up_adapter"], "head": traffic["up_head"]},
         "bytes_down": {"adapter": traffic["down_adapter"], "head": traffic["down_head"]},
         "seconds": seconds,
@@ -143,16 +178,23 @@ def summarise(
         "git": git_commit(),
         "versions": environment["versions"],
         "finished": state.round >= recipe.rounds,
-        "target_accuracy": target,
-        "rounds_to_target": reached["round"] + 1 if reached else None,
-        "bytes_to_target": _bytes_until(records, reached["round"]) if reached else None,
+        "privacy": privacy_summary(records),
+        "central_privacy": records[-1].get("central_privacy"),
+        f"target_{measure.name}": target,
+        "rounds_to_target": None if reached is None else reached + 1,
+        "bytes_to_target": None if reached is None else _bytes_until(records, reached),
     }
 
 
-def _client_accuracies(bench: Workbench, record: Mapping[str, Any]) -> list[float]:
-    """Each client's accuracy on its own shard: of the global model, or of its own where alone."""
-    key = "local_accuracy" if bench.method.population == "alone" else "global_accuracy"
-    return [client[key] for client in record["clients"] if client[key] is not None]
+def _quality(measure: Measure, values: Mapping[str, Any], whose: str = "") -> float | None:
+    return measure.of(values[f"{whose}accuracy"], values[f"{whose}loss"])
+
+
+def _client_qualities(bench: Workbench, measure: Measure, record: Mapping[str, Any]) -> list[float]:
+    """Each client's quality on its own shard: of the global model, or of its own where alone."""
+    whose = "local_" if bench.method.population == "alone" else "global_"
+    found = (_quality(measure, client, whose) for client in record["clients"])
+    return [quality for quality in found if quality is not None]
 
 
 def _bytes_until(records: list[dict[str, Any]], last: int) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -13,6 +12,7 @@ from fedcore.data.plain_lora import with_residual
 from fedcore.data.server_state import ServerState
 from fedcore.engines.client_models import client_row
 from fedcore.engines.workbench import Workbench
+from fedcore.training.live_adapter import live_adapter
 
 
 def write_adapters(bench: Workbench, state: ServerState, folder: Path) -> list[Path]:
@@ -53,12 +53,5 @@ def _write(bench: Workbench, row: Tensor, folder: Path, name: str) -> list[Path]
 
 def adapter_state(model: nn.Module, row: Tensor, bench: Workbench) -> AdapterState:
     """The model's adapter with the values of ``row``."""
-    from peft import get_peft_model_state_dict
-
     bench.binding.load(row)
-    tensors = {
-        key: tensor.detach().cpu().clone()
-        for key, tensor in get_peft_model_state_dict(model).items()
-    }
-    config: dict[str, Any] = {**model.peft_config["default"].to_dict(), "inference_mode": True}  # type: ignore[index,union-attr]
-    return AdapterState.from_peft(tensors, config, name="the final adapter")
+    return live_adapter(model, "the final adapter")

@@ -7,6 +7,7 @@ from dataclasses import asdict, replace
 from math import isfinite
 from statistics import fmean
 from time import perf_counter
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -18,6 +19,12 @@ from fedcore.data.validation import identical_rows
 from fedcore.engines.client_models import personalised
 from fedcore.engines.client_turns import Trained, train_clients
 from fedcore.engines.observer import Observer
+from fedcore.engines.private_clients import privacy_record
+from fedcore.engines.private_rounds import (
+    aggregate_centrally,
+    central_record,
+    poisson_sample,
+)
 from fedcore.engines.scoring import Score, evaluates, score
 from fedcore.engines.secure_round import aggregate_securely
 from fedcore.engines.traffic import NOTHING, added, downlink, uplink
@@ -51,7 +58,7 @@ def run_round(bench: Workbench, state: ServerState, observer: Observer) -> Serve
     if recipe.evaluation.diagnostics and not method.traits.personalised:
         factors = method.completed(trained.factors or trained.cohort, previous)
         found = diagnose(factors, result, previous, method.family, bench.offset)
-        modules = [_nullable(asdict(diagnosis)) for diagnosis in found]
+        modules = [nullable(asdict(diagnosis)) for diagnosis in found]
     seconds["diagnose"] = perf_counter() - started
 
     started = perf_counter()
@@ -67,7 +74,9 @@ def run_round(bench: Workbench, state: ServerState, observer: Observer) -> Serve
         "accuracy": outcome.accuracy,
         "loss": outcome.loss,
         "train_loss": _weighted_loss(bench, trained),
-        "clients": _client_records(bench, outcome, trained),
+        "clients": client_records(
+            bench, outcome, trained.losses, trained.local_accuracy, trained.local_loss
+        ),
         "sampled": list(sampled),
         "dropped": [{"client": d.client_id, "reason": d.reason} for d in trained.cohort.dropped],
         "flags": [*trained.flags, *result.flags],
@@ -77,20 +86,26 @@ def run_round(bench: Workbench, state: ServerState, observer: Observer) -> Serve
         "seconds": seconds,
         "modules": modules,
     }
-    return replace(after, record=_nullable(record))
+    privacy = privacy_record(recipe, bench.held, private)
+    if privacy is not None:
+        record["privacy"] = privacy
+    central = central_record(recipe, t + 1)
+    if central is not None:
+        record["central_privacy"] = central
+    return replace(after, record=nullable(record))
 
 
 def initial_record(bench: Workbench, state: ServerState) -> dict[str, Any]:
     """What is known before round 0: how good the untrained model is. Its round is -1."""
     started = perf_counter()
     outcome = score(bench, state)
-    record: dict[str, Any] = _nullable(
+    record: dict[str, Any] = nullable(
         {
             "round": -1,
             "accuracy": outcome.accuracy,
             "loss": outcome.loss,
             "train_loss": None,
-            "clients": _client_records(bench, outcome),
+            "clients": client_records(bench, outcome),
             "sampled": [],
             "dropped": [],
             "flags": [],
@@ -107,6 +122,8 @@ def initial_record(bench: Workbench, state: ServerState) -> dict[str, Any]:
 def sample_clients(bench: Workbench, round: int) -> tuple[str, ...]:
     """The clients that take part in ``round``, drawn without replacement, in order of their ids."""
     everyone = bench.trainers
+    if bench.recipe.privacy.central.noise_multiplier is not None:
+        return poisson_sample(bench.recipe, everyone, round)
     count = max(1, int(bench.recipe.round.participation * len(everyone) + 0.5))
     generator = torch.Generator().manual_seed(derive_seed(bench.recipe.seed, "sample", round))
     chosen = torch.randperm(len(everyone), generator=generator)[:count]
@@ -114,6 +131,8 @@ def sample_clients(bench: Workbench, round: int) -> tuple[str, ...]:
 
 
 def _aggregate(bench: Workbench, cohort: Cohort, previous: Broadcast) -> Aggregate:
+    if bench.recipe.privacy.central.noise_multiplier is not None:
+        return aggregate_centrally(bench.recipe, bench.method, cohort, previous)
     if not bench.recipe.round.secure_sum or not len(cohort):
         return bench.method.aggregate(cohort, previous)
     return aggregate_securely(bench.method, cohort, previous, bench.recipe.seed)
@@ -140,11 +159,14 @@ def _weighted_loss(bench: Workbench, trained: Trained) -> float:
     return total / weight if weight else float("nan")
 
 
-def _client_records(
-    bench: Workbench, outcome: Score, trained: Trained | None = None
+def client_records(
+    bench: Workbench,
+    outcome: Score,
+    losses: Mapping[str, float] = MappingProxyType({}),
+    local: Mapping[str, float] = MappingProxyType({}),
+    local_loss: Mapping[str, float] = MappingProxyType({}),
 ) -> list[dict[str, Any]]:
-    losses: Mapping[str, float] = trained.losses if trained else {}
-    local: Mapping[str, float] = trained.local_accuracy if trained else {}
+    """A line a client: examples, mean training loss, accuracies of the global and its own model."""
     return [
         {
             "client": client,
@@ -152,17 +174,19 @@ def _client_records(
             "train_loss": losses.get(client),
             "global_accuracy": outcome.clients.get(client),
             "local_accuracy": local.get(client),
+            "global_loss": outcome.client_losses.get(client),
+            "local_loss": local_loss.get(client),
         }
         for client in sorted(bench.shards)
     ]
 
 
-def _nullable(value: Any) -> Any:
+def nullable(value: Any) -> Any:
     """The same without NaN and infinity, which JSON does not have: they become null."""
     if isinstance(value, float):
         return value if isfinite(value) else None
     if isinstance(value, dict):
-        return {key: _nullable(item) for key, item in value.items()}
+        return {key: nullable(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_nullable(item) for item in value]
+        return [nullable(item) for item in value]
     return value

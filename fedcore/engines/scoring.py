@@ -20,13 +20,14 @@ class Score:
     Attributes:
         accuracy, loss: of the global model on all held-out examples. Where every client has a
             model of its own, the means over the clients' models, each on all held-out examples.
-        clients: client id to the accuracy of the model that it holds, on its own held-out shard;
-            empty where clients train alone.
+        clients, client_losses: client id to the accuracy and the loss of the model that it holds,
+            on its own held-out shard; empty where clients train alone.
     """
 
     accuracy: float | None = None
     loss: float | None = None
     clients: Mapping[str, float] = field(default_factory=dict)
+    client_losses: Mapping[str, float] = field(default_factory=dict)
 
 
 def evaluates(bench: Workbench, round: int) -> bool:
@@ -40,17 +41,27 @@ def score(bench: Workbench, state: ServerState) -> Score:
     bench.residual.load(state.residual)
     if not bench.method.traits.personalised:
         found = _evaluate_row(bench, state.row)
-        shards = {c: found.accuracy_on(shard) for c, shard in bench.test_shards.items()}
-        return Score(found.accuracy, found.loss, shards)
+        return _score(
+            found.accuracy, found.loss, {c: found.on(s) for c, s in bench.test_shards.items()}
+        )
     accuracies, losses, own = [], [], {}
     for client in bench.trainers:
         found = _evaluate_row(bench, client_row(bench, state, client))
         accuracies.append(found.accuracy)
         losses.append(found.loss)
-        own[client] = found.accuracy_on(bench.test_shards[client])
+        own[client] = found.on(bench.test_shards[client])
     alone = bench.method.population == "alone"
     count = len(accuracies)
-    return Score(sum(accuracies) / count, sum(losses) / count, {} if alone else own)
+    return _score(sum(accuracies) / count, sum(losses) / count, {} if alone else own)
+
+
+def _score(accuracy: float, loss: float, shards: Mapping[str, Evaluation]) -> Score:
+    return Score(
+        accuracy,
+        loss,
+        {client: found.accuracy for client, found in shards.items()},
+        {client: found.loss for client, found in shards.items()},
+    )
 
 
 def _evaluate_row(bench: Workbench, row: Tensor) -> Evaluation:

@@ -21,7 +21,7 @@ def check_sums_suffice(method: Method) -> None:
         return
     able = [m.name for m in METHODS if m.traits.linear and m.population == "clients"]
     raise FedcoreError(
-        f"{method.name} needs every upload and round.secure_sum shows the server their mean alone; "
+        f"{method.name} needs every upload and a secure sum shows the server their mean alone; "
         f"these need no more than that: {', '.join(able)}"
     )
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from fedcore.data.codecs import Codec, Fp32, find_codec
+from fedcore.data.keyed_rows import at_ranks
 from fedcore.data.server_state import ServerState
 from fedcore.engines.workbench import Workbench
 from fedcore_kernels.layout import FactorLayout
@@ -62,19 +63,6 @@ def added(
     for direction, sizes in (("up", up), ("down", down)):
         _add(found, {f"{direction}_{kind}": size for kind, size in sizes.items()})
     return found
-
-
-def at_ranks(layout: FactorLayout, ranks: Mapping[str, int] | None) -> FactorLayout:
-    """The layout of what a client of these ranks sends; ``layout`` itself without any."""
-    if ranks is None:
-        return layout
-    factors = []
-    for slot in layout.factor_slots:
-        rank = min(slot.rows, ranks[slot.module])
-        # A core is as wide as it is high.
-        factors.append((slot.module, slot.factor, rank, rank if slot.factor == "R" else slot.width))
-    dense = [(slot.module, slot.shape) for slot in layout.dense_slots if slot.shape is not None]
-    return FactorLayout.build(factors, dense)
 
 
 def _sizes(layout: FactorLayout, ranks: Mapping[str, int] | None, codec: Codec) -> dict[str, int]:

@@ -12,6 +12,7 @@ from fedcore.errors import FedcoreError
 from fedcore.methods import METHODS, find_method
 from fedcore.recipes import Recipe, load_recipe
 from fedcore.training.datasets import check_data_source
+from fedcore.training.hub_access import check_obtainable
 from fedcore.training.models import check_model_source
 
 
@@ -60,10 +61,12 @@ def plan_trials(
 
 
 def check_sources(recipe: Recipe) -> None:
-    """Refuse a model or data set that cannot exist, before anything is loaded.
+    """Refuse a model or data set that cannot exist or be had, before anything is loaded.
 
     Raises:
-        FedcoreError: one line with the nearest valid names.
+        FedcoreError: one line with the nearest valid names, or with what to pass instead of a hub
+            id that is out of reach.
     """
-    check_data_source(recipe.data.source)
-    check_model_source(recipe.model.source)
+    data, model = check_data_source(recipe.data.source), check_model_source(recipe.model.source)
+    check_obtainable("model", model)
+    check_obtainable("dataset", data)

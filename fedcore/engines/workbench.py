@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from fedcore.data.seeding import derive_seed
 from fedcore.engines.observer import Observer
+from fedcore.engines.private_clients import check_private
+from fedcore.engines.private_rounds import check_central
 from fedcore.engines.secure_round import check_sums_suffice
 from fedcore.engines.trials import check_sources
 from fedcore.errors import FedcoreError
@@ -23,13 +25,13 @@ from fedcore.training.datasets import (
     split_indices,
     subsample,
 )
-from fedcore.training.encoding import EncodedDataset, encode
+from fedcore.training.encoding import EncodedDataset
 from fedcore.training.features import encoder_digest, mean_states
 from fedcore.training.forward import Forward
-from fedcore.training.models import load_classifier
 from fedcore.training.partitions import Partition, assign_like, partition
 from fedcore.training.prefix import FrozenPrefix
 from fedcore.training.residual import FrozenResidual
+from fedcore.training.tasks import Task, find_task
 from fedcore.tuners.attach import attach_adapter
 
 POOLED = "everyone"
@@ -49,7 +51,9 @@ class Workbench:
     """The parts of a run.
 
     Attributes:
+        task: what the clients' models learn.
         model: the one model in memory, with its adapter.
+        tokenizer: its tokenizer.
         shards: client id to the training examples it holds, as indices.
         test_shards: client id to its part of the held-out examples; together they are ``test``.
         test: the held-out examples.
@@ -61,7 +65,9 @@ class Workbench:
 
     recipe: Recipe
     method: Method
+    task: Task
     model: nn.Module
+    tokenizer: Any
     binding: ModelBinding
     forward: Forward
     examples: EncodedDataset
@@ -86,6 +92,11 @@ class Workbench:
         return self.shards[client_id]
 
     @property
+    def held(self) -> dict[str, int]:
+        """Trainer to the number of its training examples."""
+        return {trainer: len(self.training_indices(trainer)) for trainer in self.trainers}
+
+    @property
     def offset(self) -> dict[str, Tensor]:
         """Module to the initial Gram factor that the model subtracts, where the server is."""
         suffix = ".gram_A0"
@@ -105,18 +116,16 @@ def build_workbench(recipe: Recipe, observer: Observer, shelf: Shelf | None = No
     """
     check_sources(recipe)
     shelf = shelf or Shelf()
-    method = _seeded(recipe.method.create(), recipe)
+    method, task = _seeded(recipe.method.create(), recipe), find_task(recipe.task)
     if recipe.round.secure_sum:
         check_sums_suffice(method)
     seed = recipe.seed
     observer.preparing(f"model {recipe.model.source}")
-    dataset_key = (recipe.data, recipe.model.source, recipe.model.max_length)
+    dataset_key = (recipe.task, recipe.data, recipe.model.source, recipe.model.max_length)
     labels_needed = shelf.texts.get(dataset_key)
     texts = labels_needed[0] if labels_needed else _load_texts(recipe, observer)
     classes = len(texts.label_names)
-    model, tokenizer = load_classifier(
-        recipe.model.source, classes, seed=derive_seed(seed, "head"), dtype=torch.float32
-    )
+    model, tokenizer = task.load(recipe.model.source, classes, derive_seed(seed, "head"))
     # Onto its device before it is wrapped: adapters are created beside their base weights.
     model = attach_adapter(
         model.to(_device(recipe.training.device)),
@@ -129,11 +138,12 @@ def build_workbench(recipe: Recipe, observer: Observer, shelf: Shelf | None = No
         init_std=recipe.adapter.init_std,
         frame=recipe.adapter.frame,
         seed=derive_seed(seed, "adapter"),
+        task_type=task.peft_type,
         **method.adapter_options,
     )
     if dataset_key not in shelf.texts:
         observer.preparing(f"encoding {len(texts.texts)} texts")
-        shelf.texts[dataset_key] = (texts, encode(texts, tokenizer, recipe.model.max_length))
+        shelf.texts[dataset_key] = (texts, task.encode(texts, tokenizer, recipe.model.max_length))
     examples = shelf.texts[dataset_key][1]
     train, test = (
         torch.as_tensor(indices)
@@ -148,6 +158,11 @@ def build_workbench(recipe: Recipe, observer: Observer, shelf: Shelf | None = No
     binding = ModelBinding.of(model)
     modules = binding.layout.modules
     ranks = client_ranks(recipe, method, ids, modules)
+    held = {client: len(indices) for client, indices in shards.items()}
+    if method.population == "pooled":
+        held = {POOLED: len(train)}
+    check_private(recipe, method, held, mixed_ranks=bool(ranks))
+    check_central(recipe, method, mixed_ranks=bool(ranks))
     statistics = {}
     if method.wants_features:
         observer.preparing("what the clients tell of their data")
@@ -155,7 +170,9 @@ def build_workbench(recipe: Recipe, observer: Observer, shelf: Shelf | None = No
     return Workbench(
         recipe=recipe,
         method=method,
+        task=task,
         model=model,
+        tokenizer=tokenizer,
         binding=binding,
         forward=Forward(model, examples, prefix, states),
         examples=examples,
@@ -234,7 +251,12 @@ def client_ids(clients: int) -> tuple[str, ...]:
 def _load_texts(recipe: Recipe, observer: Observer) -> TextDataset:
     data = recipe.data
     observer.preparing(f"data {data.source}")
-    texts = load_dataset(data.source, text_column=data.text_column, label_column=data.label_column)
+    texts = load_dataset(
+        data.source,
+        text_column=data.text_column,
+        label_column=data.label_column,
+        subset=data.subset,
+    )
     if data.max_examples is not None and data.max_examples < len(texts):
         # Drawn once for all seeds: which texts exist is part of the data, not of the draw.
         texts = subsample(texts, data.max_examples, seed=0)

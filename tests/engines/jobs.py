@@ -55,6 +55,61 @@ def write_model(folder: Path, layers: int = 3) -> Path:
     return folder
 
 
+def write_language_model(folder: Path, layers: int = 3) -> Path:
+    """A random Llama with grouped heads and a word-level vocabulary that covers the texts."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    words = sorted({word for text in TOPICS.values() for word in text.split()})
+    numbers = [str(i) for i in range(30)]
+    vocabulary = {word: i for i, word in enumerate(["<end>", "<unk>", *words, *numbers])}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>", unk_token="<unk>")
+    fast.save_pretrained(folder)
+    config = LlamaConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=32,
+        bos_token_id=None,
+        eos_token_id=0,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(7)
+        LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def tiny_causal_recipe(folder: Path, **settings: Any) -> Recipe:
+    """Three clients, two rounds, a few steps of next-token prediction on the tiny texts."""
+    model, texts = folder / "language-model", folder / "stories.csv"
+    if not model.exists():
+        write_language_model(model)
+        write_texts(texts)
+    common = {
+        "name": "tiny-causal",
+        "task": "causal",
+        "rounds": 2,
+        "clients": 3,
+        "model.source": str(model),
+        "model.max_length": 8,
+        "data.source": str(texts),
+        "partition.alpha": 1.0,
+        "partition.min_examples": 4,
+        "adapter.rank": 4,
+        "adapter.target_modules": ["q_proj", "v_proj", "o_proj", "down_proj"],
+        "adapter.layers": [-2, -1],
+        "training.steps": 4,
+        "training.batch_size": 8,
+        "evaluation.every": 1,
+    }
+    return load_recipe("bbc-news", {**common, **settings})
+
+
 def tiny_recipe(folder: Path, **settings: Any) -> Recipe:
     """Four clients, two rounds, a few steps, on the tiny model and texts below ``folder``."""
     model, texts = folder / "model", folder / "texts.csv"

@@ -162,15 +162,15 @@ def test_the_cached_prefix_does_not_change_the_run(home, tmp_path):
 
 
 def test_every_client_draws_its_own_batches_in_every_round(home, tmp_path, monkeypatch):
-    from fedcore.engines import client_turns
+    from fedcore.engines import client_turn
 
-    genuine, seeds = client_turns.train_client, []
+    genuine, seeds = client_turn.train_client, []
 
     def recorded(*arguments, **named):
         seeds.append(named["seed"])
         return genuine(*arguments, **named)
 
-    monkeypatch.setattr(client_turns, "train_client", recorded)
+    monkeypatch.setattr(client_turn, "train_client", recorded)
     start(tiny_recipe(home, rounds=3), tmp_path / "run")
     assert len(seeds) == len(set(seeds)) == 3 * 4
 
@@ -294,9 +294,9 @@ def test_the_final_adapter_is_the_final_state(home, tmp_path):
 
 
 def test_a_poisoned_client_stops_the_run_by_name_or_is_dropped(home, tmp_path, monkeypatch):
-    from fedcore.engines import client_turns
+    from fedcore.engines import client_turn
 
-    genuine = client_turns.train_client
+    genuine = client_turn.train_client
 
     def poisoned(forward, examples, indices, parameters, *rest, **named):
         result = genuine(forward, examples, indices, parameters, *rest, **named)
@@ -307,7 +307,7 @@ def test_a_poisoned_client_stops_the_run_by_name_or_is_dropped(home, tmp_path, m
         return result
 
     poisoned.calls = 0
-    monkeypatch.setattr(client_turns, "train_client", poisoned)
+    monkeypatch.setattr(client_turn, "train_client", poisoned)
     with pytest.raises(
         FedcoreError, match=r"round 0: client client-01: .* not finite, such as nan"
     ):
@@ -320,13 +320,13 @@ def test_a_poisoned_client_stops_the_run_by_name_or_is_dropped(home, tmp_path, m
 
 
 def test_identical_uploads_are_refused_by_methods_they_would_fool(home, tmp_path, monkeypatch):
-    from fedcore.engines import client_turns
+    from fedcore.engines import client_turn
     from fedcore.training.local_training import LocalResult
 
     def lazy(*arguments, **named):
         return LocalResult(0.0, 0, {})
 
-    monkeypatch.setattr(client_turns, "train_client", lazy)
+    monkeypatch.setattr(client_turn, "train_client", lazy)
     with pytest.raises(FedcoreError, match="all 4 uploads are the same bits"):
         start(tiny_recipe(home), tmp_path / "a")
     start(tiny_recipe(home, **{"round.allow_identical_uploads": True}), tmp_path / "b")
@@ -334,10 +334,10 @@ def test_identical_uploads_are_refused_by_methods_they_would_fool(home, tmp_path
 
 
 def test_a_client_that_changes_a_frozen_factor_is_refused(home, tmp_path, monkeypatch):
-    from fedcore.engines import client_turns
+    from fedcore.engines import client_turn
     from fedcore.training.binding import ModelBinding
 
-    genuine = client_turns.train_client
+    genuine = client_turn.train_client
 
     def cheating(forward, *rest, **named):
         result = genuine(forward, *rest, **named)
@@ -354,6 +354,6 @@ def test_a_client_that_changes_a_frozen_factor_is_refused(home, tmp_path, monkey
         return cheating.binding
 
     monkeypatch.setattr(ModelBinding, "of", staticmethod(remember))
-    monkeypatch.setattr(client_turns, "train_client", cheating)
+    monkeypatch.setattr(client_turn, "train_client", cheating)
     with pytest.raises(FedcoreError, match="client-00: a frozen factor or frame differs"):
         start(tiny_recipe(home, **{"method.name": "ffa"}), tmp_path / "a")

@@ -138,9 +138,9 @@ def test_a_turn_changes_the_upload_and_nothing_the_client_keeps(home, tmp_path):
 
 
 def test_a_poisoned_client_is_still_refused_by_name(home, tmp_path, monkeypatch):
-    from fedcore.engines import client_turns
+    from fedcore.engines import client_turn
 
-    genuine = client_turns.train_client
+    genuine = client_turn.train_client
 
     def poisoned(forward, examples, indices, parameters, *rest, **named):
         result = genuine(forward, examples, indices, parameters, *rest, **named)
@@ -151,7 +151,7 @@ def test_a_poisoned_client_is_still_refused_by_name(home, tmp_path, monkeypatch)
         return result
 
     poisoned.calls = 0
-    monkeypatch.setattr(client_turns, "train_client", poisoned)
+    monkeypatch.setattr(client_turn, "train_client", poisoned)
     with pytest.raises(
         FedcoreError, match=r"round 1: client client-01: .*\.A holds \d+ values .* such as nan"
     ):

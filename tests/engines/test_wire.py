@@ -45,9 +45,9 @@ def test_a_codec_decides_bytes_and_error_and_hardly_the_model(home, tmp_path):
 
 
 def test_a_value_that_no_format_carries_is_still_refused_by_name(home, tmp_path, monkeypatch):
-    from fedcore.engines import client_turns
+    from fedcore.engines import client_turn
 
-    genuine = client_turns.train_client
+    genuine = client_turn.train_client
 
     def poisoned(forward, examples, indices, parameters, *rest, **named):
         result = genuine(forward, examples, indices, parameters, *rest, **named)
@@ -55,7 +55,7 @@ def test_a_value_that_no_format_carries_is_still_refused_by_name(home, tmp_path,
             next(iter(parameters.values()))[0] = math.inf
         return result
 
-    monkeypatch.setattr(client_turns, "train_client", poisoned)
+    monkeypatch.setattr(client_turn, "train_client", poisoned)
     recipe = tiny_recipe(home, **{"method.name": "fedit", "round.codec": "int8"})
     with pytest.raises(FedcoreError, match=r"client client-00: .* not finite, such as inf"):
         start(recipe, tmp_path / "run")
@@ -77,7 +77,7 @@ def test_methods_that_claim_it_run_behind_a_sum(method, home, tmp_path):
 @pytest.mark.parametrize("method", OTHERS)
 def test_methods_that_need_every_upload_refuse_a_sum(method, home, tmp_path):
     recipe = tiny_recipe(home, **{"method.name": method, "round.secure_sum": True})
-    with pytest.raises(FedcoreError, match=r"secure_sum shows the server their mean alone"):
+    with pytest.raises(FedcoreError, match=r"a secure sum shows the server their mean alone"):
         start(recipe, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 

@@ -1,0 +1,19 @@
+"""Flower: its server with any method of ours, its clients with any recipe of ours.
+
+``FedLoRA`` is a strategy of Flower's Message API for every app whose clients send adapters by
+PEFT's keys. ``jobs`` runs a whole recipe, to the bits of the local engine.
+"""
+
+from __future__ import annotations
+
+from fedcore.errors import missing_extra
+
+try:
+    import flwr  # noqa: F401
+except ImportError as error:
+    raise missing_extra("flwr", "flower") from error
+
+from fedcore.engines.flower.arrays import from_arrays, to_arrays
+from fedcore.engines.flower.strategy import FedLoRA
+
+__all__ = ["FedLoRA", "from_arrays", "to_arrays"]

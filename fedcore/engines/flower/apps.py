@@ -1,0 +1,152 @@
+"""Flower's two apps for a recipe: the server's and the clients'."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid, ServerApp
+
+from fedcore.engines.flower.arrays import to_arrays
+from fedcore.engines.flower.client import introduce, model_tensors, train
+from fedcore.engines.flower.recipe_strategy import RecipeStrategy
+from fedcore.engines.observer import Observer
+from fedcore.engines.run_folder import RunFolder
+from fedcore.engines.workbench import Workbench, build_workbench, client_ids
+from fedcore.errors import FedcoreError
+from fedcore.recipes import Recipe, parse_recipe
+
+ROUND_SECONDS = 3600.0
+"""How long a server waits for the replies of a round unless told otherwise."""
+
+
+def check_recipe(recipe: Recipe) -> None:
+    """Refuse what a server behind Flower's messages cannot keep or does not see.
+
+    Raises:
+        FedcoreError: naming the key and what to do.
+    """
+    method = recipe.method.create()
+    if method.population != "clients":
+        raise FedcoreError(f"{method.name} exchanges nothing; run it with engine = 'local'")
+    if method.traits.personalised:
+        raise FedcoreError(
+            f"{method.name} leaves each client a model of its own, which a server behind Flower's "
+            "messages never sees and so cannot evaluate or save; use FedLoRA in an app of your "
+            "own, or engine = 'local'"
+        )
+    for key, is_set in (
+        ("round.secure_sum", recipe.round.secure_sum),
+        ("round.codec = 'int8'", recipe.round.codec == "int8"),
+        ("privacy.noise_multiplier", recipe.privacy.noise_multiplier is not None),
+    ):
+        if is_set:
+            raise FedcoreError(f"the flower engine has no {key}; run it with engine = 'local'")
+
+
+def serve(
+    bench: Workbench,
+    folder: RunFolder,
+    grid: Grid,
+    observer: Observer,
+    timeout: float = ROUND_SECONDS,
+) -> RecipeStrategy:
+    """Run the rounds that are left after the newest state in ``folder``, which has one."""
+    strategy = RecipeStrategy(bench, folder, observer)
+    strategy.start(
+        grid,
+        to_arrays(model_tensors(bench)),
+        bench.recipe.rounds,
+        timeout,
+        checkpoint_dir=folder.states,
+        resume=True,
+    )
+    return strategy
+
+
+def client_app(read: Callable[[Context], str], threads: int | None = None) -> ClientApp:
+    """The clients' app: node i of a federation, by its ``partition-id``, is the recipe's client i.
+
+    Args:
+        read: the recipe's TOML text from a node's context.
+        threads: of torch in the client's process; the last bits of a run depend on it.
+    """
+    app = ClientApp()
+
+    @app.query()
+    def who(message: Message, context: Context) -> Message:
+        return introduce(message, client_of(context, parse_recipe(read(context))))
+
+    @app.train()
+    def turn(message: Message, context: Context) -> Message:
+        if threads is not None:
+            torch.set_num_threads(threads)
+        bench = _bench(read(context))
+        client = client_of(context, bench.recipe)
+        return train(message, context, bench, client, run=str(context.run_id))
+
+    return app
+
+
+def client_of(context: Context, recipe: Recipe) -> str:
+    """The client that a node is.
+
+    Raises:
+        FedcoreError: the node's configuration has no ``partition-id``, or one beyond the clients.
+    """
+    place = context.node_config.get("partition-id")
+    if not isinstance(place, int) or not 0 <= place < recipe.clients:
+        raise FedcoreError(
+            f"the node's partition-id is {place!r}; the recipe has clients 0 to "
+            f"{recipe.clients - 1}"
+        )
+    return client_ids(recipe.clients)[place]
+
+
+def configured_recipe(context: Context) -> str:
+    """The recipe's TOML text in an app's ``[tool.flwr.app.config]``.
+
+    Raises:
+        FedcoreError: there is none.
+    """
+    text = context.run_config.get("recipe")
+    if not isinstance(text, str):
+        raise FedcoreError("the app's [tool.flwr.app.config] has no recipe")
+    return text
+
+
+def server_app() -> ServerApp:
+    """The server's app; ``out`` in its configuration is the run folder, made or gone on with."""
+    # Imported here: the local engine stands on the same level, and clients never need it.
+    from fedcore.engines import local
+
+    app = ServerApp()
+
+    @app.main()
+    def main(grid: Grid, context: Context) -> None:
+        recipe = parse_recipe(configured_recipe(context))
+        check_recipe(recipe)
+        path = Path(str(context.run_config.get("out", f"runs/{recipe.name}-flower")))
+        timeout = float(str(context.run_config.get("timeout", ROUND_SECONDS)))
+
+        def rounds(bench: Workbench, folder: RunFolder, *rest: object) -> object:
+            return iter(serve(bench, folder, grid, Observer(), timeout).states)
+
+        if (path / "recipe.toml").is_file():
+            local.resume(path, rounds=rounds)  # type: ignore[arg-type]
+        else:
+            local.start(recipe, path, rounds=rounds)  # type: ignore[arg-type]
+
+    return app
+
+
+@lru_cache(maxsize=1)
+def _bench(text: str) -> Workbench:
+    """The workbench of this process: a client's process serves many rounds and often many clients,
+    and what is built depends on the recipe alone.
+    """
+    return build_workbench(parse_recipe(text), Observer())
