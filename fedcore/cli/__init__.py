@@ -1,4 +1,5 @@
-"""The command line: ``fedcore run``, ``compare``, ``aggregate``, ``export``, ``bench`` and lists.
+"""The command line: ``fedcore run``, ``compare``, ``aggregate``, ``audit``, ``export``, ``bench``,
+``flower-app`` and lists.
 
 Other distributions and rooms add commands through the entry-point group ``fedcore.commands``: each
 entry point is a function that becomes a command of the entry point's name.
@@ -26,7 +27,7 @@ def _build():  # type: ignore[no-untyped-def]  # typer is optional and imported 
     try:
         import typer
 
-        from fedcore.cli import aggregate, bench, compare, export, listing, run
+        from fedcore.cli import aggregate, audit, bench, compare, export, flower_app, listing, run
     except ImportError as error:
         raise missing_extra(error.name or "a dependency", "run") from error
     app = typer.Typer(
@@ -38,9 +39,11 @@ def _build():  # type: ignore[no-untyped-def]  # typer is optional and imported 
     app.command()(run.run)
     app.command()(compare.compare)
     app.command()(aggregate.aggregate)
+    app.command()(audit.audit)
     app.command()(listing.methods)
     app.command()(listing.recipes)
     app.command()(export.export)
+    app.command("flower-app")(flower_app.flower_app)
     app.add_typer(bench.bench, name="bench")
     for entry in sorted(entry_points(group="fedcore.commands"), key=lambda point: point.name):
         app.command(name=entry.name)(entry.load())

@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 
 from fedcore.cli.progress import ProgressDisplay
+from fedcore.data.measures import measure_of
 from fedcore.data.peft_files import write_text
 from fedcore.engines.trials import plan_trials
 from fedcore.errors import FedcoreError
@@ -53,7 +54,7 @@ def compare(
     folder = out or Path("runs") / f"compare-{trials[0].recipe.name}-{stamp}"
     console = Console(stderr=True)
     records, varied = [], []
-    with ProgressDisplay(console) as display:
+    with ProgressDisplay(console, measure=measure_of(trials[0].recipe.task)) as display:
         try:
             for done, (trial, _) in enumerate(run_trials(trials, folder, display), start=1):
                 records.append(read_run(folder / trial.folder))

@@ -17,14 +17,16 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from fedcore.data.measures import ACCURACY, Measure
 from fedcore.engines.observer import Observer
 
 
 class ProgressDisplay(Observer):
     """Bars on a terminal, plain lines elsewhere; use it as a context manager."""
 
-    def __init__(self, console: Console, title: str = "") -> None:
+    def __init__(self, console: Console, title: str = "", measure: Measure = ACCURACY) -> None:
         self._console = console
+        self._measure = measure
         self._title = title
         self._clients = 0
         self._seen = 0
@@ -87,11 +89,23 @@ class ProgressDisplay(Observer):
     def round_finished(self, record: Mapping[str, Any]) -> None:
         """Advance the bar of the rounds and print one line of the round."""
         self._bars.advance(self._rounds)
-        loss, accuracy = record["train_loss"], record["accuracy"]
+        loss, measure = record["train_loss"], self._measure
         parts = [f"{self._title} round {record['round']:>3}"]
         parts.append("train loss  -   " if loss is None else f"train loss {loss:.3f}")
-        if accuracy is not None:
-            parts.append(f"held-out accuracy {accuracy:.3f}")
+        quality = measure.of(record["accuracy"], record["loss"])
+        if quality is not None:
+            parts.append(f"held-out {measure.name} {quality:.3f}, loss {record['loss']:.3f}")
+        parts += _spent(record)
         parts += [f"{d['client']} dropped: {d['reason']}" for d in record["dropped"]]
         parts += record["flags"]
         self.message("   ".join(part.strip() for part in parts))
+
+
+def _spent(record: Mapping[str, Any]) -> list[str]:
+    """What has been spent so far: the largest epsilon of an example, that of a whole client."""
+    found = []
+    if record.get("privacy"):
+        found.append(f"largest epsilon {max(record['privacy']['epsilon'].values()):.2f}")
+    if record.get("central_privacy"):
+        found.append(f"central epsilon {record['central_privacy']['epsilon']:.2f}")
+    return found

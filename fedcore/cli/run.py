@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 
 from fedcore.cli.progress import ProgressDisplay
+from fedcore.data.measures import measure_of
 from fedcore.errors import FedcoreError
 from fedcore.recipes import Recipe, load_recipe, parse_settings
 
@@ -23,7 +24,7 @@ def run(
     ] = None,
     rounds: Annotated[int | None, typer.Option(help="Rounds to run.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of everything random in the run.")] = None,
-    engine: Annotated[str | None, typer.Option(help="Where clients run: local.")] = None,
+    engine: Annotated[str | None, typer.Option(help="Where clients run: local, flower.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for the run; must be empty.")] = None,
     set_: Annotated[
         list[str] | None,
@@ -48,14 +49,18 @@ def run(
         chosen = _resolve(str(recipe), method, rounds, seed, engine, set_ or [])
         folder = out or _fresh_folder(chosen)
     # Imported once the recipe is known to be sound: it loads transformers.
-    from fedcore.engines.local import resume, start
+    from fedcore.engines.choice import find_engine
+    from fedcore.engines.run_folder import RunFolder
 
-    with ProgressDisplay(console) as display:
+    if resume_ is not None:
+        chosen = RunFolder.open(folder).recipe()
+    chosen_engine = find_engine(chosen.engine)
+    with ProgressDisplay(console, measure=measure_of(chosen.task)) as display:
         try:
             if resume_ is not None:
-                resume(folder, display)
+                chosen_engine.resume(folder, display)
             else:
-                start(chosen, folder, display)
+                chosen_engine.start(chosen, folder, display)
         except KeyboardInterrupt:
             if (folder / "recipe.toml").exists():
                 display.message(f"interrupted; continue with: fedcore run --resume {folder}")

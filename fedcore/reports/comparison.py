@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from fedcore.data.measures import Measure
 from fedcore.errors import FedcoreError
 from fedcore.reports.intervals import Estimate, estimate, median_until
 from fedcore.reports.record import RunRecord, mean_or_none
@@ -46,11 +47,16 @@ def group_runs(
         varied: For each run, the recipe settings that differ between the runs; same keys in each.
 
     Raises:
-        FedcoreError: no runs, ``varied`` of another length or with other keys, or one group with
-            the same seed twice, which would be counted as two independent runs.
+        FedcoreError: no runs, runs of different measures, ``varied`` of another length or with
+            other keys, or one group with the same seed twice, which would be counted as two
+            independent runs.
     """
     if not records:
         raise FedcoreError("records is empty; pass at least one run")
+    if len(measures := {record.measure.name for record in records}) > 1:
+        raise FedcoreError(
+            f"the runs are measured in {' and '.join(sorted(measures))}, which cannot be compared"
+        )
     settings = [{} for _ in records] if varied is None else [dict(item) for item in varied]
     if len(settings) != len(records):
         raise FedcoreError(f"varied has {len(settings)} mappings for {len(records)} records")
@@ -80,16 +86,21 @@ def group_runs(
     )
 
 
+def group_measure(groups: Sequence[RunGroup]) -> Measure:
+    """What the quality of the runs is measured in; :func:`group_runs` saw that it is one."""
+    return next(run.measure for group in groups for run in (*group.runs, *group.unfinished))
+
+
 def common_target(groups: Sequence[RunGroup]) -> float | None:
-    """The target accuracy that all runs share, or ``None`` if they do not."""
-    targets = {run.summary.target_accuracy for group in groups for run in group.runs}
+    """The target quality that all runs share, or ``None`` if they do not."""
+    targets = {run.summary.target for group in groups for run in group.runs}
     return targets.pop() if len(targets) == 1 else None
 
 
 def below_majority(group: RunGroup) -> bool:
     """Whether the mean final accuracy is no better than always naming the most frequent class."""
-    accuracy = group.over_seeds(lambda r: r.summary.accuracy).mean
-    majority = group.over_seeds(lambda r: r.partition.majority_rate).mean
+    accuracy = group.over_seeds(lambda r: r.summary.quality).mean
+    majority = group.over_seeds(lambda r: r.majority_rate).mean
     return accuracy is not None and majority is not None and accuracy <= majority
 
 
@@ -118,7 +129,7 @@ def comparison_rows(
     Means are over the finished runs, one a seed; ``*_low`` and ``*_high`` bound the 95% Student-t
     interval and are ``None`` for a single run. Traffic is in units of 10⁶ bytes, summed over
     clients; per client-round it is divided by the clients selected, dropped ones included. ``gap``
-    is local minus global accuracy on the clients' own held-out shards. ``rounds_to_target`` is the
+    is local minus global quality on the clients' own held-out shards. ``rounds_to_target`` is the
     median, where a run that never reached the target counts as later than any other; it is
     ``None``, like ``target_accuracy``, if the runs do not share one target.
 
@@ -130,13 +141,14 @@ def comparison_rows(
         FedcoreError: as :func:`group_runs`.
     """
     groups = group_runs(records, varied)
-    target = common_target(groups)
+    target, measure = common_target(groups), records[0].measure
     rows = []
     for group in groups:
         row: dict[str, Any] = {"method": group.method, **group.settings}
         row["runs"], row["unfinished"] = len(group.runs), len(group.unfinished)
         row["seeds"] = ", ".join(str(run.summary.seed) for run in group.runs)
-        for name, value in _MEASURED.items():
+        row["measure"] = measure.name
+        for name, value in {measure.name: _quality, **_MEASURED}.items():
             result = group.over_seeds(value)
             row[f"{name}_mean"], row[f"{name}_low"] = result.mean, result.low
             row[f"{name}_high"], row[f"{name}_half_width"] = result.high, result.half_width
@@ -144,7 +156,7 @@ def comparison_rows(
         row |= _traffic(group)
         reached = [run.summary.rounds_to_target for run in group.runs]
         known = target is not None
-        row["target_accuracy"] = target
+        row[f"target_{measure.name}"] = target
         row["rounds_to_target"] = median_until(reached) if known else None
         row["target_reached"] = sum(r is not None for r in reached) if known else None
         row["aggregation_error"] = group.over_seeds(
@@ -158,8 +170,11 @@ def comparison_rows(
     return rows
 
 
+def _quality(run: RunRecord) -> float | None:
+    return run.summary.quality
+
+
 _MEASURED: dict[str, Callable[[RunRecord], float | None]] = {
-    "accuracy": lambda run: run.summary.accuracy,
     "worst_client": lambda run: run.summary.worst_client,
     "mean_client": lambda run: run.summary.mean_client,
     "gap": lambda run: run.gap,

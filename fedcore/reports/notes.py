@@ -5,18 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from fedcore.reports.comparison import RunGroup, below_majority, common_target
-from fedcore.reports.formatting import megabytes, plural, rate
+from fedcore.reports.formatting import megabytes, plural, rate, scientific, significant
 from fedcore.reports.intervals import CONFIDENCE
 from fedcore.reports.record import RunRecord
 
 _FEW_EXAMPLES = 30
+_PLURAL = {"accuracy": "accuracies", "perplexity": "perplexities"}
 
 
 def outcome(record: RunRecord) -> str:
     """The run in one sentence."""
     s, done = record.summary, len(record.trained)
     clients = len(record.partition.client_ids)
-    if s.accuracy is None or not record.evaluated:
+    if s.quality is None or not record.evaluated:
         return f"No round has been evaluated yet; {plural(done, 'round')} completed."
     up, down = record.cumulated[record.rounds[-1].index] if record.rounds else (None, None)
     sent = ""
@@ -28,8 +29,8 @@ def outcome(record: RunRecord) -> str:
     measured = record.evaluated[-1].done
     late = "" if measured == done else f" (last measured after round {measured})"
     return (
-        f"After {plural(done, 'round')} with {plural(clients, 'client')}, held-out accuracy is "
-        f"{rate(s.accuracy)}{late}{sent}."
+        f"After {plural(done, 'round')} with {plural(clients, 'client')}, held-out "
+        f"{record.measure.name} is {rate(s.quality)}{late}{sent}."
     )
 
 
@@ -39,7 +40,7 @@ def run_notes(record: RunRecord) -> list[str]:
 
 
 def _run_notes(record: RunRecord) -> Iterator[str]:
-    s, done = record.summary, len(record.trained)
+    s, done, name = record.summary, len(record.trained), record.measure.name
     if not s.finished:
         so_far = (
             f"{done} of {s.rounds} planned rounds" if s.rounds > done else plural(done, "round")
@@ -52,25 +53,26 @@ def _run_notes(record: RunRecord) -> Iterator[str]:
         f"One run, {seed}: it says nothing about the spread over seeds, so compare methods on "
         "several seeds."
     )
-    majority = record.partition.majority_rate
-    if s.accuracy is not None and majority is not None and s.accuracy <= majority:
+    majority = record.majority_rate
+    if s.quality is not None and majority is not None and s.quality <= majority:
         yield (
-            f"Failed: the accuracy {rate(s.accuracy)} is no better than always naming the most "
+            f"Failed: the accuracy {rate(s.quality)} is no better than always naming the most "
             f"frequent class of the clients' held-out examples ({rate(majority)})."
         )
-    if s.best_accuracy is not None and s.accuracy is not None and s.best_accuracy > s.accuracy:
+    if None not in (s.best_quality, s.quality) and s.best_quality != s.quality:
         yield (
-            f"The best accuracy, {rate(s.best_accuracy)}, is picked on the data it is measured on; "
+            f"The best {name}, {rate(s.best_quality)}, is picked on the data it is measured on; "
             "quote the final one."
         )
-    if s.target_accuracy is not None and s.rounds_to_target is None and s.finished:
-        yield f"The target accuracy {rate(s.target_accuracy)} was not reached."
+    if s.target is not None and s.rounds_to_target is None and s.finished:
+        yield f"The target {name} {rate(s.target)} was not reached."
+    yield from _private(record)
     yield from _dropped_and_flagged(record)
     fewest = record.partition.smallest_test
     if fewest is not None and fewest < _FEW_EXAMPLES and record.client_evaluated:
         yield (
             f"The smallest held-out shard of a client has {plural(fewest, 'example')}: the "
-            "accuracies of single clients, and the worst client's most of all, are coarse."
+            f"{_PLURAL[name]} of single clients, and the worst client's most of all, are coarse."
         )
     if record.not_finite:
         yield f"{plural(record.not_finite, 'number')} in the run folder were NaN or infinite."
@@ -78,6 +80,32 @@ def _run_notes(record: RunRecord) -> Iterator[str]:
         yield "The commit of the code is not recorded."
     elif str(s.git or record.environment.get("git_commit")).endswith("+"):
         yield "The code had uncommitted changes."
+
+
+def _private(record: RunRecord) -> Iterator[str]:
+    spent, central = record.privacy, record.central_privacy
+    if spent is not None and spent.largest is not None:
+        client, epsilon = spent.largest
+        yield (
+            f"Differential privacy of single examples: {client} has spent the most, epsilon "
+            f"{significant(epsilon)} at delta {scientific(spent.delta)} (accountant "
+            f"{spent.accountant}, noise multiplier {significant(spent.noise_multiplier)}, "
+            f"gradients cut to norm {significant(spent.max_grad_norm)}). It covers uploads and "
+            "models, not the losses, accuracies and numbers of examples in this record."
+        )
+    if central is not None:
+        yield (
+            f"Differential privacy of whole clients, who trust the server: epsilon "
+            f"{significant(central.epsilon)} at delta {scientific(central.delta)} (accountant "
+            f"{central.accountant}, noise multiplier {significant(central.noise_multiplier)}, "
+            f"updates cut to norm {significant(central.max_norm)}). It covers the models that are "
+            "sent out, not this record."
+        )
+    if "seeded" in {kind.noise for kind in (spent, central) if kind is not None}:
+        yield (
+            "The noise follows from the run's seed: whoever knows the seed can take it away, so "
+            "the epsilon is that of the same run with secret noise."
+        )
 
 
 def _dropped_and_flagged(record: RunRecord) -> Iterator[str]:

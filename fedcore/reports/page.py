@@ -6,24 +6,34 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fedcore.data.measures import Measure
 from fedcore.data.peft_files import write_bytes, write_text
 from fedcore.reports import markup
-from fedcore.reports.comparison import RunGroup, comparison_rows, group_runs
+from fedcore.reports.comparison import RunGroup, comparison_rows, group_measure, group_runs
 from fedcore.reports.formatting import (
     DASH,
     duration,
     megabytes,
     plural,
     rate,
+    scientific,
+    significant,
     with_half_width,
 )
 from fedcore.reports.grid import Column, Grid
+from fedcore.reports.intervals import Estimate
 from fedcore.reports.notes import comparison_notes, outcome, run_notes
 from fedcore.reports.pictures import comparison_pictures, run_pictures
 from fedcore.reports.plots import to_png
 from fedcore.reports.reading import read_run
 from fedcore.reports.record import RunRecord
-from fedcore.reports.tables import final_grid, outcome_grid, run_grid, traffic_grid
+from fedcore.reports.tables import (
+    final_grid,
+    outcome_grid,
+    run_grid,
+    sample_grid,
+    traffic_grid,
+)
 
 
 def write_run_page(folder: str | Path) -> Path:
@@ -53,6 +63,7 @@ def write_run_page(folder: str | Path) -> Path:
         markup.section("Tables"),
         final_grid(record).html(),
         run_grid(record).html(),
+        *(sample_grid(shown).html() for shown in [record.sample] if shown),
         _environment(record).html(),
         markup.folded("Recipe", record.recipe),
     ]
@@ -116,18 +127,26 @@ def _write(page: Path, text: str, pictures: Sequence[markup.Picture]) -> None:
 
 def _run_facts(record: RunRecord) -> dict[str, tuple[str, str]]:
     s = record.summary
-    shown = {"held-out accuracy": (rate(s.accuracy), f"best {rate(s.best_accuracy)}")}
+    measured = record.measure.name
+    shown = {f"held-out {measured}": (rate(s.quality), f"best {rate(s.best_quality)}")}
     if s.worst_client is not None:
         spread = f"mean {rate(s.mean_client)}, best {rate(s.best_client)}"
         shown["worst client"] = (rate(s.worst_client), spread)
-    if s.target_accuracy is not None:
+    if s.target is not None:
         reached = DASH if s.rounds_to_target is None else plural(s.rounds_to_target, "round")
-        shown["to the target"] = (reached, f"accuracy {rate(s.target_accuracy)}")
+        shown["to the target"] = (reached, f"{measured} {rate(s.target)}")
     for name, up, down in (
         ("adapter sent", s.bytes_up.adapter, s.bytes_down.adapter),
         ("head sent", s.bytes_up.head, s.bytes_down.head),
     ):
         shown[name] = (f"{megabytes(up + down)} MB", f"↑ {megabytes(up)} ↓ {megabytes(down)}")
+    if record.privacy is not None and record.privacy.largest is not None:
+        client, epsilon = record.privacy.largest
+        at = f"{client}, at delta {scientific(record.privacy.delta)}"
+        shown["largest epsilon"] = (significant(epsilon), at)
+    if record.central_privacy is not None:
+        at = f"whole clients, at delta {scientific(record.central_privacy.delta)}"
+        shown["central epsilon"] = (significant(record.central_privacy.epsilon), at)
     aggregate = s.seconds.get("aggregate")
     shown["time"] = (
         duration(sum(s.seconds.values()) if s.seconds else None),
@@ -149,35 +168,42 @@ def _environment(record: RunRecord) -> Grid:
 
 
 def _comparison_outcome(groups: Sequence[RunGroup]) -> str:
-    found = [(g, g.over_seeds(lambda run: run.summary.accuracy)) for g in groups]
+    found = [(g, g.over_seeds(lambda run: run.summary.quality)) for g in groups]
     ranked = [(g, e) for g, e in found if e.mean is not None]
     if not ranked:
         return "No run is finished yet."
-    group, best = max(ranked, key=lambda item: item[1].mean or 0.0)
-    accuracy = with_half_width(rate(best.mean), best.half_width)
+    measure = group_measure(groups)
+    sign = -1 if measure.lower_is_better else 1
+    group, best = max(ranked, key=lambda item: sign * (item[1].mean or 0.0))
+    quality = with_half_width(rate(best.mean), best.half_width)
     counted = plural(best.n, "seed") if best.half_width is not None else "one seed, no interval"
     if len(ranked) == 1:
-        return f"{group.label} ends at held-out accuracy {accuracy} ({counted})."
-    overlapping = sum(
-        other is not group and (e.high is None or best.low is None or e.high >= best.low)
-        for other, e in ranked
-    )
+        return f"{group.label} ends at held-out {measure.name} {quality} ({counted})."
+    overlapping = sum(other is not group and not _clear(best, e, measure) for other, e in ranked)
     verdict = (
         f"its interval is not clear of {overlapping} of the {len(ranked) - 1} others"
         if overlapping
-        else "its interval lies above all others'"
+        else f"its interval lies {'below' if measure.lower_is_better else 'above'} all others'"
     )
-    return f"Highest mean accuracy: {group.label}, {accuracy} ({counted}); {verdict}."
+    extreme = "Lowest" if measure.lower_is_better else "Highest"
+    return f"{extreme} mean {measure.name}: {group.label}, {quality} ({counted}); {verdict}."
+
+
+def _clear(best: Estimate, other: Estimate, measure: Measure) -> bool:
+    """Whether the interval of the best lies on the good side of the other's, without touching."""
+    worse, better = (best, other) if measure.lower_is_better else (other, best)
+    return worse.high is not None and better.low is not None and worse.high < better.low
 
 
 def _runs(groups: Sequence[RunGroup]) -> Grid:
+    measured = group_measure(groups).name
     rows = [
         (
             run.folder.name,
             group.label,
             DASH if run.summary.seed is None else str(run.summary.seed),
             str(len(run.trained)),
-            rate(run.summary.accuracy),
+            rate(run.summary.quality),
             rate(run.summary.worst_client),
             "yes" if run.summary.finished else "no",
         )
@@ -186,6 +212,6 @@ def _runs(groups: Sequence[RunGroup]) -> Grid:
     ]
     columns = (
         *(Column(name, number=False) for name in ("folder", "method")),
-        *(Column(name) for name in ("seed", "rounds", "accuracy", "worst client", "finished")),
+        *(Column(name) for name in ("seed", "rounds", measured, "worst client", "finished")),
     )
     return Grid("Every run", columns, tuple(rows))

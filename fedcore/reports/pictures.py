@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from fedcore.reports.comparison import RunGroup
+from fedcore.reports.comparison import RunGroup, group_measure
 from fedcore.reports.markup import Picture
 from fedcore.reports.plots import (
-    accuracy_by_bytes,
-    accuracy_by_round,
     aggregation_error,
     client_spread,
     compared_by_bytes,
     compared_by_round,
     factor_drift,
-    final_accuracy,
+    final_quality,
     partition_picture,
+    quality_by_bytes,
+    quality_by_round,
 )
 from fedcore.reports.plots.comparison import MOST_DIRECT
 from fedcore.reports.record import RunRecord
@@ -23,26 +23,27 @@ from fedcore.reports.record import RunRecord
 
 def run_pictures(record: RunRecord) -> Iterator[Picture]:
     """The figures that the record has data for, in the order of the page."""
+    name = record.measure.name
     if record.evaluated:
         yield Picture(
-            "accuracy-by-round",
-            "Held-out accuracy and loss of the global model; round 0 is the initial model.",
-            accuracy_by_round(record),
+            f"{name}-by-round",
+            f"Held-out {name} and loss of the global model; round 0 is the initial model.",
+            quality_by_round(record),
         )
         up, down = record.cumulated[record.evaluated[-1].index]
         if up.total + down.total:
             yield Picture(
-                "accuracy-by-bytes",
-                "Held-out accuracy against bytes sent, up and down, summed over clients. MB = 10⁶ "
+                f"{name}-by-bytes",
+                f"Held-out {name} against bytes sent, up and down, summed over clients. MB = 10⁶ "
                 "bytes.",
-                accuracy_by_bytes(record),
+                quality_by_bytes(record),
             )
     if record.client_evaluated:
         yield Picture(
             "clients",
-            "Accuracy on the clients' own held-out shards. Above: from worst to best client, and "
-            "the unweighted mean. Below: each client with the new global model and with its own "
-            "model after local training, before aggregation.",
+            f"{name.capitalize()} on the clients' own held-out shards. Above: from worst to best "
+            "client, and the unweighted mean. Below: each client with the new global model and "
+            "with its own model after local training, before aggregation.",
             client_spread(record),
         )
     if _defined(record, "aggregation_error"):
@@ -70,12 +71,13 @@ def run_pictures(record: RunRecord) -> Iterator[Picture]:
 def comparison_pictures(groups: Sequence[RunGroup]) -> Iterator[Picture]:
     """The figures that the finished runs have data for, in the order of the page."""
     runs = [run for group in groups for run in group.runs]
-    if any(run.summary.accuracy is not None for run in runs):
+    name = group_measure(groups).name
+    if any(run.summary.quality is not None for run in runs):
         yield Picture(
-            "final-accuracy",
-            "Final held-out accuracy: mean over seeds, 95% Student-t interval, and a tick for each "
+            f"final-{name}",
+            f"Final held-out {name}: mean over seeds, 95% Student-t interval, and a tick for each "
             "seed. A hollow dot is a single run, which has no interval.",
-            final_accuracy(groups),
+            final_quality(groups),
         )
     if all(run.evaluated for run in runs) and runs:
         band = (
@@ -84,14 +86,14 @@ def comparison_pictures(groups: Sequence[RunGroup]) -> Iterator[Picture]:
             else "Intervals are left out here for legibility."
         )
         yield Picture(
-            "accuracy-by-round",
-            f"Mean held-out accuracy against rounds. {band}",
+            f"{name}-by-round",
+            f"Mean held-out {name} against rounds. {band}",
             compared_by_round(groups),
         )
         if any(run.summary.bytes_up.adapter + run.summary.bytes_down.adapter for run in runs):
             yield Picture(
-                "accuracy-by-bytes",
-                "Mean held-out accuracy against adapter bytes, up and down, summed over clients; "
+                f"{name}-by-bytes",
+                f"Mean held-out {name} against adapter bytes, up and down, summed over clients; "
                 f"heads are not counted. {band}",
                 compared_by_bytes(groups),
             )

@@ -1,7 +1,8 @@
 """Read a run folder.
 
 A run folder holds ``recipe.toml``, ``environment.json``, ``partition.json``, ``metrics.jsonl`` (one
-object a completed round, the initial model as round -1) and ``summary.json``. A run that is still
+object a completed round, the initial model as round -1) and ``summary.json``, of a language model
+also ``sample.json``. A run that is still
 going on, or was killed, has no summary or one that says so, and may end in half a line.
 """
 
@@ -13,15 +14,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from fedcore.data.measures import Measure, measure_of
 from fedcore.errors import FedcoreError
 from fedcore.reports.fields import Fields
 from fedcore.reports.record import (
+    CentralPrivacySpent,
     ClientRound,
     DroppedClient,
     ModuleRound,
     Partition,
+    PrivacySpent,
     RoundRecord,
     RunRecord,
+    Sample,
     Summary,
     Traffic,
     mean_or_none,
@@ -55,13 +60,38 @@ def _traffic(fields: Fields) -> Traffic:
     return Traffic(fields.count("adapter"), fields.count("head"))
 
 
-def _client(fields: Fields) -> ClientRound:
+def _client(fields: Fields, measure: Measure) -> ClientRound:
     return ClientRound(
         client=fields.text("client"),
         examples=fields.count("examples", 0),
         train_loss=fields.number("train_loss", None),
         global_accuracy=fields.number("global_accuracy", None),
         local_accuracy=fields.number("local_accuracy", None),
+        global_loss=fields.number("global_loss", None),
+        local_loss=fields.number("local_loss", None),
+        measure=measure,
+    )
+
+
+def _privacy(fields: Fields) -> PrivacySpent:
+    return PrivacySpent(
+        epsilon=fields.numbers("epsilon"),
+        delta=fields.number("delta"),
+        accountant=fields.text("accountant"),
+        noise_multiplier=fields.number("noise_multiplier"),
+        max_grad_norm=fields.number("max_grad_norm"),
+        noise=fields.text("noise"),
+    )
+
+
+def _central_privacy(fields: Fields) -> CentralPrivacySpent:
+    return CentralPrivacySpent(
+        epsilon=fields.number("epsilon"),
+        delta=fields.number("delta"),
+        accountant=fields.text("accountant"),
+        noise_multiplier=fields.number("noise_multiplier"),
+        max_norm=fields.number("max_norm"),
+        noise=fields.text("noise"),
     )
 
 
@@ -75,7 +105,7 @@ def _module(fields: Fields) -> ModuleRound:
     )
 
 
-def _round(fields: Fields) -> RoundRecord:
+def _round(fields: Fields, measure: Measure) -> RoundRecord:
     index = fields.whole("round")
     if index is None or index < -1:
         raise fields.wrong("round", "a whole number >= -1")
@@ -83,7 +113,7 @@ def _round(fields: Fields) -> RoundRecord:
     absent: dict[str, Any] = {"default": []} if index < 0 else {}
     silent: dict[str, Any] = {"default": None} if index < 0 else {}
     nothing: dict[str, Any] = {"default": {"adapter": 0, "head": 0}} if index < 0 else {}
-    clients = tuple(_client(c) for c in fields.objects("clients", **absent))
+    clients = tuple(_client(c, measure) for c in fields.objects("clients", **absent))
     dropped = tuple(
         DroppedClient(d.text("client"), d.text("reason"))
         for d in fields.objects("dropped", **absent)
@@ -105,10 +135,19 @@ def _round(fields: Fields) -> RoundRecord:
         upload_error=fields.number("upload_error", None),
         seconds=fields.numbers("seconds", {}),
         modules=tuple(_module(m) for m in fields.objects("modules", **absent)),
+        privacy=_privacy(fields.inner("privacy")) if fields.get("privacy", None) else None,
+        central_privacy=(
+            _central_privacy(fields.inner("central_privacy"))
+            if fields.get("central_privacy", None)
+            else None
+        ),
+        measure=measure,
     )
 
 
-def _rounds(text: bytes, path: Path, undefined: list[str]) -> tuple[tuple[RoundRecord, ...], bool]:
+def _rounds(
+    text: bytes, path: Path, undefined: list[str], measure: Measure
+) -> tuple[tuple[RoundRecord, ...], bool]:
     rounds: list[RoundRecord] = []
     lines = text.split(b"\n")
     for number, line in enumerate(lines, start=1):
@@ -122,7 +161,7 @@ def _rounds(text: bytes, path: Path, undefined: list[str]) -> tuple[tuple[RoundR
             if number == len(lines):
                 return tuple(rounds), True
             raise
-        found = _round(Fields(values, where))
+        found = _round(Fields(values, where), measure)
         if rounds and found.index <= rounds[-1].index:
             raise FedcoreError(f"{where}: round {found.index} follows round {rounds[-1].index}")
         rounds.append(found)
@@ -140,7 +179,7 @@ def _partition(fields: Fields) -> Partition:
     )
 
 
-def _summary(fields: Fields) -> Summary:
+def _summary(fields: Fields, measure: Measure) -> Summary:
     finished = fields.get("finished")
     if not isinstance(finished, bool):
         raise fields.wrong("finished", "true or false")
@@ -151,8 +190,8 @@ def _summary(fields: Fields) -> Summary:
         seed=fields.whole("seed"),
         rounds=fields.count("rounds"),
         finished=finished,
-        accuracy=fields.number("accuracy"),
-        best_accuracy=fields.number("best_accuracy", None),
+        quality=fields.number(measure.name),
+        best_quality=fields.number(f"best_{measure.name}", None),
         worst_client=fields.number("worst_client", None),
         mean_client=fields.number("mean_client", None),
         best_client=fields.number("best_client", None),
@@ -162,16 +201,18 @@ def _summary(fields: Fields) -> Summary:
         peak_memory_bytes=fields.whole("peak_memory_bytes", None),
         git=None if fields.get("git", None) is None else fields.text("git"),
         versions={name: str(value) for name, value in versions.values.items()},
-        target_accuracy=fields.number("target_accuracy", None),
+        target=fields.number(f"target_{measure.name}", None),
         rounds_to_target=fields.whole("rounds_to_target", None),
         bytes_to_target=fields.whole("bytes_to_target", None),
     )
 
 
-def _derived_summary(rounds: tuple[RoundRecord, ...], recipe: str, folder: Path) -> Summary:
+def _derived_summary(
+    rounds: tuple[RoundRecord, ...], recipe: str, folder: Path, measure: Measure
+) -> Summary:
     """What the rounds alone tell of a run that has left no summary."""
-    accuracies = [r.accuracy for r in rounds if r.accuracy is not None]
-    clients = next((a for r in reversed(rounds) if (a := r.client_accuracies)), [])
+    qualities = [r.quality for r in rounds if r.quality is not None]
+    clients = next((found for r in reversed(rounds) if (found := r.client_qualities)), [])
     seconds: dict[str, float] = {}
     for phase, value in (item for r in rounds for item in r.seconds.items()):
         seconds[phase] = seconds.get(phase, 0.0) + value
@@ -186,14 +227,25 @@ def _derived_summary(rounds: tuple[RoundRecord, ...], recipe: str, folder: Path)
         seed=seed if type(seed) is int else None,
         rounds=planned if type(planned) is int else sum(r.index >= 0 for r in rounds),
         finished=False,
-        accuracy=accuracies[-1] if accuracies else None,
-        best_accuracy=max(accuracies, default=None),
-        worst_client=min(clients, default=None),
+        quality=qualities[-1] if qualities else None,
+        best_quality=measure.best(qualities),
+        worst_client=measure.worst(clients),
         mean_client=mean_or_none(clients),
-        best_client=max(clients, default=None),
+        best_client=measure.best(clients),
         bytes_up=sum((r.bytes_up for r in rounds), Traffic()),
         bytes_down=sum((r.bytes_down for r in rounds), Traffic()),
         seconds=seconds,
+    )
+
+
+def _sample(fields: Fields) -> Sample:
+    return Sample(
+        domain=fields.text("domain"),
+        prompt=fields.text("prompt"),
+        reference=fields.text("reference"),
+        before=fields.text("before"),
+        after=fields.text("after"),
+        client=None if fields.get("client", None) is None else fields.text("client"),
     )
 
 
@@ -208,7 +260,7 @@ def _with_names(derived: Summary, written: Summary) -> Summary:
         peak_memory_bytes=written.peak_memory_bytes,
         git=written.git,
         versions=written.versions,
-        target_accuracy=written.target_accuracy,
+        target=written.target,
     )
 
 
@@ -230,7 +282,7 @@ def read_run(folder: str | Path) -> RunRecord:
     undefined: list[str] = []
     try:
         recipe = _bytes(folder / "recipe.toml").decode()
-        tomllib.loads(recipe)
+        task = tomllib.loads(recipe).get("task", "classification")
     except ValueError as error:
         if isinstance(error, FedcoreError):
             raise
@@ -240,13 +292,14 @@ def read_run(folder: str | Path) -> RunRecord:
         path = folder / name
         return Fields(_parse(_bytes(path), str(path), undefined), str(path))
 
+    measure = measure_of(str(task))
     environment = fields("environment.json").values
     partition = _partition(fields("partition.json"))
     path = folder / "metrics.jsonl"
-    rounds, interrupted = _rounds(_bytes(path), path, undefined)
-    summary = _derived_summary(rounds, recipe, folder)
+    rounds, interrupted = _rounds(_bytes(path), path, undefined, measure)
+    summary = _derived_summary(rounds, recipe, folder, measure)
     if (folder / "summary.json").exists():
-        written = _summary(fields("summary.json"))
+        written = _summary(fields("summary.json"), measure)
         summary = written if written.finished else _with_names(summary, written)
     if interrupted and summary.finished:
         raise FedcoreError(f"{path}: the last line is cut off, yet summary.json says finished")
@@ -259,4 +312,6 @@ def read_run(folder: str | Path) -> RunRecord:
         summary=summary,
         interrupted_line=interrupted,
         not_finite=len(undefined),
+        measure=measure,
+        sample=_sample(fields("sample.json")) if (folder / "sample.json").exists() else None,
     )

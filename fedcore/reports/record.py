@@ -14,6 +14,8 @@ from functools import cached_property
 from pathlib import Path
 from statistics import fmean
 
+from fedcore.data.measures import ACCURACY, Measure
+
 
 def mean_or_none(values: list[float]) -> float | None:
     """The arithmetic mean, or ``None`` of nothing."""
@@ -40,9 +42,10 @@ class Traffic:
 class ClientRound:
     """One client in one round.
 
-    ``global_accuracy`` is that of the model which the client holds after the round, the global one
-    or, of personalised methods, its own; ``local_accuracy`` that of its model after local training
-    and before aggregation. Both on the client's own held-out shard.
+    ``global_accuracy`` and ``global_loss`` are those of the model which the client holds after the
+    round, the global one or, of personalised methods, its own; ``local_accuracy`` and
+    ``local_loss`` those of its model after local training and before aggregation. All on the
+    client's own held-out shard. The qualities say the same on the run's ``measure``.
     """
 
     client: str
@@ -50,6 +53,19 @@ class ClientRound:
     train_loss: float | None = None
     global_accuracy: float | None = None
     local_accuracy: float | None = None
+    global_loss: float | None = None
+    local_loss: float | None = None
+    measure: Measure = ACCURACY
+
+    @property
+    def global_quality(self) -> float | None:
+        """Of the model that the client holds after the round."""
+        return self.measure.of(self.global_accuracy, self.global_loss)
+
+    @property
+    def local_quality(self) -> float | None:
+        """Of the client's model after local training."""
+        return self.measure.of(self.local_accuracy, self.local_loss)
 
 
 @dataclass(frozen=True)
@@ -77,6 +93,44 @@ class ModuleRound:
 
 
 @dataclass(frozen=True)
+class PrivacySpent:
+    """What the clients have spent of their examples' privacy up to the end of a round.
+
+    Attributes:
+        epsilon: client id to the epsilon of (epsilon, ``delta``)-differential privacy of any one of
+            its examples, by ``accountant``.
+        noise: ``"seeded"`` where the run's seed gives the noise, ``"secret"`` where nothing does.
+    """
+
+    epsilon: Mapping[str, float]
+    delta: float | None
+    accountant: str
+    noise_multiplier: float | None
+    max_grad_norm: float | None
+    noise: str
+
+    @property
+    def largest(self) -> tuple[str, float] | None:
+        """The client that has spent the most, and its epsilon."""
+        if not self.epsilon:
+            return None
+        client = max(sorted(self.epsilon), key=lambda name: self.epsilon[name])
+        return client, self.epsilon[client]
+
+
+@dataclass(frozen=True)
+class CentralPrivacySpent:
+    """What every client has spent of its privacy, as a whole, up to the end of a round."""
+
+    epsilon: float | None
+    delta: float | None
+    accountant: str
+    noise_multiplier: float | None
+    max_norm: float | None
+    noise: str
+
+
+@dataclass(frozen=True)
 class RoundRecord:
     """One completed round.
 
@@ -98,6 +152,14 @@ class RoundRecord:
     upload_error: float | None = None
     seconds: Mapping[str, float] = field(default_factory=dict)
     modules: tuple[ModuleRound, ...] = ()
+    privacy: PrivacySpent | None = None
+    central_privacy: CentralPrivacySpent | None = None
+    measure: Measure = ACCURACY
+
+    @property
+    def quality(self) -> float | None:
+        """Of the global model on all held-out examples, on the run's measure."""
+        return self.measure.of(self.accuracy, self.loss)
 
     @property
     def done(self) -> int:
@@ -105,21 +167,21 @@ class RoundRecord:
         return self.index + 1
 
     @property
-    def client_accuracies(self) -> list[float]:
-        """Accuracy at each client that was evaluated: the global model's, or, where clients train
+    def client_qualities(self) -> list[float]:
+        """Quality at each client that was evaluated: the global model's, or, where clients train
         alone and there is none, their own models'.
         """
-        found = [c.global_accuracy for c in self.clients if c.global_accuracy is not None]
-        return found or [c.local_accuracy for c in self.clients if c.local_accuracy is not None]
+        found = [c.global_quality for c in self.clients if c.global_quality is not None]
+        return found or [c.local_quality for c in self.clients if c.local_quality is not None]
 
     @property
     def gap(self) -> float | None:
-        """Mean of local minus global accuracy over the clients that have both."""
+        """Mean of local minus global quality over the clients that have both."""
         return mean_or_none(
             [
-                c.local_accuracy - c.global_accuracy
+                c.local_quality - c.global_quality
                 for c in self.clients
-                if c.local_accuracy is not None and c.global_accuracy is not None
+                if c.local_quality is not None and c.global_quality is not None
             ]
         )
 
@@ -153,7 +215,8 @@ class Partition:
 class Summary:
     """The outcome as the engine wrote it; of an unfinished run, as far as the rounds tell it.
 
-    ``rounds`` are those planned, which a finished run has completed.
+    ``rounds`` are those planned, which a finished run has completed. ``quality``,
+    ``best_quality``, those of the clients and ``target`` are on the run's measure.
     """
 
     recipe: str
@@ -161,8 +224,8 @@ class Summary:
     seed: int | None
     rounds: int
     finished: bool
-    accuracy: float | None = None
-    best_accuracy: float | None = None
+    quality: float | None = None
+    best_quality: float | None = None
     worst_client: float | None = None
     mean_client: float | None = None
     best_client: float | None = None
@@ -172,15 +235,32 @@ class Summary:
     peak_memory_bytes: int | None = None
     git: str | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
-    target_accuracy: float | None = None
+    target: float | None = None
     rounds_to_target: int | None = None
     bytes_to_target: int | None = None
+
+
+@dataclass(frozen=True)
+class Sample:
+    """The beginning of a held-out text, its own continuation, and those of the two models.
+
+    ``client`` names whose model it is where there is no global one.
+    """
+
+    domain: str
+    prompt: str
+    reference: str
+    before: str
+    after: str
+    client: str | None = None
 
 
 @dataclass(frozen=True)
 class RunRecord:
     """A run folder, read and checked.
 
+    ``measure`` is what the quality of its models is measured in, and ``sample`` one text that a
+    language model continued.
     ``interrupted_line`` says that the last line of ``metrics.jsonl`` was cut off in the middle, and
     ``not_finite`` counts the NaN and infinite numbers that were read as ``None``.
     """
@@ -193,6 +273,8 @@ class RunRecord:
     summary: Summary
     interrupted_line: bool = False
     not_finite: int = 0
+    measure: Measure = ACCURACY
+    sample: Sample | None = None
 
     @cached_property
     def trained(self) -> tuple[RoundRecord, ...]:
@@ -202,12 +284,12 @@ class RunRecord:
     @cached_property
     def evaluated(self) -> tuple[RoundRecord, ...]:
         """The rounds, the initial one included, in which the global model was evaluated."""
-        return tuple(r for r in self.rounds if r.accuracy is not None)
+        return tuple(r for r in self.rounds if r.quality is not None)
 
     @cached_property
     def client_evaluated(self) -> tuple[RoundRecord, ...]:
-        """The rounds with an accuracy at the clients."""
-        return tuple(r for r in self.rounds if r.client_accuracies)
+        """The rounds with a quality at the clients."""
+        return tuple(r for r in self.rounds if r.client_qualities)
 
     @cached_property
     def cumulated(self) -> dict[int, tuple[Traffic, Traffic]]:
@@ -234,9 +316,24 @@ class RunRecord:
         return Counter(flag for r in self.rounds for flag in set(r.flags))
 
     @property
+    def privacy(self) -> PrivacySpent | None:
+        """What had been spent after the last round; None of a run without differential privacy."""
+        return self.rounds[-1].privacy if self.rounds else None
+
+    @property
+    def central_privacy(self) -> CentralPrivacySpent | None:
+        """The same of whole clients."""
+        return self.rounds[-1].central_privacy if self.rounds else None
+
+    @property
     def gap(self) -> float | None:
-        """Local minus global accuracy in the last round that has both."""
+        """Local minus global quality in the last round that has both."""
         return next((r.gap for r in reversed(self.rounds) if r.gap is not None), None)
+
+    @property
+    def majority_rate(self) -> float | None:
+        """What always naming the most frequent class would reach; None where none is named."""
+        return self.partition.majority_rate if self.measure == ACCURACY else None
 
     def mean_over_modules(self, quantity: str) -> float | None:
         """Mean over rounds of the mean over modules of a :class:`ModuleRound` field."""

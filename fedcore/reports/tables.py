@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from fedcore.data.measures import ACCURACY, PERPLEXITY
 from fedcore.reports.comparison import comparison_rows
 from fedcore.reports.formatting import (
     DASH,
@@ -17,7 +18,7 @@ from fedcore.reports.formatting import (
     with_half_width,
 )
 from fedcore.reports.grid import Column, Grid, stacked
-from fedcore.reports.record import RunRecord, mean_or_none
+from fedcore.reports.record import RunRecord, Sample, mean_or_none
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -32,6 +33,7 @@ __all__ = [
     "outcome_grid",
     "run_grid",
     "run_table",
+    "sample_grid",
     "traffic_grid",
 ]
 
@@ -43,11 +45,19 @@ _ROUND_NOTE = (
 
 _OUTCOME_NOTE = (
     "± is the half-width of the 95% Student-t interval over seeds; a dash in its place means that "
-    "one run has no interval. Accuracy: on all held-out examples; where every client has a model "
-    "of its own, the mean over these. Mean and worst client, local − global: on the clients' own "
-    "held-out shards, last round. Rounds to target: median (runs that reached it). Error: mean "
-    "over rounds and modules."
+    "one run has no interval. First column of qualities: on all held-out examples; where every "
+    "client has a model of its own, the mean over these. Mean and worst client, local − global: on "
+    "the clients' own held-out shards, last round. Rounds to target: median (runs that reached "
+    "it). Error: mean over rounds and modules."
 )
+
+_SENSE = {
+    ACCURACY.name: "",
+    PERPLEXITY.name: (
+        " Perplexity, the exponential of the mean loss of a token: lower is better, and a negative "
+        "local − global says that the clients' own models are the better ones."
+    ),
+}
 
 _FAILED_NOTE = " † failed: no better than always naming the most frequent class."
 
@@ -59,49 +69,51 @@ _TRAFFIC_NOTE = (
 
 def run_grid(record: RunRecord) -> Grid:
     """One row per round in which the global model was evaluated."""
-    rows = []
+    rows, measure = [], record.measure
+    # A language model has no head to send; empty columns would push figures off a terminal.
+    heads = any(up.head or down.head for up, down in record.cumulated.values())
     for r in record.rounds:
-        at_clients = r.client_accuracies
-        if r.accuracy is None and not at_clients:
+        at_clients = r.client_qualities
+        if r.quality is None and not at_clients:
             continue
         up, down = record.cumulated[r.index]
         rows.append(
             (
                 str(r.done),
-                rate(r.accuracy),
+                rate(r.quality),
                 rate(r.loss),
-                rate(min(at_clients, default=None)),
+                rate(measure.worst(at_clients)),
                 rate(mean_or_none(at_clients)),
-                rate(max(at_clients, default=None)),
+                rate(measure.best(at_clients)),
                 megabytes(up.adapter),
                 megabytes(down.adapter),
-                megabytes(up.head),
-                megabytes(down.head),
+                *([megabytes(up.head), megabytes(down.head)] if heads else []),
                 scientific(mean_or_none(r.module_values("aggregation_error"))),
                 scientific(mean_or_none(r.module_values("factor_drift"))),
             )
         )
     headings = (
-        *("round", "accuracy", "loss", "worst", "mean", "best"),
+        *("round", measure.name, "loss", "worst", "mean", "best"),
         *("adapter\nMB\N{NO-BREAK SPACE}↑", "adapter\nMB\N{NO-BREAK SPACE}↓"),
-        *("head\nMB\N{NO-BREAK SPACE}↑", "head\nMB\N{NO-BREAK SPACE}↓", "error", "drift"),
+        *(["head\nMB\N{NO-BREAK SPACE}↑", "head\nMB\N{NO-BREAK SPACE}↓"] if heads else []),
+        *("error", "drift"),
     )
     columns = tuple(Column(heading) for heading in headings)
-    return Grid("Rounds", columns, tuple(rows), _ROUND_NOTE)
+    return Grid("Rounds", columns, tuple(rows), _ROUND_NOTE + _SENSE[record.measure.name])
 
 
 def final_grid(record: RunRecord) -> Grid:
     """The outcome, a row a quantity."""
-    s = record.summary
+    s, name = record.summary, record.measure.name
     phases = " · ".join(f"{phase} {duration(value)}" for phase, value in s.seconds.items())
     rows = [
-        ("held-out accuracy", rate(s.accuracy)),
-        ("best accuracy of any round", rate(s.best_accuracy)),
+        (f"held-out {name}", rate(s.quality)),
+        (f"best {name} of any round", rate(s.best_quality)),
         (
             "clients: worst · mean · best",
             f"{rate(s.worst_client)} · {rate(s.mean_client)} · {rate(s.best_client)}",
         ),
-        ("local − global accuracy", signed(record.gap)),
+        (f"local − global {name}", signed(record.gap)),
         ("adapter traffic", f"{megabytes(s.bytes_up.adapter)} ↑ / {_down(record)} ↓ MB"),
         (
             "head traffic",
@@ -111,6 +123,7 @@ def final_grid(record: RunRecord) -> Grid:
         ("aggregation error", scientific(record.mean_over_modules("aggregation_error"))),
         ("factor drift", scientific(record.mean_over_modules("factor_drift"))),
         *_upload_error(record),
+        *_epsilons(record),
         ("time", f"{duration(sum(s.seconds.values()))} ({phases})" if s.seconds else DASH),
         (
             "peak memory",
@@ -121,6 +134,33 @@ def final_grid(record: RunRecord) -> Grid:
     if not s.finished:
         title += " (not finished)"
     return Grid(title, (Column("", number=False), Column("", number=False)), tuple(rows))
+
+
+def sample_grid(sample: Sample) -> Grid:
+    """One held-out text, continued by the model before and after training."""
+    whose = f" of {sample.client}" if sample.client else ""
+    rows = (
+        ("given", sample.prompt),
+        ("before", sample.before),
+        (f"after{whose}", sample.after),
+        ("the text itself", sample.reference),
+    )
+    columns = (Column("", number=False), Column("", number=False))
+    note = "The likeliest token each time. One text shows what changed, not how good it is."
+    return Grid(f"A held-out text ({sample.domain}), continued", columns, rows, note)
+
+
+def _epsilons(record: RunRecord) -> list[tuple[str, str]]:
+    rows = []
+    spent, central = record.privacy, record.central_privacy
+    if spent is not None and spent.largest is not None:
+        client, epsilon = spent.largest
+        at = f"delta {scientific(spent.delta)} ({client}, {spent.accountant})"
+        rows.append(("largest epsilon of an example", f"{significant(epsilon)} at {at}"))
+    if central is not None:
+        at = f"delta {scientific(central.delta)} ({central.accountant})"
+        rows.append(("epsilon of a whole client", f"{significant(central.epsilon)} at {at}"))
+    return rows
 
 
 def _upload_error(record: RunRecord) -> list[tuple[str, str]]:
@@ -135,12 +175,12 @@ def _down(record: RunRecord) -> str:
 
 def _target(record: RunRecord) -> str:
     s = record.summary
-    if s.target_accuracy is None:
+    if s.target is None:
         return DASH
     if s.rounds_to_target is None:
-        return f"{DASH} ({rate(s.target_accuracy)} not reached)"
+        return f"{DASH} ({rate(s.target)} not reached)"
     return (
-        f"{s.rounds_to_target} (accuracy {rate(s.target_accuracy)}, "
+        f"{s.rounds_to_target} ({record.measure.name} {rate(s.target)}, "
         f"{megabytes(s.bytes_to_target)} MB)"
     )
 
@@ -148,13 +188,14 @@ def _target(record: RunRecord) -> str:
 def outcome_grid(rows: Sequence[Mapping[str, Any]]) -> Grid:
     """What the runs reached: the quality half of :func:`comparison_rows` as text."""
     cells = []
+    name = rows[0]["measure"] if rows else ACCURACY.name
     for row in rows:
         unfinished = f" (+{row['unfinished']} unfinished)" if row["unfinished"] else ""
         cells.append(
             (
                 *_names(row),
                 f"{row['runs']}{unfinished}",
-                with_half_width(rate(row["accuracy_mean"]), row["accuracy_half_width"]),
+                with_half_width(rate(row[f"{name}_mean"]), row[f"{name}_half_width"]),
                 rate(row["mean_client_mean"]),
                 with_half_width(rate(row["worst_client_mean"]), row["worst_client_half_width"]),
                 signed(row["gap_mean"]),
@@ -164,10 +205,11 @@ def outcome_grid(rows: Sequence[Mapping[str, Any]]) -> Grid:
             )
         )
     headings = (
-        *("runs", "accuracy", "mean\nclient", "worst client"),
+        *("runs", name, "mean\nclient", "worst client"),
         *("local −\nglobal", "rounds to\ntarget", "error"),
     )
-    note = _OUTCOME_NOTE + _FAILED_NOTE * any(row["below_majority"] for row in rows)
+    failed = _FAILED_NOTE * any(row["below_majority"] for row in rows)
+    note = _OUTCOME_NOTE + _SENSE[name] + failed
     return Grid("Outcome", _columns(rows, *headings, "time"), tuple(cells), note)
 
 

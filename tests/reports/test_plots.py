@@ -21,8 +21,8 @@ from fedcore.reports.record import RunRecord
 from tests.reports.fake_run import module_names, write_fake_run
 
 RUN_PLOTS = (
-    plots.accuracy_by_round,
-    plots.accuracy_by_bytes,
+    plots.quality_by_round,
+    plots.quality_by_bytes,
     plots.client_spread,
     plots.aggregation_error,
     plots.factor_drift,
@@ -62,12 +62,12 @@ def without_overlaps(figure: Figure) -> None:
 
 
 def test_curves_show_the_records_numbers(record: RunRecord):
-    upper, lower = plots.accuracy_by_round(record).axes
+    upper, lower = plots.quality_by_round(record).axes
     x, y = upper.lines[0].get_data()
     assert list(x) == list(range(13))
     assert list(y) == [r.accuracy for r in record.rounds]
     assert list(lower.lines[1].get_ydata()) == [r.train_loss for r in record.trained]
-    (axes,) = plots.accuracy_by_bytes(record).axes
+    (axes,) = plots.quality_by_bytes(record).axes
     sent = [sum(t.adapter for t in record.cumulated[r.index]) / 1e6 for r in record.rounds]
     assert list(axes.lines[0].get_xdata()) == pytest.approx(sent)
     total = [sum(t.total for t in record.cumulated[r.index]) / 1e6 for r in record.rounds]
@@ -126,7 +126,7 @@ def test_figures_without_data_say_so(tmp_path: Path):
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()[:1]]
     (folder / "metrics.jsonl").write_text(json.dumps({**lines[0], "accuracy": None, "clients": []}))
     empty = read_run(folder)
-    for draw in (plots.accuracy_by_round, plots.accuracy_by_bytes, plots.client_spread):
+    for draw in (plots.quality_by_round, plots.quality_by_bytes, plots.client_spread):
         with pytest.raises(FedcoreError, match="evaluated"):
             draw(empty)
 
@@ -149,23 +149,23 @@ def test_comparison_bands_are_the_intervals(tmp_path: Path):
     ]
     groups = group_runs(runs)
     (axes,) = plots.compared_by_round(groups).axes
-    finals = [run.summary.accuracy for run in runs[:3]]
+    finals = [run.summary.quality for run in runs[:3]]
     half = 4.302652730 * np.std(finals, ddof=1) / np.sqrt(3)
     band = axes.collections[0].get_paths()[0].vertices
     at_end = band[band[:, 0] == 4][:, 1]
     assert at_end.max() == pytest.approx(np.mean(finals) + half)
     assert at_end.min() == pytest.approx(np.mean(finals) - half)
-    (dots,) = plots.final_accuracy(groups).axes
+    (dots,) = plots.final_quality(groups).axes
     assert [t.get_text() for t in dots.get_yticklabels()] == ["head_only", "fedit"]
     (by_bytes,) = plots.compared_by_bytes(groups).axes
     assert "head_only (no adapter sent)" in [t.get_text() for t in by_bytes.texts]
-    for draw in (plots.compared_by_round, plots.compared_by_bytes, plots.final_accuracy):
+    for draw in (plots.compared_by_round, plots.compared_by_bytes, plots.final_quality):
         without_overlaps(draw(groups))
-    lone = plots.final_accuracy(group_runs(runs[:1])).axes[0]
+    lone = plots.final_quality(group_runs(runs[:1])).axes[0]
     assert [t.get_text() for t in lone.texts] == [f"{finals[0]:.3f}, one run"]
     waiting = group_runs([replace(runs[0], summary=replace(runs[0].summary, finished=False))])
     with pytest.raises(FedcoreError, match="no run is finished"):
-        plots.final_accuracy(waiting)
+        plots.final_quality(waiting)
 
 
 def test_svg_is_self_contained_and_takes_the_pages_colours(record: RunRecord):
@@ -191,7 +191,7 @@ def test_drawing_leaves_no_pyplot_and_no_settings_behind(record: RunRecord):
     import matplotlib
 
     before = dict(matplotlib.rcParams)
-    plots.to_svg(plots.accuracy_by_round(record), "a")
+    plots.to_svg(plots.quality_by_round(record), "a")
     assert dict(matplotlib.rcParams) == before
 
 

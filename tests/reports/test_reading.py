@@ -80,7 +80,7 @@ def test_an_unfinished_run_is_read_up_to_its_last_whole_line(tmp_path: Path):
     assert record.rounds == whole.rounds
     s, expected = record.summary, whole.summary
     assert (s.recipe, s.method, s.seed) == ("bbc-news", "florg.truncated", 0)
-    assert (s.accuracy, s.best_accuracy) == (expected.accuracy, expected.best_accuracy)
+    assert (s.quality, s.best_quality) == (expected.quality, expected.best_quality)
     assert (s.worst_client, s.best_client) == (expected.worst_client, expected.best_client)
     assert s.mean_client == pytest.approx(expected.mean_client)
     assert (s.bytes_up, s.bytes_down) == (expected.bytes_up, expected.bytes_down)
@@ -90,7 +90,7 @@ def test_an_unfinished_run_is_read_up_to_its_last_whole_line(tmp_path: Path):
 def test_a_summary_that_says_unfinished_gives_names_and_the_rounds_give_numbers(run: Path):
     edit_file(run, "summary.json", finished=False, accuracy=None, rounds=100, method="fedit")
     record = read_run(run)
-    assert record.summary.accuracy == record.rounds[-1].accuracy
+    assert record.summary.quality == record.rounds[-1].accuracy
     assert (record.summary.method, record.summary.rounds) == ("fedit", 100)
 
 
@@ -98,7 +98,7 @@ def test_a_run_without_rounds_is_readable(run: Path):
     (run / "summary.json").unlink()
     (run / "metrics.jsonl").write_text("")
     record = read_run(run)
-    assert (record.rounds, record.summary.accuracy) == ((), None)
+    assert (record.rounds, record.summary.quality) == ((), None)
     assert record.summary.bytes_up == Traffic(0, 0)
 
 

@@ -73,9 +73,9 @@ def test_run_table_has_a_row_per_evaluated_round_with_cumulated_traffic(tmp_path
     assert rows[-1][3:6] == tuple(
         f"{v:.3f}"
         for v in (
-            min(last.client_accuracies),
-            sum(last.client_accuracies) / 3,
-            max(last.client_accuracies),
+            min(last.client_qualities),
+            sum(last.client_qualities) / 3,
+            max(last.client_qualities),
         )
     )
 

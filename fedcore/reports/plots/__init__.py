@@ -7,23 +7,23 @@ try:
 except ImportError as error:
     raise missing_extra("matplotlib", "run") from error
 
-from fedcore.reports.plots.accuracy import accuracy_by_bytes, accuracy_by_round
 from fedcore.reports.plots.clients import client_spread
-from fedcore.reports.plots.comparison import compared_by_bytes, compared_by_round, final_accuracy
+from fedcore.reports.plots.comparison import compared_by_bytes, compared_by_round, final_quality
 from fedcore.reports.plots.layers import aggregation_error, factor_drift
 from fedcore.reports.plots.output import to_png, to_svg
 from fedcore.reports.plots.partition import partition_picture
+from fedcore.reports.plots.quality import quality_by_bytes, quality_by_round
 
 __all__ = [
-    "accuracy_by_bytes",
-    "accuracy_by_round",
     "aggregation_error",
     "client_spread",
     "compared_by_bytes",
     "compared_by_round",
     "factor_drift",
-    "final_accuracy",
+    "final_quality",
     "partition_picture",
+    "quality_by_bytes",
+    "quality_by_round",
     "to_png",
     "to_svg",
 ]

@@ -28,7 +28,7 @@ _MOST_TICKS = 40
 def client_spread(record: RunRecord) -> Figure:
     """Worst, mean and best client over rounds, and all clients in the last evaluated round.
 
-    Every accuracy is on the client's own held-out shard; the mean is unweighted.
+    Every quality is on the client's own held-out shard; the mean is unweighted.
 
     Raises:
         FedcoreError: no client was evaluated.
@@ -38,21 +38,25 @@ def client_spread(record: RunRecord) -> Figure:
         raise FedcoreError(f"{record.folder}: no client was evaluated, so there is no spread")
     figure = new_figure(4.9)
     upper, lower = figure.subplots(2, 1)
-    _over_rounds(dress(upper, "rounds completed", "client accuracy"), record)
-    _by_client(dress(lower, y="client accuracy"), rounds[-1].clients, rounds[-1].done)
+    name = record.measure.name
+    _over_rounds(dress(upper, "rounds completed", f"client {name}"), record)
+    axes = dress(lower, y=f"client {name}")
+    _by_client(axes, rounds[-1].clients, rounds[-1].done)
+    axes.set_xlabel(f"{axes.get_xlabel()}, by {name}")
     return figure
 
 
 def _over_rounds(axes: Axes, record: RunRecord) -> None:
     rounds = record.client_evaluated
     done = [r.done for r in rounds]
-    worst = [min(r.client_accuracies) for r in rounds]
-    best = [max(r.client_accuracies) for r in rounds]
-    mean = [fmean(r.client_accuracies) for r in rounds]
-    alone = all(c.global_accuracy is None for r in rounds for c in r.clients)
+    low = [min(r.client_qualities) for r in rounds]
+    high = [max(r.client_qualities) for r in rounds]
+    worst, best = (high, low) if record.measure.lower_is_better else (low, high)
+    mean = [fmean(r.client_qualities) for r in rounds]
+    alone = all(c.global_quality is None for r in rounds for c in r.clients)
     color = LOCAL if alone else GLOBAL
-    axes.fill_between(done, worst, best, color=color, alpha=0.15, linewidth=0)
-    axes.vlines(done, worst, best, color=color, alpha=0.35, linewidth=0.8)
+    axes.fill_between(done, low, high, color=color, alpha=0.15, linewidth=0)
+    axes.vlines(done, low, high, color=color, alpha=0.35, linewidth=0.8)
     axes.plot(done, mean, color=color, **line_style(len(done)))
     whose = "own models" if alone else "global model"
     ends = [
@@ -60,9 +64,9 @@ def _over_rounds(axes: Axes, record: RunRecord) -> None:
         EndLabel(done[-1], mean[-1], f"mean, {whose}", color),
         EndLabel(done[-1], worst[-1], "worst client", color),
     ]
-    if len(rounds[-1].client_accuracies) == 1:
+    if len(rounds[-1].client_qualities) == 1:
         ends = [EndLabel(done[-1], mean[-1], whose, color)]
-    own = [(r.done, [c.local_accuracy for c in r.clients]) for r in rounds]
+    own = [(r.done, [c.local_quality for c in r.clients]) for r in rounds]
     local = [(d, fmean(known)) for d, v in own if (known := [a for a in v if a is not None])]
     if local and not alone:
         # A single point makes no line to be seen.
@@ -76,21 +80,21 @@ def _over_rounds(axes: Axes, record: RunRecord) -> None:
 
 
 def _by_client(axes: Axes, clients: tuple[ClientRound, ...], done: int) -> None:
-    shown = [c for c in clients if c.global_accuracy is not None or c.local_accuracy is not None]
+    shown = [c for c in clients if c.global_quality is not None or c.local_quality is not None]
     shown.sort(key=lambda c: (_either(c), c.client))
     prefix, names = short_names([c.client for c in shown])
     both = [
-        (x, c.global_accuracy, c.local_accuracy)
+        (x, c.global_quality, c.local_quality)
         for x, c in enumerate(shown)
-        if c.global_accuracy is not None and c.local_accuracy is not None
+        if c.global_quality is not None and c.local_quality is not None
     ]
     for x, there, own in both:
         axes.plot([x, x], [there, own], color=MUTED, linewidth=1.0, zorder=2)
     size = 5.0 if len(shown) <= 30 else 3.5
     ends = []
     for values, marker, color, name in (
-        ([c.global_accuracy for c in shown], "o", GLOBAL, "global model"),
-        ([c.local_accuracy for c in shown], "s", LOCAL, "own model"),
+        ([c.global_quality for c in shown], "o", GLOBAL, "global model"),
+        ([c.local_quality for c in shown], "s", LOCAL, "own model"),
     ):
         points = [(x, value) for x, value in enumerate(values) if value is not None]
         if points:
@@ -112,11 +116,11 @@ def _by_client(axes: Axes, clients: tuple[ClientRound, ...], done: int) -> None:
     axes.grid(axis="x", visible=False)
     axes.set_xlim(-0.5, len(shown) - 0.5)
     start = f" ({plain(prefix)}…)" if prefix else ""
-    axes.set_xlabel(f"clients{start} after round {done}, by accuracy")
+    axes.set_xlabel(f"clients{start} after round {done}")
     freeze(axes)
     label_ends(axes, ends)
 
 
 def _either(client: ClientRound) -> float:
-    found = client.global_accuracy
-    return (client.local_accuracy or 0.0) if found is None else found
+    found = client.global_quality
+    return (client.local_quality or 0.0) if found is None else found

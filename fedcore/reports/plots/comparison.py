@@ -1,4 +1,4 @@
-"""Methods side by side: accuracy against rounds and bytes, and where each ends."""
+"""Methods side by side: quality against rounds and bytes, and where each ends."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from fedcore.errors import FedcoreError
-from fedcore.reports.comparison import RunGroup, common_target
+from fedcore.reports.comparison import RunGroup, common_target, group_measure
 from fedcore.reports.formatting import rate
 from fedcore.reports.intervals import estimate
 from fedcore.reports.plots.labels import EndLabel, label_ends, plain
@@ -37,24 +37,24 @@ MOST_DIRECT = 6
 
 @dataclass(frozen=True)
 class _Curve:
-    """A group's accuracy over the rounds that all of its runs evaluated."""
+    """A group's quality over the rounds that all of its runs evaluated."""
 
     group: RunGroup
     style: dict[str, Any]
     x: tuple[float, ...]
-    accuracy: tuple[float, ...]
+    quality: tuple[float, ...]
     band: tuple[tuple[float | None, float | None], ...]
 
 
 def compared_by_round(groups: Sequence[RunGroup]) -> Figure:
-    """Mean held-out accuracy against rounds; the band is the 95% Student-t interval over seeds.
+    """Mean held-out quality against rounds; the band is the 95% Student-t interval over seeds.
 
     Raises:
         FedcoreError: no run is finished and evaluated.
     """
     curves = _curves(groups, lambda run, index: float(index + 1))
     figure = new_figure(_height(curves))
-    axes = dress(figure.subplots(), "rounds completed", "held-out accuracy")
+    axes = dress(figure.subplots(), "rounds completed", _held_out(groups))
     _draw(axes, curves)
     whole_numbers(axes)
     _finish(axes, groups, curves)
@@ -62,9 +62,9 @@ def compared_by_round(groups: Sequence[RunGroup]) -> Figure:
 
 
 def compared_by_bytes(groups: Sequence[RunGroup]) -> Figure:
-    """Mean held-out accuracy against the adapter bytes sent by all clients, up and down.
+    """Mean held-out quality against the adapter bytes sent by all clients, up and down.
 
-    A method that sends no adapter is a horizontal line at its final accuracy. The axis is
+    A method that sends no adapter is a horizontal line at its final quality. The axis is
     logarithmic once one method sends ten times what another does.
 
     Raises:
@@ -77,7 +77,7 @@ def compared_by_bytes(groups: Sequence[RunGroup]) -> Figure:
     totals = [curve.x[-1] for curve in sending]
     figure = new_figure(_height(curves))
     axes = dress(
-        figure.subplots(), "adapter traffic, up and down, all clients (MB)", "held-out accuracy"
+        figure.subplots(), "adapter traffic, up and down, all clients (MB)", _held_out(groups)
     )
     if max(totals) >= 10 * min(totals):
         axes.set_xscale("log")
@@ -88,13 +88,13 @@ def compared_by_bytes(groups: Sequence[RunGroup]) -> Figure:
     silent = [_as_level(curve, axes) for curve in curves if curve.x[-1] == 0]
     _draw(axes, sending)
     for curve in silent:
-        axes.axhline(curve.accuracy[-1], color=curve.style["color"], linestyle=":")
+        axes.axhline(curve.quality[-1], color=curve.style["color"], linestyle=":")
     _finish(axes, groups, [*sending, *silent])
     return figure
 
 
-def final_accuracy(groups: Sequence[RunGroup]) -> Figure:
-    """Final held-out accuracy of every run, with mean and 95% Student-t interval a group.
+def final_quality(groups: Sequence[RunGroup]) -> Figure:
+    """Final held-out quality of every run, with mean and 95% Student-t interval a group.
 
     A group of one run has a hollow dot and no interval.
 
@@ -103,14 +103,15 @@ def final_accuracy(groups: Sequence[RunGroup]) -> Figure:
     """
     found = []
     for style, group in zip(_styles(groups), groups, strict=True):
-        seeds = [a for run in group.runs if (a := run.summary.accuracy) is not None]
+        seeds = [a for run in group.runs if (a := run.summary.quality) is not None]
         if seeds:
             found.append((style["color"], group.label, seeds, estimate(seeds)))
     if not found:
-        raise FedcoreError("no run is finished, so there is no final accuracy to draw")
+        name = group_measure(groups).name
+        raise FedcoreError(f"no run is finished, so there is no final {name} to draw")
     found.sort(key=lambda item: item[3].mean or 0.0)
     figure = new_figure(0.9 + 0.3 * max(len(found), 2))
-    axes = dress(figure.subplots(), "final held-out accuracy")
+    axes = dress(figure.subplots(), f"final {_held_out(groups)}")
     for y, (color, _, seeds, result) in enumerate(found):
         mean, low, high = result.mean or 0.0, result.low, result.high
         text, fill = f"{rate(mean)}, one run", PAPER
@@ -142,7 +143,7 @@ def _curves(
 ) -> list[_Curve]:
     curves = []
     for style, group in zip(_styles(groups), groups, strict=True):
-        runs = [{r.index: r.accuracy for r in run.evaluated} for run in group.runs]
+        runs = [{r.index: r.quality for r in run.evaluated} for run in group.runs]
         indices = sorted(set.intersection(*(set(run) for run in runs))) if runs else []
         if indices:
             x = tuple(fmean([position(run, index) for run in group.runs]) for index in indices)
@@ -150,7 +151,7 @@ def _curves(
             means = tuple(e.mean for e in found if e.mean is not None)
             curves.append(_Curve(group, style, x, means, tuple((e.low, e.high) for e in found)))
     if not curves:
-        raise FedcoreError("no run is finished and evaluated, so there is no accuracy to draw")
+        raise FedcoreError("no run is finished and evaluated, so there is no quality to draw")
     return curves
 
 
@@ -162,17 +163,13 @@ def _adapter_megabytes(run: RunRecord, index: int) -> float:
 def _from_first_byte(curve: _Curve) -> _Curve:
     """The curve without the points before any traffic, which a logarithmic axis cannot show."""
     start = next(i for i, x in enumerate(curve.x) if x > 0)
-    return replace(
-        curve, x=curve.x[start:], accuracy=curve.accuracy[start:], band=curve.band[start:]
-    )
+    return replace(curve, x=curve.x[start:], quality=curve.quality[start:], band=curve.band[start:])
 
 
 def _as_level(curve: _Curve, axes: Axes) -> _Curve:
     """The end of a curve without adapter traffic, named at the right-hand edge."""
     style = {**curve.style, "linestyle": ":", "marker": ""}
-    return replace(
-        curve, style=style, x=(axes.get_xlim()[1],), accuracy=curve.accuracy[-1:], band=()
-    )
+    return replace(curve, style=style, x=(axes.get_xlim()[1],), quality=curve.quality[-1:], band=())
 
 
 def _height(curves: Sequence[_Curve]) -> float:
@@ -186,7 +183,7 @@ def _draw(axes: Axes, curves: Sequence[_Curve]) -> None:
         if banded and len(curves) <= MOST_DIRECT:
             x, low, high = (list(column) for column in zip(*banded, strict=True))
             axes.fill_between(x, low, high, color=curve.style["color"], alpha=0.12, linewidth=0)
-        axes.plot(curve.x, curve.accuracy, **curve.style, markersize=3, linewidth=1.4)
+        axes.plot(curve.x, curve.quality, **curve.style, markersize=3, linewidth=1.4)
 
 
 def _finish(axes: Axes, groups: Sequence[RunGroup], curves: Sequence[_Curve]) -> None:
@@ -194,12 +191,13 @@ def _finish(axes: Axes, groups: Sequence[RunGroup], curves: Sequence[_Curve]) ->
     target = common_target(groups)
     if target is not None:
         axes.axhline(target, color=MUTED, linewidth=0.9, linestyle=TARGET_DASH)
-    # An interval may pass 0 or 1; the picture stops there.
+    # An interval may pass what is possible; the picture stops there.
+    measure = group_measure(groups)
     low, high = axes.get_ylim()
-    axes.set_ylim(max(low, -0.02), min(high, 1.02))
+    axes.set_ylim(max(low, measure.least - 0.02), min(high, measure.most + 0.02))
     freeze(axes)
     right = axes.get_xlim()[1]
-    ordered = sorted(curves, key=lambda curve: -curve.accuracy[-1])
+    ordered = sorted(curves, key=lambda curve: -curve.quality[-1])
     if len(curves) > MOST_DIRECT:
         handles = [
             Line2D([], [], **curve.style, markersize=3, label=plain(_name(curve)))
@@ -219,12 +217,16 @@ def _finish(axes: Axes, groups: Sequence[RunGroup], curves: Sequence[_Curve]) ->
         )
         return
     ends = [
-        EndLabel(curve.x[-1], curve.accuracy[-1], _name(curve), curve.style["color"])
+        EndLabel(curve.x[-1], curve.quality[-1], _name(curve), curve.style["color"])
         for curve in ordered
     ]
     if target is not None:
         ends.append(EndLabel(right, target, f"target {rate(target)}", MUTED))
     label_ends(axes, ends)
+
+
+def _held_out(groups: Sequence[RunGroup]) -> str:
+    return f"held-out {group_measure(groups).name}"
 
 
 def _name(curve: _Curve) -> str:

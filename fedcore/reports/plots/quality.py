@@ -1,4 +1,4 @@
-"""How one run learns: accuracy and loss against rounds, accuracy against bytes."""
+"""How one run learns: quality and loss against rounds, quality against bytes."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from fedcore.reports.plots.style import (
 from fedcore.reports.record import RunRecord
 
 
-def accuracy_by_round(record: RunRecord) -> Figure:
-    """Held-out accuracy above, held-out and training loss below, against rounds completed.
+def quality_by_round(record: RunRecord) -> Figure:
+    """Held-out quality above, held-out and training loss below, against rounds completed.
 
     Raises:
         FedcoreError: no round was evaluated.
     """
-    points = _accuracies(record)
+    points = _qualities(record)
     losses = [
         ("held-out", GLOBAL, [(r.done, r.loss) for r in record.rounds if r.loss is not None]),
         (
@@ -40,7 +40,7 @@ def accuracy_by_round(record: RunRecord) -> Figure:
     losses = [curve for curve in losses if curve[2]]
     figure = new_figure(4.2 if losses else 2.6)
     panels = figure.subplots(2 if losses else 1, 1, sharex=True, squeeze=False)[:, 0]
-    upper = dress(panels[0], y="held-out accuracy")
+    upper = dress(panels[0], y=f"held-out {record.measure.name}")
     style = line_style(len(points))
     upper.plot(*zip(*points, strict=True), color=GLOBAL, **style)
     whole_numbers(upper)
@@ -50,7 +50,9 @@ def accuracy_by_round(record: RunRecord) -> Figure:
         for name, color, curve in losses:
             lower.plot(*zip(*curve, strict=True), color=color, **line_style(len(curve)))
             ends.append(EndLabel(*curve[-1], name, color))
-        lower.set_ylim(0, 1.06 * max(value for _, _, curve in losses for _, value in curve))
+        if not record.measure.lower_is_better:
+            # From zero, which a loss approaches; that of a language model moves far above it.
+            lower.set_ylim(0, 1.06 * max(value for _, _, curve in losses for _, value in curve))
         freeze(lower)
         label_ends(lower, ends)
     panels[-1].set_xlabel("rounds completed")
@@ -59,15 +61,15 @@ def accuracy_by_round(record: RunRecord) -> Figure:
     return figure
 
 
-def accuracy_by_bytes(record: RunRecord) -> Figure:
-    """Held-out accuracy against the bytes sent so far, up and down, by all clients.
+def quality_by_bytes(record: RunRecord) -> Figure:
+    """Held-out quality against the bytes sent so far, up and down, by all clients.
 
     Adapters alone, and adapters with the head where one travels.
 
     Raises:
         FedcoreError: no round was evaluated, or nothing was sent.
     """
-    accuracies = [accuracy for _, accuracy in _accuracies(record)]
+    qualities = [quality for _, quality in _qualities(record)]
     sent = [record.cumulated[r.index] for r in record.evaluated]
     adapter = [(up.adapter + down.adapter) / 1e6 for up, down in sent]
     everything = [(up.total + down.total) / 1e6 for up, down in sent]
@@ -75,34 +77,37 @@ def accuracy_by_bytes(record: RunRecord) -> Figure:
         raise FedcoreError(f"{record.folder}: nothing was sent, so there is no traffic to draw")
     figure = new_figure(2.8)
     axes = dress(
-        figure.subplots(), "sent so far, up and down, all clients (MB)", "held-out accuracy"
+        figure.subplots(),
+        "sent so far, up and down, all clients (MB)",
+        f"held-out {record.measure.name}",
     )
     ends = []
     if adapter[-1]:
-        axes.plot(adapter, accuracies, color=GLOBAL, **line_style(len(adapter)))
-        ends.append(EndLabel(adapter[-1], accuracies[-1], "adapter", GLOBAL))
+        axes.plot(adapter, qualities, color=GLOBAL, **line_style(len(adapter)))
+        ends.append(EndLabel(adapter[-1], qualities[-1], "adapter", GLOBAL))
     if everything != adapter:
-        axes.plot(everything, accuracies, color=LOCAL, linestyle="--", linewidth=1.2)
+        axes.plot(everything, qualities, color=LOCAL, linestyle="--", linewidth=1.2)
         name = "adapter + head" if adapter[-1] else "head"
-        ends.append(EndLabel(everything[-1], accuracies[-1], name, LOCAL))
+        ends.append(EndLabel(everything[-1], qualities[-1], name, LOCAL))
     axes.set_xlim(left=0)
     references = _reference_lines(axes, record)
     label_ends(axes, [*ends, *references])
     return figure
 
 
-def _accuracies(record: RunRecord) -> list[tuple[int, float]]:
-    points = [(r.done, r.accuracy) for r in record.rounds if r.accuracy is not None]
+def _qualities(record: RunRecord) -> list[tuple[int, float]]:
+    points = [(r.done, r.quality) for r in record.rounds if r.quality is not None]
     if not points:
-        raise FedcoreError(f"{record.folder}: no round was evaluated, so there is no accuracy")
+        name = record.measure.name
+        raise FedcoreError(f"{record.folder}: no round was evaluated, so there is no {name}")
     return points
 
 
 def _reference_lines(axes: Axes, record: RunRecord) -> list[EndLabel]:
     """The target and the majority rate, and the axes' final limits."""
     lines = [
-        (record.summary.target_accuracy, "target", TARGET_DASH),
-        (record.partition.majority_rate, "most frequent class", (0, (1, 2))),
+        (record.summary.target, "target", TARGET_DASH),
+        (record.majority_rate, "most frequent class", (0, (1, 2))),
     ]
     known = [(value, name, dash) for value, name, dash in lines if value is not None]
     for value, _, dash in known:
