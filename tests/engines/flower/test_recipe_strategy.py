@@ -1,5 +1,6 @@
 """A recipe's clients behind Flower's messages end with the local engine's bits."""
 
+import json
 import math
 
 import numpy as np
@@ -8,11 +9,12 @@ import torch
 from flwr.app import Context, RecordDict
 
 from fedcore.data.server_state import latest_state, read_state
+from fedcore.engines.flower.apps import serve
 from fedcore.engines.flower.arrays import to_arrays
 from fedcore.engines.flower.client import introduce, model_tensors
 from fedcore.engines.flower.memory import Memory
 from fedcore.engines.flower.recipe_strategy import RecipeStrategy
-from fedcore.engines.local import start
+from fedcore.engines.local import resume, start
 from fedcore.engines.observer import Observer
 from fedcore.engines.workbench import build_workbench
 from tests.engines.flower.grid import FakeGrid, recipe_nodes
@@ -198,6 +200,33 @@ def replace_node(context, node):
     return Context(
         run_id=context.run_id, node_id=node, node_config={}, state=RecordDict(), run_config={}
     )
+
+
+@pytest.mark.parametrize("method", ["rolora", "fedex"])
+def test_a_run_that_was_killed_goes_on_to_the_same_bits(method, home, tmp_path):
+    recipe = tiny_recipe(home, **{"method.name": method, "rounds": 4})
+
+    def rounds(bench, folder, state, observer):
+        # Nodes that were started anew: they hold nothing of the run.
+        grid = FakeGrid(recipe_nodes(build_workbench(recipe, Observer())))
+        yield from serve(bench, folder, grid, observer).states
+
+    class Killed(Observer):
+        def round_finished(self, record):
+            if record["round"] == 1:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        start(recipe, tmp_path / "run", Killed(), rounds=rounds)
+    assert read_state(latest_state(tmp_path / "run" / "state")).round == 2
+    resume(tmp_path / "run", rounds=rounds)
+    found = read_state(latest_state(tmp_path / "run" / "state"))
+    expected = local_state(recipe, tmp_path / "local")
+    assert found.round == 4
+    assert torch.equal(found.row, expected.row)
+    assert found.residual.keys() == expected.residual.keys()
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
+    assert [line["round"] for line in lines] == [-1, 0, 1, 2, 3]
 
 
 def test_a_codec_of_two_bytes_halves_what_travels(home):
