@@ -54,11 +54,8 @@ class ServerState:
     def stale_for(self, client_id: str) -> FactorLayout:
         """What ``client_id`` must download: the slots that changed since it last took part."""
         seen = self.client_versions.get(client_id, -2)
-        newer = [slot for slot in self.layout if self.versions.get(slot.name, -1) > seen]
-        return FactorLayout.build(
-            [(s.module, s.factor, s.rows, s.width) for s in newer if not s.dense],
-            [(s.module, s.shape) for s in newer if s.shape is not None],
-        )
+        names = (slot.name for slot in self.layout)
+        return self.layout.part(name for name in names if self.versions.get(name, -1) > seen)
 
     def stale_residual(self, client_id: str) -> int:
         """Numbers that ``client_id`` must download to hold the residual: the increments that it

@@ -31,7 +31,8 @@ class RobustMedian(RobustMethod):
     out. It holds against less than half of the clients.
 
     Under skewed data the spread of honest clients is wide and so is the threshold; a faulty client
-    that stays within it passes.
+    that stays within it passes. Among few clients MAD may be small by chance, and honest ones are
+    left out as well.
 
     Source: ours.
 

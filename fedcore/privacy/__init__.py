@@ -1,5 +1,6 @@
-"""What a server may learn of its clients: sums that hide their terms."""
+"""What others may learn of a client: secure sums, differential privacy, and an audit of uploads."""
 
+from fedcore.privacy.keyed_stream import KeyedStream
 from fedcore.privacy.secure_sum import SecureMean, SecureSum
 
-__all__ = ["SecureMean", "SecureSum"]
+__all__ = ["KeyedStream", "SecureMean", "SecureSum"]

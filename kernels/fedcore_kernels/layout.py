@@ -196,9 +196,14 @@ class FactorLayout:
     def select(self, factors: Iterable[str], dense: bool = True) -> FactorLayout:
         """A layout of its own with only the named ``factors`` and, if asked, the dense slots."""
         kept = set(factors)
+        return self.part(s.name for s in self.slots if (dense if s.dense else s.factor in kept))
+
+    def part(self, names: Iterable[str]) -> FactorLayout:
+        """A layout of its own with only the slots called ``names``, of which all are in it."""
+        slots = [self.by_name[name] for name in names]
         return FactorLayout.build(
-            [(s.module, s.factor, s.rows, s.width) for s in self.factor_slots if s.factor in kept],
-            [(s.module, s.shape) for s in self.dense_slots if s.shape is not None] if dense else [],
+            [(s.module, s.factor, s.rows, s.width) for s in slots if not s.dense],
+            [(s.module, s.shape) for s in slots if s.shape is not None],
         )
 
     def gather(self, flat: Tensor, part: FactorLayout) -> Tensor:

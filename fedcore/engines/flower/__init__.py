@@ -1,7 +1,9 @@
 """Flower: its server with any method of ours, its clients with any recipe of ours.
 
 ``FedLoRA`` is a strategy of Flower's Message API for every app whose clients send adapters by
-PEFT's keys. ``jobs`` runs a whole recipe, to the bits of the local engine.
+PEFT's keys, ``secure_sums.SecureFedLoRA`` one of its older API for secure aggregation. A whole
+recipe runs in Flower's ``simulation``, or as the app of an ``app_folder`` on many machines, to the
+bits of the local engine.
 """
 
 from __future__ import annotations

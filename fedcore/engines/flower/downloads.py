@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from flwr.app import ConfigRecord, RecordDict
 from torch import Tensor
 
@@ -15,6 +16,7 @@ from fedcore.engines.flower.arrays import to_arrays
 from fedcore.engines.flower.orders import BROADCAST, PERSONAL, RESIDUAL, Order
 from fedcore.engines.flower.wire import Wire
 from fedcore.methods.base import Broadcast, Method
+from fedcore_kernels.layout import FactorLayout
 
 PERSONAL_PREFIX, TOLD_PREFIX = "personal:", "told:"
 """How the server's state names what it keeps for a client: rows that it has not seen yet, and what
@@ -66,9 +68,15 @@ def download(
     layout, own = state.layout, state.private.get(client, {})
     row = start_row(state, method, client, ranks)
     known = client in state.client_versions
-    # What a client of lower rank receives depends on more than the slots that changed.
-    everything = whole or ranks is not None or not known
-    part = layout if everything else state.stale_for(client)
+    held = own.get(HELD) if ranks is not None else None
+    everything = whole or not known or (ranks is not None and held is None)
+    if everything:
+        part = layout
+    elif held is not None:
+        # What a client of lower rank receives may differ in other slots than those that changed.
+        part = _differing(layout, row, held)
+    else:
+        part = state.stale_for(client)
     tensors = wire.pack(layout.gather(row, part), part, ranks)
     if whole or not known:
         tensors |= {wire.keys[name]: tensor for name, tensor in wire.constants.items()}
@@ -97,3 +105,10 @@ def download(
     if method.uploads == "statistics" and ranks is not None:
         content[BROADCAST] = to_arrays(wire.pack(state.row, layout))
     return Download(content, row)
+
+
+def _differing(layout: FactorLayout, row: Tensor, held: Tensor) -> FactorLayout:
+    """The slots in which two rows differ."""
+    return layout.part(
+        s.name for s in layout if not torch.equal(layout.view(row, s), layout.view(held, s))
+    )

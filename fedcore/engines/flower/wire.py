@@ -76,8 +76,4 @@ class Wire:
         unknown = sorted(names - set(self.layout.by_name))
         if unknown:
             raise FedcoreError(f"{unknown[0]} is no tensor of the adapter")
-        slots = [slot for slot in self.layout if slot.name in names]
-        return FactorLayout.build(
-            [(s.module, s.factor, s.rows, s.width) for s in slots if not s.dense],
-            [(s.module, s.shape) for s in slots if s.shape is not None],
-        )
+        return self.layout.part(names)

@@ -88,8 +88,10 @@ def test_what_clients_keep_is_what_the_local_engine_keeps_for_them(home, tmp_pat
     assert not strategy.state.private
 
 
-def test_later_rounds_send_what_changed(home):
-    _, grid = through_flower(tiny_recipe(home, **{"method.name": "rolora", "rounds": 3}))
+@pytest.mark.parametrize("ranks", [{}, {"adapter.rank": 4, "adapter.client_ranks": [4, 1, 2]}])
+def test_later_rounds_send_what_changed(ranks, home):
+    settings = {"method.name": "rolora", "rounds": 3, **ranks}
+    _, grid = through_flower(tiny_recipe(home, **settings))
     sent = [m for m in grid.sent if m.metadata.message_type == "train"]
     factors = [
         {key.split(".lora_")[1][0] for key in m.content["arrays"] if ".lora_" in key} for m in sent
