@@ -7,7 +7,7 @@ OLDER  := 3.7.1
 # One test process a core: every one of them computes on a single thread, NumPy's BLAS too.
 PYTEST := OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
 
-.PHONY: run test test-gpu bench clean
+.PHONY: run test test-gpu bench docs clean
 
 run: $(VENV)/.examples
 	$(BIN)/fedcore run bbc-news
@@ -34,6 +34,10 @@ bench: $(VENV)/.test
 	$(BIN)/fedcore bench kernels
 	$(BIN)/fedcore bench server
 
+# The site, into .site; its search needs a server: python -m http.server -d .site
+docs: $(VENV)/.test
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit("fedcore needs Python 3.11 or newer, found " + sys.version.split()[0]) if sys.version_info < (3, 11) else None'
 	$(PYTHON) -m venv $(VENV)
@@ -57,4 +61,4 @@ $(VENV)/.triton-$(OLDER): $(BIN)/python Makefile
 	@touch $@
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) .site .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
