@@ -72,15 +72,18 @@ GIVEN: Mapping[str, Callable[[Path], dict[str, Any]]] = {
 """Page to what makes its folders in the working directory and returns its names."""
 
 
-def _flower_round(names: Mapping[str, Any]) -> None:
-    """The page's two apps, with two nodes in this process."""
+def _flower_rounds(names: Mapping[str, Any]) -> None:
+    """The page's apps, with nodes in this process."""
     from tests.engines.flower.grid import FakeGrid
 
     names["main"](FakeGrid({1: names["client"], 2: names["client"]}), None)
     assert Path("states/round-0002").is_dir()
+    grid = FakeGrid(dict.fromkeys((1, 2, 3), names["secure_client"]))
+    names["secure_main"](grid, grid.contexts[1])
+    assert Path("sums/round-0002").is_dir()
 
 
 TRIED: Mapping[str, Callable[[Mapping[str, Any]], None]] = {
-    "docs/engines/flower.md": _flower_round,
+    "docs/engines/flower.md": _flower_rounds,
 }
 """Page to what runs the functions that it defines, given its names."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
+from types import SimpleNamespace
 
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
@@ -21,6 +22,7 @@ class FakeGrid:
 
     def __init__(self, handlers: Mapping[int, Handler]) -> None:
         TaskIdentity.task_id = TaskIdentity.run_id = TaskIdentity.node_id = 1
+        self.run = SimpleNamespace(run_id=1)
         self.handlers = dict(handlers)
         self.sent: list[Message] = []
         self.contexts = {

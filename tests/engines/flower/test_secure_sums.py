@@ -1,7 +1,5 @@
 """Any linear method behind Flower's own SecAgg+, in this process."""
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 import torch
@@ -48,7 +46,6 @@ def run(strategy, rounds=2, failing=None, mods=(secaggplus_mod,), secured=True):
         return ClientApp(client_fn=make, mods=list(mods))
 
     grid = FakeGrid({node: handler(node) for node in EXAMPLES})
-    grid.run = SimpleNamespace(run_id=1)
     context = LegacyContext(grid.contexts[1], ServerConfig(num_rounds=rounds), strategy)
     workflow = SecAggPlusWorkflow(4, 2, max_weight=60.0) if secured else None
     DefaultWorkflow(fit_workflow=workflow)(grid, context)
