@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fedcore_theory.check import worst
 from fedcore_theory.models.gram_rounds import GramRound, orthogonal
@@ -73,7 +75,7 @@ def sketched_gram(case: GramRound) -> Array:
     return np.asarray(turn @ outer @ case.stack)
 
 
-def aligned(factor: Array, previous: Array) -> Array:
+def aligned(factor: NDArray[np.floating[Any]], previous: Array) -> Array:
     """``O factor`` nearest to ``previous``, in fp64."""
     wide = factor.astype(np.float64)
     return polar_factor(previous @ wide.T) @ wide
