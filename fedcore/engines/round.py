@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict, replace
-from math import isfinite
 from statistics import fmean
 from time import perf_counter
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -17,7 +14,7 @@ from fedcore.data.seeding import derive_seed
 from fedcore.data.server_state import ServerState
 from fedcore.data.validation import identical_rows
 from fedcore.engines.client_models import personalised
-from fedcore.engines.client_turns import Trained, train_clients
+from fedcore.engines.client_turns import train_clients
 from fedcore.engines.observer import Observer
 from fedcore.engines.private_clients import privacy_record
 from fedcore.engines.private_rounds import (
@@ -25,6 +22,7 @@ from fedcore.engines.private_rounds import (
     central_record,
     poisson_sample,
 )
+from fedcore.engines.round_record import ClientReports, nullable, round_record
 from fedcore.engines.scoring import Score, evaluates, score
 from fedcore.engines.secure_round import aggregate_securely
 from fedcore.engines.traffic import NOTHING, added, downlink, uplink
@@ -58,7 +56,7 @@ def run_round(bench: Workbench, state: ServerState, observer: Observer) -> Serve
     if recipe.evaluation.diagnostics and not method.traits.personalised:
         factors = method.completed(trained.factors or trained.cohort, previous)
         found = diagnose(factors, result, previous, method.family, bench.offset)
-        modules = [nullable(asdict(diagnosis)) for diagnosis in found]
+        modules = [asdict(diagnosis) for diagnosis in found]
     seconds["diagnose"] = perf_counter() - started
 
     started = perf_counter()
@@ -69,23 +67,20 @@ def run_round(bench: Workbench, state: ServerState, observer: Observer) -> Serve
 
     up = uplink(bench, state, trained.cohort.layout, trained.reported)
     after = replace(after, traffic=added(state.traffic, up, down))
-    record = {
-        "round": t,
-        "accuracy": outcome.accuracy,
-        "loss": outcome.loss,
-        "train_loss": _weighted_loss(bench, trained),
-        "clients": client_records(
-            bench, outcome, trained.losses, trained.local_accuracy, trained.local_loss
-        ),
-        "sampled": list(sampled),
-        "dropped": [{"client": d.client_id, "reason": d.reason} for d in trained.cohort.dropped],
-        "flags": [*trained.flags, *result.flags],
-        "bytes_up": up,
-        "bytes_down": down,
-        "upload_error": fmean(trained.upload_error.values()) if trained.upload_error else None,
-        "seconds": seconds,
-        "modules": modules,
-    }
+    record = round_record(
+        bench,
+        t,
+        outcome,
+        ClientReports(trained.losses, trained.local_accuracy, trained.local_loss),
+        sampled=sampled,
+        dropped={d.client_id: d.reason for d in trained.cohort.dropped},
+        flags=[*trained.flags, *result.flags],
+        up=up,
+        down=down,
+        seconds=seconds,
+        modules=modules,
+        upload_error=fmean(trained.upload_error.values()) if trained.upload_error else None,
+    )
     privacy = privacy_record(recipe, bench.held, private)
     if privacy is not None:
         record["privacy"] = privacy
@@ -99,24 +94,18 @@ def initial_record(bench: Workbench, state: ServerState) -> dict[str, Any]:
     """What is known before round 0: how good the untrained model is. Its round is -1."""
     started = perf_counter()
     outcome = score(bench, state)
-    record: dict[str, Any] = nullable(
-        {
-            "round": -1,
-            "accuracy": outcome.accuracy,
-            "loss": outcome.loss,
-            "train_loss": None,
-            "clients": client_records(bench, outcome),
-            "sampled": [],
-            "dropped": [],
-            "flags": [],
-            "bytes_up": dict(NOTHING),
-            "bytes_down": dict(NOTHING),
-            "upload_error": None,
-            "seconds": {"evaluate": perf_counter() - started},
-            "modules": [],
-        }
+    return round_record(
+        bench,
+        -1,
+        outcome,
+        ClientReports(),
+        sampled=(),
+        dropped={},
+        flags=(),
+        up=NOTHING,
+        down=NOTHING,
+        seconds={"evaluate": perf_counter() - started},
     )
-    return record
 
 
 def sample_clients(bench: Workbench, round: int) -> tuple[str, ...]:
@@ -147,46 +136,3 @@ def _refuse_identical(bench: Workbench, cohort: Cohort) -> None:
         f"{bench.method.name} cannot aggregate usefully; clients did not train, or a sum-only "
         "aggregator replaced their uploads (round.allow_identical_uploads = true accepts it)"
     )
-
-
-def _weighted_loss(bench: Workbench, trained: Trained) -> float:
-    total = weight = 0.0
-    for client, loss in trained.losses.items():
-        if isfinite(loss):
-            share = len(bench.training_indices(client))
-            total += share * loss
-            weight += share
-    return total / weight if weight else float("nan")
-
-
-def client_records(
-    bench: Workbench,
-    outcome: Score,
-    losses: Mapping[str, float] = MappingProxyType({}),
-    local: Mapping[str, float] = MappingProxyType({}),
-    local_loss: Mapping[str, float] = MappingProxyType({}),
-) -> list[dict[str, Any]]:
-    """A line a client: examples, mean training loss, accuracies of the global and its own model."""
-    return [
-        {
-            "client": client,
-            "examples": len(bench.shards[client]),
-            "train_loss": losses.get(client),
-            "global_accuracy": outcome.clients.get(client),
-            "local_accuracy": local.get(client),
-            "global_loss": outcome.client_losses.get(client),
-            "local_loss": local_loss.get(client),
-        }
-        for client in sorted(bench.shards)
-    ]
-
-
-def nullable(value: Any) -> Any:
-    """The same without NaN and infinity, which JSON does not have: they become null."""
-    if isinstance(value, float):
-        return value if isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: nullable(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [nullable(item) for item in value]
-    return value

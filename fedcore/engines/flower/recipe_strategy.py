@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict, replace
-from math import isfinite
 from time import perf_counter, sleep
 from typing import Any
 
@@ -20,7 +18,8 @@ from fedcore.engines.flower.strategy import FedLoRA
 from fedcore.engines.flower.uploads import Received
 from fedcore.engines.observer import Observer
 from fedcore.engines.private_clients import check_local
-from fedcore.engines.round import client_records, nullable, sample_clients
+from fedcore.engines.round import sample_clients
+from fedcore.engines.round_record import ClientReports, round_record
 from fedcore.engines.run_folder import RunFolder
 from fedcore.engines.scoring import Score, evaluates, score
 from fedcore.engines.traffic import added, downlink, uplink
@@ -106,24 +105,19 @@ class RecipeStrategy(FedLoRA):
         absent = set(self._sampled) - {who.client for who in self._asked.values()}
         dropped = {d.client_id: d.reason for d in received.cohort.dropped}
         dropped |= dict.fromkeys(absent, "no node of it is connected")
-        up = uplink(bench, before, received.cohort.layout, received.reported)
-        record = {
-            "round": before.round,
-            "accuracy": outcome.accuracy,
-            "loss": outcome.loss,
-            "train_loss": _weighted(told[0], received),
-            "clients": client_records(bench, outcome, *told),
-            "sampled": list(self._sampled),
-            "dropped": [{"client": c, "reason": r} for c, r in sorted(dropped.items())],
-            "flags": [*received.flags, *result.flags],
-            "bytes_up": up,
-            "bytes_down": downlink(bench, before, self._sampled),
-            "upload_error": None,
-            "seconds": seconds,
-            "modules": modules,
-        }
-        found_record: dict[str, Any] = nullable(record)
-        return found_record
+        return round_record(
+            bench,
+            before.round,
+            outcome,
+            ClientReports(*told),
+            sampled=self._sampled,
+            dropped=dropped,
+            flags=[*received.flags, *result.flags],
+            up=uplink(bench, before, received.cohort.layout, received.reported),
+            down=downlink(bench, before, self._sampled),
+            seconds=seconds,
+            modules=modules,
+        )
 
     def keep(self, after: ServerState) -> ServerState:
         """Add the traffic and write state and record to the run folder."""
@@ -188,10 +182,3 @@ def _told(received: Received, key: str) -> dict[str, float]:
         if isinstance(value, int | float):
             found[client] = float(value)
     return found
-
-
-def _weighted(losses: Mapping[str, float], received: Received) -> float:
-    weights = dict(zip(received.cohort.client_ids, received.cohort.weights.tolist(), strict=True))
-    finite = {client: loss for client, loss in losses.items() if isfinite(loss)}
-    total = sum(weights[client] for client in finite)
-    return sum(weights[c] * loss for c, loss in finite.items()) / total if total else float("nan")
