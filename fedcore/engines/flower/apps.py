@@ -15,6 +15,7 @@ from fedcore.engines.flower.arrays import to_arrays
 from fedcore.engines.flower.client import introduce, model_tensors, train
 from fedcore.engines.flower.recipe_strategy import RecipeStrategy
 from fedcore.engines.observer import Observer
+from fedcore.engines.private_clients import check_local
 from fedcore.engines.run_folder import RunFolder
 from fedcore.engines.workbench import Workbench, build_workbench, client_ids
 from fedcore.errors import FedcoreError
@@ -42,10 +43,10 @@ def check_recipe(recipe: Recipe) -> None:
     for key, is_set in (
         ("round.secure_sum", recipe.round.secure_sum),
         ("round.codec = 'int8'", recipe.round.codec == "int8"),
-        ("privacy.noise_multiplier", recipe.privacy.noise_multiplier is not None),
     ):
         if is_set:
             raise FedcoreError(f"the flower engine has no {key}; run it with engine = 'local'")
+    check_local(recipe, "Flower")
 
 
 def serve(

@@ -47,6 +47,8 @@ def test_ray_ends_with_the_local_engines_files(home, tmp_path):
         ({"method.name": "fedsa"}, "fedsa leaves each client a model of its own"),
         ({"round.secure_sum": True, "method.name": "fedit"}, "no round.secure_sum"),
         ({"round.codec": "int8"}, "no round.codec = 'int8'"),
+        ({"privacy.noise_multiplier": 1.0}, "privacy needs engine = 'local'"),
+        ({"privacy.central.noise_multiplier": 1.0}, "privacy needs engine = 'local'"),
     ],
 )
 def test_what_this_engine_cannot_do_is_said_before_anything_is_written(
