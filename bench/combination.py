@@ -22,8 +22,8 @@ from bench.baselines.adam_combination import (
     gram_loss,
 )
 from bench.case import Case, Other, Ours
-from fedcore.methods.nearest_combination import Combination, nearest_combination
-from fedcore.methods.pair_objective import PairObjective
+from fedcore.methods.lora.flora_na.objective import PairObjective
+from fedcore.methods.lora.flora_na.solver import Combination, nearest_combination
 from fedcore_kernels import block_grams
 
 FAMILIES = (

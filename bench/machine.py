@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from fedcore.engines.environment import git_commit
+from fedcore.experiments.environment import git_commit
 
 
 def describe_machine(device: torch.device) -> str:

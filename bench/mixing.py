@@ -13,8 +13,8 @@ from bench.baselines.looped_transport import looped_transport
 from bench.case import Case, Other, Ours
 from fedcore.data.cohort import Cohort
 from fedcore.methods import Broadcast, create_method
-from fedcore.methods.class_mixtures import read_class_mixtures
-from fedcore.methods.data_similarity import client_distances
+from fedcore.methods.tri.ce_lora.class_mixtures import read_class_mixtures
+from fedcore.methods.tri.ce_lora.similarity import client_distances
 from fedcore_kernels import FactorLayout
 
 CLASSES, COMPONENTS, FEATURES = 5, 3, 384

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import settings
@@ -15,3 +17,9 @@ settings.load_profile("fedcore")
 def one_thread() -> None:
     """Small batched problems are slower on several threads than on one."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One folder with the tiny model and texts for all tests of a process."""
+    return tmp_path_factory.mktemp("home")

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fedcore.methods.pair_objective import PairObjective
+from fedcore.methods.lora.flora_na.objective import PairObjective
 
 RATES = (1e-3, 1e-2, 1e-1)
 """Learning rates of which the one that arrives first is measured."""

@@ -12,7 +12,7 @@ import numpy as np
 import ot
 from numpy.typing import NDArray
 
-from fedcore.methods.class_mixtures import ClassMixtures
+from fedcore.methods.tri.ce_lora.class_mixtures import ClassMixtures
 
 
 def looped_transport(clients: Sequence[ClassMixtures], pairs: int | None = None) -> NDArray:

@@ -1,4 +1,4 @@
-"""The command line: ``fedcore run``, ``compare``, ``aggregate``, ``audit``, ``export``, ``bench``,
+"""The command line: ``fedcore run``, ``compare``, ``aggregate``, ``export``, ``bench``,
 ``flower-app`` and lists.
 
 Other distributions and rooms add commands through the entry-point group ``fedcore.commands``: each
@@ -27,7 +27,7 @@ def _build():  # type: ignore[no-untyped-def]  # typer is optional and imported 
     try:
         import typer
 
-        from fedcore.cli import aggregate, audit, bench, compare, export, flower_app, listing, run
+        from fedcore.cli import aggregate, bench, compare, export, flower_app, listing, run
     except ImportError as error:
         raise missing_extra(error.name or "a dependency", "run") from error
     app = typer.Typer(
@@ -39,7 +39,6 @@ def _build():  # type: ignore[no-untyped-def]  # typer is optional and imported 
     app.command()(run.run)
     app.command()(compare.compare)
     app.command()(aggregate.aggregate)
-    app.command()(audit.audit)
     app.command()(listing.methods)
     app.command()(listing.recipes)
     app.command()(export.export)

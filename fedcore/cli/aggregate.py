@@ -100,7 +100,7 @@ def _weights(text: str | None) -> Any:
 
 
 def _show(console: Console, result: Aggregated, out: Path) -> None:
-    from fedcore.merging.output import RESIDUAL_FOLDER
+    from fedcore.merging.result import RESIDUAL_FOLDER
 
     def say(text: str) -> None:
         console.print(text, highlight=False, soft_wrap=True, markup=False)

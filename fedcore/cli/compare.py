@@ -11,10 +11,10 @@ import typer
 from rich.console import Console
 
 from fedcore.cli.progress import ProgressDisplay
-from fedcore.data.measures import measure_of
 from fedcore.data.peft_files import write_text
-from fedcore.engines.trials import plan_trials
 from fedcore.errors import FedcoreError
+from fedcore.experiments.trials import plan_trials
+from fedcore.federation.measures import measure_of
 from fedcore.recipes import parse_settings, parse_value
 
 
@@ -48,7 +48,7 @@ def compare(
         recipe, names, range(seeds), _parse_vary(vary or []), parse_settings(set_ or [])
     )
     # Imported once every trial is known to be sound: it loads transformers.
-    from fedcore.engines.compare import run_trials
+    from fedcore.experiments.run import run_trials
 
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
     folder = out or Path("runs") / f"compare-{trials[0].recipe.name}-{stamp}"

@@ -29,7 +29,7 @@ def flower_app(
 ) -> None:
     """Write a recipe as an app for flwr run: SuperNode i, by its partition-id, is client i."""
     chosen = load_recipe(recipe, parse_settings(set_ or []))
-    from fedcore.engines.flower.app_folder import write_app
+    from fedcore.transports.flower.apps import write_app
 
     write_app(chosen, folder, out=out, timeout=timeout, dependencies=install or [])
     Console().print(

@@ -17,8 +17,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from fedcore.data.measures import ACCURACY, Measure
-from fedcore.engines.observer import Observer
+from fedcore.experiments.observer import Observer
+from fedcore.federation.measures import ACCURACY, Measure
 
 
 class ProgressDisplay(Observer):

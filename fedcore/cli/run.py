@@ -10,8 +10,8 @@ import typer
 from rich.console import Console
 
 from fedcore.cli.progress import ProgressDisplay
-from fedcore.data.measures import measure_of
 from fedcore.errors import FedcoreError
+from fedcore.federation.measures import measure_of
 from fedcore.recipes import Recipe, load_recipe, parse_settings
 
 
@@ -49,8 +49,8 @@ def run(
         chosen = _resolve(str(recipe), method, rounds, seed, engine, set_ or [])
         folder = out or _fresh_folder(chosen)
     # Imported once the recipe is known to be sound: it loads transformers.
-    from fedcore.engines.choice import find_engine
-    from fedcore.engines.run_folder import RunFolder
+    from fedcore.experiments.run_folder import RunFolder
+    from fedcore.transports.choice import find_engine
 
     if resume_ is not None:
         chosen = RunFolder.open(folder).recipe()

@@ -13,17 +13,28 @@ from torch import Tensor
 from fedcore.data.peft_files import DEFAULT_BUDGET
 from fedcore.data.validation import OnInvalid
 from fedcore.errors import FedcoreError
-from fedcore.merging.agreement import magnitudes
-from fedcore.merging.errors_table import ErrorTally, MethodError
-from fedcore.merging.groups import DEFAULT_GROUP_BYTES
-from fedcore.merging.inputs import Adapters, Weights, named_adapters, parse_dtype, weights_by_name
+from fedcore.merging.error_table import ErrorTally
 from fedcore.merging.merge import Progress, merge
-from fedcore.merging.output import check_output, write_folder
-from fedcore.merging.planning import open_sources, plan_job
-from fedcore.merging.reading import Job
-from fedcore.merging.result import Aggregated, adapters_of, kept_scaling
-from fedcore.merging.sources import Adapter, open_source
-from fedcore.merging.usable import check_usable, usable_methods
+from fedcore.merging.plan import check_usable, open_sources, plan_job, usable_methods
+from fedcore.merging.reading import DEFAULT_GROUP_BYTES, Job
+from fedcore.merging.result import (
+    Aggregated,
+    MethodError,
+    adapters_of,
+    check_output,
+    kept_scaling,
+    write_folder,
+)
+from fedcore.merging.sources import (
+    Adapter,
+    Adapters,
+    Weights,
+    magnitudes,
+    named_adapters,
+    open_source,
+    parse_dtype,
+    weights_by_name,
+)
 from fedcore.methods import create_method
 from fedcore.methods.base import FACTORS, Method
 

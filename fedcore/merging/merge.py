@@ -3,38 +3,44 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from fedcore.data.cohort import Cohort
 from fedcore.data.low_rank import LowRank
-from fedcore.merging.deciding import decide
-from fedcore.merging.errors_table import ErrorTally
-from fedcore.merging.groups import DensePart, ModuleGroup
-from fedcore.merging.reading import Job, cohorts, fill_row, finite
-from fedcore.merging.running import aggregating, run_method
-from fedcore.methods.base import Aggregate, Broadcast
-from fedcore.methods.decisions import follow
+from fedcore.merging.error_table import ErrorTally
+from fedcore.merging.plan import aggregating, run_method
+from fedcore.merging.reading import DensePart, Job, ModuleGroup, cohorts, fill_row, finite
+from fedcore.merging.result import Merged
+from fedcore.methods.base import Aggregate, Broadcast, Decision, Rule
+from fedcore.methods.robust.base import cohort_gram, follow
 from fedcore_kernels import weighted_mean
 from fedcore_kernels.layout import FactorLayout
 
+
+def decide(job: Job, rule: Rule, step: Callable[[], None]) -> Decision:
+    """What ``rule`` decides about the whole adapters of ``job``, in the order of its sources.
+
+    Every group is read once and leaves the N x N inner products of its updates alone.
+
+    Args:
+        step: called after every group.
+
+    Raises:
+        FedcoreError: too few adapters for the rule, before any is read; or as :func:`cohorts`.
+    """
+    clients = len(job.sources)
+    rule.check_clients(clients)
+    gram = torch.zeros(clients, clients, dtype=torch.float64)
+    for _, cohort in cohorts(job):
+        gram += cohort_gram(cohort)
+        step()
+    return rule.decide([source.name for source in job.sources], job.weights, gram)
+
+
 Progress = Callable[[int, int], None]
 """Told how many of how many parts are done."""
-
-
-@dataclass
-class Merged:
-    """What the groups gave: PEFT's orientation, the dtypes of the result.
-
-    ``factors`` absorb all scaling; ``residual`` is an update of scale 1 beside them.
-    """
-
-    factors: dict[str, dict[str, Tensor]] = field(default_factory=dict)
-    residual: dict[str, LowRank] = field(default_factory=dict)
-    dense: dict[str, Tensor] = field(default_factory=dict)
-    flags: list[str] = field(default_factory=list)
 
 
 def merge(

@@ -2,21 +2,62 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from fedcore.data.adapter_state import AdapterState
 from fedcore.data.low_rank import LowRank
+from fedcore.data.peft_files import CONFIG_FILE, write_adapter
 from fedcore.data.peft_keys import PREFIX
 from fedcore.data.validation import Dropped
-from fedcore.merging.errors_table import MethodError
-from fedcore.merging.merge import Merged
+from fedcore.errors import FedcoreError
 from fedcore.merging.reading import Job
+
+
+@dataclass
+class Merged:
+    """What the groups gave: PEFT's orientation, the dtypes of the result.
+
+    ``factors`` absorb all scaling; ``residual`` is an update of scale 1 beside them.
+    """
+
+    factors: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    residual: dict[str, LowRank] = field(default_factory=dict)
+    dense: dict[str, Tensor] = field(default_factory=dict)
+    flags: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class MethodError:
+    """One row of the table.
+
+    Attributes:
+        method: its name.
+        chosen: whether it is the method that was asked for.
+        error: ``||M - P||_F / ||M||_F`` over all modules; ``nan`` if every M is zero.
+        worst: the largest error of a module, relative to its own M.
+        worst_module: the module it is in.
+        rank: the largest rank of a module, of adapter and residual together.
+        bytes: of the tensors that would be written.
+        refused: why the method cannot be used here; empty if it can.
+    """
+
+    method: str
+    chosen: bool
+    error: float
+    worst: float
+    worst_module: str
+    rank: int
+    bytes: int
+    refused: str = ""
 
 
 @dataclass(frozen=True)
@@ -137,3 +178,58 @@ def _exceptions(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
 
 def _number(value: float) -> float | int:
     return int(value) if value == int(value) else value
+
+
+RESIDUAL_FOLDER = "residual"
+
+
+def check_output(out: Path, inputs: Sequence[Path], overwrite: bool) -> None:
+    """Refuse a folder that must not be written to, before anything is computed.
+
+    Raises:
+        FedcoreError: it is no folder; it is not empty and ``overwrite`` is false, or it holds no
+            adapter that could be overwritten; or it holds one of the ``inputs``.
+    """
+    place = out.resolve()
+    for source in inputs:
+        if source.resolve().is_relative_to(place):
+            raise FedcoreError(f"out is {out}, which holds the adapter {source}; pass another")
+    if not out.exists() and not out.is_symlink():
+        return
+    if not out.is_dir():
+        raise FedcoreError(f"out is {out}, which is no folder; pass another")
+    if not any(out.iterdir()):
+        return
+    if not overwrite:
+        raise FedcoreError(f"out is {out}, which is not empty; pass another or overwrite it")
+    if not (out / CONFIG_FILE).is_file():
+        raise FedcoreError(f"out is {out}, which holds no adapter and is not overwritten")
+
+
+def write_folder(out: Path, adapter: AdapterState, residual: AdapterState | None) -> None:
+    """Write the adapter to ``out``, a residual to ``out/residual``; the folder appears at once.
+
+    Raises:
+        FedcoreError: the folder cannot be written; what was there before is still there.
+    """
+    out = out.resolve()
+    new = out.with_name(f".{out.name}.{os.getpid()}.new")
+    old = out.with_name(f".{out.name}.{os.getpid()}.old")
+    try:
+        write_adapter(adapter, new)
+        if residual is not None:
+            write_adapter(residual, new / RESIDUAL_FOLDER)
+        if out.exists():
+            out.rename(old)
+        try:
+            new.rename(out)
+        except OSError:
+            if old.exists():
+                old.rename(out)
+            raise
+    except OSError as error:
+        raise FedcoreError(f"cannot write {out}: {error}") from error
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+        if out.exists():
+            shutil.rmtree(old, ignore_errors=True)

@@ -6,14 +6,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import nan
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Protocol
 
 from torch import Tensor
 
 from fedcore.data.cohort import Cohort
 from fedcore.data.low_rank import LowRank
 from fedcore.errors import FedcoreError
-from fedcore.methods.decisions import Rule
 from fedcore_kernels.layout import FactorLayout
 
 Family = Literal["lora", "gram", "tri", "none"]
@@ -55,6 +54,56 @@ class Traits:
     downlink: str
     server_cost: str
     privacy_note: str = "clients see aggregates only"
+
+
+@dataclass(frozen=True)
+class Decision:
+    """How much each of N clients counts, with its whole adapter.
+
+    Attributes:
+        weights: ``(N,)`` fp64, not negative; a client of weight 0 is left out.
+        scales: ``(N,)`` fp64, what a client's update is multiplied by; None where all keep theirs.
+        flags: one for every client that is treated otherwise than it reported.
+    """
+
+    weights: Tensor
+    scales: Tensor | None = None
+    flags: tuple[str, ...] = ()
+
+    @property
+    def kept(self) -> Tensor:
+        """``(N,)`` boolean, the clients that are not left out."""
+        return self.weights > 0
+
+
+class Rule(Protocol):
+    """Decides about clients before another method, the host, aggregates those that stay.
+
+    It sees whole adapters, through the inner products of their updates alone; its host may then be
+    given their modules all at once or some at a time.
+    """
+
+    def inner(self) -> Method:
+        """The host."""
+
+    def check_clients(self, clients: int) -> None:
+        """Refuse a number of clients that is too small, before anything is computed.
+
+        Raises:
+            FedcoreError: with the number that is needed.
+        """
+
+    def decide(self, clients: Sequence[str], weights: Tensor, gram: Tensor) -> Decision:
+        """Who counts for how much.
+
+        Args:
+            clients: N ids in ascending order.
+            weights: ``(N,)`` fp64, positive, as reported.
+            gram: ``(N, N)`` fp64, ``K_ij = sum over modules of <B_i A_i, B_j A_j>``.
+
+        Raises:
+            FedcoreError: the rule cannot judge these clients.
+        """
 
 
 @dataclass(frozen=True)

@@ -7,29 +7,24 @@ from typing import Any
 
 from fedcore.errors import FedcoreError, unknown_name
 from fedcore.methods.base import Method
-from fedcore.methods.ce_lora import CELoRA
-from fedcore.methods.ce_lora_projected import CELoRAProjected
-from fedcore.methods.centralised import Centralised
-from fedcore.methods.fed_sb import FedSB
-from fedcore.methods.fedex import FedEx
-from fedcore.methods.fedit import FedIT
-from fedcore.methods.fedrot import FedRot
-from fedcore.methods.fedsa import FedSA
-from fedcore.methods.ffa import FFA
-from fedcore.methods.flora import Flora
-from fedcore.methods.flora_na import FloraNA
-from fedcore.methods.florg import FlorgAvgA, FlorgSketched, FlorgTruncated
-from fedcore.methods.florg_whitened import FlorgWhitened
-from fedcore.methods.florist import Florist
-from fedcore.methods.head_only import HeadOnly
-from fedcore.methods.local_only import LocalOnly
-from fedcore.methods.lora_fair import LoRAFair
-from fedcore.methods.product_svd import ProductSvd
-from fedcore.methods.robust_clip import RobustClip
-from fedcore.methods.robust_geomedian import RobustGeomedian
-from fedcore.methods.robust_krum import RobustKrum
-from fedcore.methods.robust_median import RobustMedian
-from fedcore.methods.rolora import RoLoRA
+from fedcore.methods.baselines import Centralised, HeadOnly, LocalOnly
+from fedcore.methods.gram.florg import FlorgAvgA, FlorgSketched, FlorgTruncated
+from fedcore.methods.gram.florg_whitened import FlorgWhitened
+from fedcore.methods.lora.fedex import FedEx
+from fedcore.methods.lora.fedit import FedIT
+from fedcore.methods.lora.fedrot import FedRot
+from fedcore.methods.lora.fedsa import FedSA
+from fedcore.methods.lora.ffa import FFA
+from fedcore.methods.lora.flora import Flora
+from fedcore.methods.lora.flora_na.method import FloraNA
+from fedcore.methods.lora.florist import Florist
+from fedcore.methods.lora.lora_fair import LoRAFair
+from fedcore.methods.lora.product_svd import ProductSvd
+from fedcore.methods.lora.rolora import RoLoRA
+from fedcore.methods.robust.rules import RobustClip, RobustGeomedian, RobustKrum, RobustMedian
+from fedcore.methods.tri.ce_lora.method import CELoRA
+from fedcore.methods.tri.ce_lora.projected import CELoRAProjected
+from fedcore.methods.tri.fed_sb import FedSB
 
 METHODS: tuple[type[Method], ...] = (
     FedIT,

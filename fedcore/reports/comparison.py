@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fedcore.data.measures import Measure
 from fedcore.errors import FedcoreError
+from fedcore.federation.measures import Measure
 from fedcore.reports.intervals import Estimate, estimate, median_until
 from fedcore.reports.record import RunRecord, mean_or_none
 

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fedcore.data.measures import Measure
 from fedcore.data.peft_files import write_bytes, write_text
+from fedcore.federation.measures import Measure
 from fedcore.reports import markup
 from fedcore.reports.comparison import RunGroup, comparison_rows, group_measure, group_runs
 from fedcore.reports.formatting import (

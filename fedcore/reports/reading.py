@@ -14,8 +14,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fedcore.data.measures import Measure, measure_of
 from fedcore.errors import FedcoreError
+from fedcore.federation.measures import Measure, measure_of
 from fedcore.reports.fields import Fields
 from fedcore.reports.record import (
     CentralPrivacySpent,

@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from statistics import fmean
 
-from fedcore.data.measures import ACCURACY, Measure
+from fedcore.federation.measures import ACCURACY, Measure
 
 
 def mean_or_none(values: list[float]) -> float | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from fedcore.data.measures import ACCURACY, PERPLEXITY
+from fedcore.federation.measures import ACCURACY, PERPLEXITY
 from fedcore.reports.comparison import comparison_rows
 from fedcore.reports.formatting import (
     DASH,

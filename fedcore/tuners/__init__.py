@@ -1,19 +1,19 @@
 """Adapters as PEFT tuner types; importing this package makes them known to PEFT."""
 
 # First, because without PEFT it raises the error that names the extra to install.
-from fedcore.tuners.registration import register  # isort: skip
+from fedcore.tuners.shared.registration import register  # isort: skip
 
 from fedcore.tuners.export import export_lora, gram_to_lora, tri_to_lora
-from fedcore.tuners.frames import FrameRecipe, StructuredFrame, check_same_frames
-from fedcore.tuners.gram_config import GramConfig
-from fedcore.tuners.gram_layer import GramLayer
-from fedcore.tuners.gram_model import GramModel
-from fedcore.tuners.lora_factors import lora_factors
-from fedcore.tuners.lora_sb import apply_sb, first_step_statistics, sb_factors
-from fedcore.tuners.tri_config import TriConfig
-from fedcore.tuners.tri_layer import TriLayer
-from fedcore.tuners.tri_model import TriModel
-from fedcore.tuners.tri_start import TriFactors
+from fedcore.tuners.gram.config import GramConfig
+from fedcore.tuners.gram.layer import GramLayer
+from fedcore.tuners.gram.model import GramModel
+from fedcore.tuners.shared.frames import FrameRecipe, StructuredFrame, check_same_frames
+from fedcore.tuners.shared.lora_factors import lora_factors
+from fedcore.tuners.tri.config import TriConfig
+from fedcore.tuners.tri.layer import TriLayer
+from fedcore.tuners.tri.lora_sb import apply_sb, first_step_statistics, sb_factors
+from fedcore.tuners.tri.model import TriModel
+from fedcore.tuners.tri.start import TriFactors
 
 register("gram", GramConfig, GramModel)
 register("tri", TriConfig, TriModel)

@@ -19,8 +19,8 @@ from bench.baselines.published_florg import published_florg
 from bench.baselines.scipy_procrustes import scipy_polar, scipy_procrustes
 from bench.ops.products import client_factors
 from bench.workloads import Workload, state_dicts
-from fedcore.methods.class_mixtures import read_class_mixtures
-from fedcore.methods.data_similarity import client_distances
+from fedcore.methods.tri.ce_lora.class_mixtures import read_class_mixtures
+from fedcore.methods.tri.ce_lora.similarity import client_distances
 from fedcore_kernels import (
     align_and_average,
     apply_cores,

@@ -17,8 +17,8 @@ from bench.baselines.adam_combination import (
 )
 from bench.combination import CLOSENESS, FAMILIES, REST, client_pairs, combination_case, goal
 from bench.workloads import Setting
-from fedcore.methods.nearest_combination import nearest_combination
-from fedcore.methods.pair_objective import PairObjective
+from fedcore.methods.lora.flora_na.objective import PairObjective
+from fedcore.methods.lora.flora_na.solver import nearest_combination
 from fedcore_kernels import block_grams
 
 CPU = torch.device("cpu")

@@ -13,7 +13,7 @@ import pytest
 
 from fedcore.cli import main
 from fedcore.recipes import to_toml
-from tests.engines.jobs import tiny_recipe
+from tests.experiments.jobs import tiny_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 PATHS = os.pathsep.join(str(ROOT / part) for part in ("", "kernels", "theory"))

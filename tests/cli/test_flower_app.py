@@ -6,7 +6,7 @@ import pytest
 
 from fedcore.cli import main
 from fedcore.recipes import load_recipe, parse_recipe, to_toml
-from tests.engines.jobs import tiny_recipe
+from tests.experiments.jobs import tiny_recipe
 
 
 @pytest.fixture

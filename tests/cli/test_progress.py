@@ -4,7 +4,7 @@ import pytest
 from rich.console import Console
 
 from fedcore.cli.progress import ProgressDisplay
-from fedcore.data.measures import ACCURACY, PERPLEXITY
+from fedcore.federation.measures import ACCURACY, PERPLEXITY
 
 RECORD = {
     "round": 1,

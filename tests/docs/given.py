@@ -74,7 +74,7 @@ GIVEN: Mapping[str, Callable[[Path], dict[str, Any]]] = {
 
 def _flower_rounds(names: Mapping[str, Any]) -> None:
     """The page's apps, with nodes in this process."""
-    from tests.engines.flower.grid import FakeGrid
+    from tests.transports.flower.grid import FakeGrid
 
     names["main"](FakeGrid({1: names["client"], 2: names["client"]}), None)
     assert Path("states/round-0002").is_dir()

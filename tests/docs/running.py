@@ -20,7 +20,7 @@ from sybil.evaluators.python import PythonEvaluator
 from fedcore.recipes import load_recipe
 from tests.docs.commands import check_command, command_lines
 from tests.docs.pages import OUTPUT, Evaluator, read_page
-from tests.engines.nvflare_stand_in import install
+from tests.transports.nvflare_stand_in import install
 
 BASE = "bbc-news-fast"
 """The recipe that the fragments on the pages are read over."""

@@ -9,9 +9,13 @@ from hypothesis import strategies as st
 
 from fedcore.errors import FedcoreError
 from fedcore.methods import Broadcast, create_method
-from fedcore.methods.class_mixtures import read_class_mixtures
-from fedcore.methods.data_similarity import client_distances, data_similarity
-from fedcore.methods.model_similarity import cka_similarity, cosine_similarity
+from fedcore.methods.tri.ce_lora.class_mixtures import read_class_mixtures
+from fedcore.methods.tri.ce_lora.similarity import (
+    cka_similarity,
+    client_distances,
+    cosine_similarity,
+    data_similarity,
+)
 from tests.property.lora_rounds import pick
 from tests.property.mixtures import random_statistics
 from tests.property.tri_rounds import (

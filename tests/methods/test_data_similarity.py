@@ -8,18 +8,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedcore.errors import FedcoreError, MissingExtraError
-from fedcore.methods.class_mixtures import (
+from fedcore.methods.tri.ce_lora.class_mixtures import (
     check_comparable,
     fit_class_mixtures,
     read_class_mixtures,
 )
-from fedcore.methods.data_similarity import (
+from fedcore.methods.tri.ce_lora.optimal_transport import transport_costs
+from fedcore.methods.tri.ce_lora.similarity import (
     client_distances,
     component_distances,
     data_similarity,
     group_distances,
 )
-from fedcore.methods.transport import transport_costs
 from tests.property.mixtures import random_statistics, reordered
 
 SEEDS = st.integers(0, 2**31)

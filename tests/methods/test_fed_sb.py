@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from fedcore.data.cohort import Cohort, CohortBuilder
 from fedcore.data.validation import digest
 from fedcore.errors import FedcoreError
+from fedcore.federation.diagnostics import diagnose
 from fedcore.methods import Broadcast, create_method
-from fedcore.methods.diagnostics import diagnose
 from fedcore_kernels.layout import FactorLayout
 from tests.property.adapters import tri_state
 from tests.property.method_rounds import make_method_round

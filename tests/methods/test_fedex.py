@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from fedcore.data.validation import identical_rows
 from fedcore.errors import FedcoreError
 from fedcore.methods import create_method
-from fedcore.methods.helmert import helmert_deviations
+from fedcore.methods.lora.fedex import helmert_deviations
 from tests.property.lora_rounds import LoraRound, lora_rounds, make_lora_round, pick
 from tests.reference.residuals import covariance, received, residual
 from tests.reference.updates import factors, mean_update

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from fedcore.errors import FedcoreError
 from fedcore.methods import create_method
-from fedcore.methods.linear import LinearMethod
+from fedcore.methods.shared.linear import LinearMethod
 from tests.property.lora_rounds import LoraRound, lora_rounds, make_lora_round, pick
 from tests.property.method_rounds import make_method_round
 

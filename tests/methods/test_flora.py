@@ -9,7 +9,7 @@ from fedcore.data.cohort import Cohort
 from fedcore.data.seeding import derive_seed
 from fedcore.errors import FedcoreError
 from fedcore.methods import Broadcast, create_method
-from fedcore.methods.fresh_adapter import fresh_adapter
+from fedcore.methods.shared.factor_pairs import fresh_adapter
 from fedcore_kernels.layout import FactorLayout
 from tests.property.lora_rounds import LoraRound, lora_rounds, make_lora_round, pick
 from tests.reference.residuals import residual

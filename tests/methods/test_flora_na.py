@@ -8,8 +8,8 @@ import torch
 
 from fedcore.data.cohort import Cohort
 from fedcore.errors import FedcoreError
+from fedcore.federation.diagnostics import diagnose
 from fedcore.methods import Broadcast, create_method
-from fedcore.methods.diagnostics import diagnose
 from fedcore_kernels import weighted_mean
 from tests.property.adapters import lora_state
 from tests.property.families import FAMILIES, make_family
@@ -224,7 +224,7 @@ def test_single_precision_uploads_are_aggregated_in_double():
 def test_modules_are_aggregated_alike_whatever_stands_beside_them(monkeypatch):
     cohort, previous = cohort_of("corr")
     together = aggregate(cohort, previous)
-    monkeypatch.setattr("fedcore.methods.flora_na._BLOCK_BYTES", 1)
+    monkeypatch.setattr("fedcore.methods.lora.flora_na.method._BLOCK_BYTES", 1)
     apart = aggregate(cohort, previous)
     torch.testing.assert_close(apart.row, together.row, rtol=1e-9, atol=1e-11)
     assert apart.steps.keys() == together.steps.keys()

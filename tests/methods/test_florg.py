@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 
 from fedcore.data.cohort import Cohort
 from fedcore.errors import FedcoreError
+from fedcore.federation.diagnostics import diagnose
 from fedcore.methods import Broadcast, create_method
-from fedcore.methods.diagnostics import diagnose
 from tests.property.adapters import gram_state
 
 MODULES = ("layer.0.query", "layer.0.value")

@@ -10,11 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedcore.data.cohort import Cohort
-from fedcore.engines.local import start
 from fedcore.errors import FedcoreError
+from fedcore.experiments.run import start
 from fedcore.methods import Broadcast, create_method
 from fedcore_kernels.layout import FactorLayout
-from tests.engines.jobs import tiny_recipe
+from tests.experiments.jobs import tiny_recipe
 from tests.property.graded import graded_clients
 
 MODULES = {"m0": 20, "m1": 9, "m2": 20}

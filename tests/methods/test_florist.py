@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from fedcore.errors import FedcoreError
 from fedcore.methods import create_method
-from fedcore.methods.fresh_adapter import fresh_adapter
+from fedcore.methods.shared.factor_pairs import fresh_adapter
 from fedcore_kernels.product_svd import energy_rank
 from tests.property.lora_rounds import LoraRound, lora_rounds, make_lora_round
 from tests.reference.residuals import residual

@@ -12,9 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fedcore.data.cohort import Cohort
 from fedcore.errors import FedcoreError
 from fedcore.methods import Broadcast, create_method
-from fedcore.methods.hadamard_combination import HadamardObjective, hadamard_combination
-from fedcore.methods.nearest_combination import alternate, nearest_combination
-from fedcore.methods.pair_objective import PairObjective
+from fedcore.methods.lora.flora_na.hadamard import HadamardObjective, hadamard_combination
+from fedcore.methods.lora.flora_na.objective import PairObjective
+from fedcore.methods.lora.flora_na.solver import alternate, nearest_combination
 from fedcore_kernels import block_grams
 from tests.property.adapters import MODULES, lora_state
 from tests.property.families import FAMILIES, make_family

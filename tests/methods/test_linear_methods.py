@@ -5,8 +5,8 @@ from hypothesis import strategies as st
 
 from fedcore.data.cohort import Cohort, CohortBuilder
 from fedcore.errors import FedcoreError
+from fedcore.federation.diagnostics import diagnose
 from fedcore.methods import Broadcast, create_method
-from fedcore.methods.diagnostics import diagnose
 from tests.property.adapters import lora_state
 
 MODULES = ("encoder.layer.0.query", "encoder.layer.0.value")

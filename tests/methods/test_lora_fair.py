@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 
 from fedcore.data.adapter_state import AdapterState
 from fedcore.data.cohort import Cohort
-from fedcore.engines.local import start
 from fedcore.errors import FedcoreError
+from fedcore.experiments.run import start
+from fedcore.federation.diagnostics import diagnose
 from fedcore.methods import Broadcast, create_method
-from fedcore.methods.diagnostics import diagnose
-from tests.engines.jobs import tiny_recipe
+from tests.experiments.jobs import tiny_recipe
 from tests.property.lora_rounds import LoraRound, lora_rounds, make_lora_round, pick
 from tests.reference.updates import factors, mean_update, update
 

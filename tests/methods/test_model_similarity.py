@@ -3,7 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedcore.methods.model_similarity import cka_similarity, cosine_similarity
+from fedcore.methods.tri.ce_lora.similarity import cka_similarity, cosine_similarity
 from tests.property.tri_rounds import near_identity
 
 EYE = torch.eye(8, dtype=torch.float64)

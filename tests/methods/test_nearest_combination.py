@@ -5,9 +5,9 @@ import scipy.optimize
 import torch
 from hypothesis import given, settings
 
-from fedcore.methods.common_gauge import common_gauge, turned_blocks
-from fedcore.methods.nearest_combination import alternate, nearest_combination, starts
-from fedcore.methods.pair_objective import PairObjective, exact_objective
+from fedcore.methods.lora.flora_na.method import common_gauge, turned_blocks
+from fedcore.methods.lora.flora_na.objective import PairObjective, exact_objective
+from fedcore.methods.lora.flora_na.solver import alternate, nearest_combination, starts
 from fedcore_kernels import block_grams, mean_pair_gram, product_gram, rotate
 from tests.property.families import FAMILIES, make_family
 from tests.property.pairs import PAIR_KINDS, pairs

@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 
 from fedcore.data.cohort import CohortBuilder
 from fedcore.errors import FedcoreError
+from fedcore.federation.diagnostics import diagnose
 from fedcore.methods import Broadcast, create_method
-from fedcore.methods.diagnostics import diagnose
-from fedcore.methods.nested_ranks import with_held_rows
+from fedcore.methods.shared.linear import with_held_rows
 from fedcore_kernels.layout import FactorLayout
 
 LAYOUT = FactorLayout.build(

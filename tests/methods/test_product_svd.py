@@ -11,13 +11,13 @@ from torch.utils._pytree import tree_leaves
 
 from fedcore.data.adapter_state import AdapterState
 from fedcore.data.cohort import Cohort, adapter_from_row
-from fedcore.data.server_state import latest_state, read_state
-from fedcore.engines.local import start
 from fedcore.errors import FedcoreError
+from fedcore.experiments.run import start
+from fedcore.federation.diagnostics import diagnose
+from fedcore.federation.state import latest_state, read_state
 from fedcore.methods import Broadcast, create_method
-from fedcore.methods.diagnostics import diagnose
 from fedcore_kernels.layout import FactorLayout
-from tests.engines.jobs import tiny_recipe
+from tests.experiments.jobs import tiny_recipe
 from tests.property.lora_rounds import LoraRound, lora_rounds, make_lora_round, pick
 from tests.reference.updates import factors, mean_update, update
 

@@ -17,11 +17,11 @@ from transformers.pytorch_utils import Conv1D
 from fedcore.data.adapter_state import AdapterState
 from fedcore.data.cohort import Cohort
 from fedcore.data.low_rank import accumulated
-from fedcore.engines.local import start
 from fedcore.errors import FedcoreError
+from fedcore.experiments.run import start
 from fedcore.methods import Broadcast, create_method
 from fedcore_kernels.layout import FactorLayout
-from tests.engines.jobs import tiny_recipe
+from tests.experiments.jobs import tiny_recipe
 from tests.property.lora_rounds import LoraRound, lora_rounds, make_lora_round, pick
 from tests.reference.largest import Largest
 from tests.reference.residuals import received, residual

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from fedcore.errors import FedcoreError
 from fedcore.methods import create_method
-from fedcore.methods.product_distances import cohort_gram
+from fedcore.methods.robust.base import cohort_gram
 from tests.property.faulty_clients import clustered_round, regauged
 from tests.property.lora_rounds import LoraRound, lora_rounds, make_lora_round
 from tests.reference.updates import update

@@ -11,9 +11,14 @@ from hypothesis import strategies as st
 from fedcore.data.cohort import CohortBuilder
 from fedcore.errors import FedcoreError
 from fedcore.methods import METHODS, Broadcast, create_method
-from fedcore.methods.decisions import follow
-from fedcore.methods.product_distances import cohort_gram, distances, norms
-from fedcore.methods.robust_hosts import RobustMethod, possible_hosts
+from fedcore.methods.robust.base import (
+    RobustMethod,
+    cohort_gram,
+    distances,
+    follow,
+    norms,
+    possible_hosts,
+)
 from fedcore_kernels.layout import FactorLayout
 from tests.property.faulty_clients import clustered_round, regauged
 from tests.property.lora_rounds import LoraRound, lora_rounds, make_lora_round, pick
@@ -48,7 +53,7 @@ def test_the_gram_and_the_distances_are_those_of_the_dense_products(case: LoraRo
 def test_many_modules_are_taken_some_at_a_time(monkeypatch):
     case = make_lora_round("random", [1.0] * 4, ((33, 7),) * 5, 3)
     expected = cohort_gram(case.cohort)
-    monkeypatch.setattr("fedcore.methods.product_distances._GRAM_BYTES", 2 * 8 * 16)
+    monkeypatch.setattr("fedcore.methods.robust.base._GRAM_BYTES", 2 * 8 * 16)
     torch.testing.assert_close(cohort_gram(case.cohort), expected, rtol=1e-14, atol=0)
 
 

@@ -7,10 +7,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedcore.engines.local import start
 from fedcore.errors import FedcoreError
+from fedcore.experiments.run import start
 from fedcore.methods import create_method
-from tests.engines.jobs import tiny_recipe
+from tests.experiments.jobs import tiny_recipe
 from tests.property.faulty_clients import clustered_round
 from tests.property.lora_rounds import make_lora_round, pick
 from tests.reference.updates import update

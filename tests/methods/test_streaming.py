@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from fedcore.errors import FedcoreError
 from fedcore.methods import METHODS, Broadcast, create_method
-from fedcore.methods.linear import LinearMethod
-from fedcore.methods.weighted_sum import WeightedSum
+from fedcore.methods.shared.exact_sum import WeightedSum
+from fedcore.methods.shared.linear import LinearMethod
 from fedcore_kernels import KernelInputError
 from tests.property.method_rounds import family_layout, make_method_round, random_row
 

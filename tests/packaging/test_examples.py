@@ -6,7 +6,7 @@ import pkgutil
 
 import fedcore
 import fedcore_theory
-from tests.engines.nvflare_stand_in import install
+from tests.transports.nvflare_stand_in import install
 
 
 def test_examples_say_what_happens():

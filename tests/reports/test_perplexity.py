@@ -4,16 +4,16 @@ import math
 
 import pytest
 
-from fedcore.data.measures import PERPLEXITY
-from fedcore.engines.local import start
 from fedcore.errors import FedcoreError
+from fedcore.experiments.run import start
+from fedcore.federation.measures import PERPLEXITY
 from fedcore.reports.comparison import comparison_rows, group_runs
 from fedcore.reports.intervals import Estimate
 from fedcore.reports.page import _clear, write_comparison_page, write_run_page
 from fedcore.reports.plots.quality import quality_by_round
 from fedcore.reports.reading import read_run
 from fedcore.reports.tables import comparison_markdown, final_grid, run_grid
-from tests.engines.jobs import tiny_causal_recipe
+from tests.experiments.jobs import tiny_causal_recipe
 from tests.reports.fake_run import write_fake_run
 from tests.reports.test_page import check_self_contained
 

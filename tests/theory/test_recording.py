@@ -6,11 +6,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from fedcore.engines.local import start
 from fedcore.errors import FedcoreError
+from fedcore.experiments.run import start
 from fedcore_theory import recording
 from fedcore_theory.checks.inexact import i02_divergence_of_a_run as i2
-from tests.engines.jobs import tiny_recipe
+from tests.experiments.jobs import tiny_recipe
 
 
 @pytest.fixture(scope="module")

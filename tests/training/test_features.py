@@ -2,10 +2,10 @@
 
 import torch
 
-from fedcore.engines.observer import Observer
-from fedcore.engines.workbench import build_workbench
+from fedcore.experiments.observer import Observer
+from fedcore.experiments.setup import build_workbench
 from fedcore.training.features import encoder_digest, mean_states
-from tests.engines.jobs import tiny_recipe
+from tests.experiments.jobs import tiny_recipe
 
 
 def bench_of(tmp_path, **settings):

@@ -3,8 +3,8 @@ from urllib.error import HTTPError, URLError
 import pytest
 from huggingface_hub import constants
 
-from fedcore.engines.trials import check_sources
 from fedcore.errors import FedcoreError
+from fedcore.experiments.trials import check_sources
 from fedcore.recipes import load_recipe
 from fedcore.training.hub_access import check_obtainable
 from fedcore.training.sources import Source

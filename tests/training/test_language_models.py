@@ -14,7 +14,7 @@ from fedcore.training.language_models import load_language_model
 from fedcore.training.models import check_model_source
 from fedcore.training.next_tokens import NextTokens, encode_continuations
 from fedcore.training.tasks import find_task
-from tests.engines.jobs import write_language_model, write_model
+from tests.experiments.jobs import write_language_model, write_model
 
 WORDS = ("goal win", "bank trade price stock fund market", "movie star award scene")
 

@@ -11,9 +11,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fedcore.data.exchange import read_broadcast
-from fedcore.engines.files import FileServer
 from fedcore.training.live_adapter import live_adapter
 from fedcore.training.trainer_client import FederatedClient
+from fedcore.transports.folders import FileServer
 from tests.training.trainer_rounds import EXAMPLES, trainer
 from tests.tuners.tiny import bert, logits
 

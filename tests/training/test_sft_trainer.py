@@ -8,9 +8,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
-from fedcore.engines.files import FileServer
 from fedcore.training.trainer_client import FederatedClient
-from tests.engines.jobs import write_language_model
+from fedcore.transports.folders import FileServer
+from tests.experiments.jobs import write_language_model
 
 TEXTS = {
     "site-1": ["match goal team win league", "bank market share profit"] * 4,

@@ -19,8 +19,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import fedcore
 import fedcore_kernels
-from fedcore.engines.files import FileServer
-from tests.engines.jobs import TOPICS, write_model
+from fedcore.transports.folders import FileServer
+from tests.experiments.jobs import TOPICS, write_model
 
 SCRIPTS = Path(__file__).with_name("scripts")
 STOCK, FEDERATED = SCRIPTS / "finetune.py", SCRIPTS / "finetune_federated.py"

@@ -11,7 +11,7 @@ from peft.utils import PeftType
 import fedcore.tuners
 from fedcore.errors import FedcoreError
 from fedcore.tuners import GramConfig, GramModel
-from fedcore.tuners.registration import extend_peft_type, register
+from fedcore.tuners.shared.registration import extend_peft_type, register
 
 
 def test_member_behaves_like_any_other():

@@ -15,15 +15,15 @@ from typing import Any
 
 from fedcore.data.cohort import Cohort
 from fedcore.data.peft_files import write_text
-from fedcore.data.server_state import ServerState
-from fedcore.engines.environment import describe_environment
-from fedcore.engines.observer import Observer
-from fedcore.engines.round import run_round
-from fedcore.engines.workbench import build_workbench
 from fedcore.errors import FedcoreError
+from fedcore.experiments.environment import describe_environment
+from fedcore.experiments.observer import Observer
+from fedcore.experiments.round import run_round
+from fedcore.experiments.setup import build_workbench
+from fedcore.federation.diagnostics import diagnose
+from fedcore.federation.state import ServerState
 from fedcore.methods import Method, create_method
 from fedcore.methods.base import Aggregate, Broadcast
-from fedcore.methods.diagnostics import diagnose
 from fedcore.recipes import Recipe, load_recipe
 
 FORMAT = 1

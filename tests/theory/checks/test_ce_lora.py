@@ -7,9 +7,9 @@ import pytest
 import torch
 from sklearn.mixture import GaussianMixture
 
-from fedcore.methods.ce_lora import CELoRA
-from fedcore.methods.class_mixtures import fit_class_mixtures
-from fedcore.methods.data_similarity import client_distances
+from fedcore.methods.tri.ce_lora.class_mixtures import fit_class_mixtures
+from fedcore.methods.tri.ce_lora.method import CELoRA
+from fedcore.methods.tri.ce_lora.similarity import client_distances
 from fedcore_theory.checks.ce_lora import c01_dead_starts as c1
 from fedcore_theory.checks.ce_lora import c02_common_bases as c2
 from fedcore_theory.checks.ce_lora import c03_private_bases as c3

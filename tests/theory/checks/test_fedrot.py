@@ -5,7 +5,7 @@ import pytest
 from scipy.linalg import expm, logm
 
 from fedcore.methods import create_method
-from fedcore.methods.fedrot import FedRot
+from fedcore.methods.lora.fedrot import FedRot
 from fedcore_theory.checks.fedrot import fr_soft_rotations as fr
 from fedcore_theory.models.graded_rounds import polar_factor
 from fedcore_theory.rounds import server_round

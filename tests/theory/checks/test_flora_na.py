@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from fedcore.methods.common_gauge import common_gauge, turned_blocks
-from fedcore.methods.flora_na import FloraNA
-from fedcore.methods.nearest_combination import alternate, nearest_combination, starts
-from fedcore.methods.pair_objective import PairObjective, apply
+from fedcore.methods.lora.flora_na.method import FloraNA, common_gauge, turned_blocks
+from fedcore.methods.lora.flora_na.objective import PairObjective, apply
+from fedcore.methods.lora.flora_na.solver import alternate, nearest_combination, starts
 from fedcore_kernels import block_grams
 from fedcore_theory.checks.flora_na import n01_gram_form as n1
 from fedcore_theory.checks.flora_na import n02_gradients as n2

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from fedcore.methods.florg import FlorgTruncated
+from fedcore.methods.gram.florg import FlorgTruncated
 from fedcore_kernels import procrustes
 from fedcore_theory.checks.florg import g00_gradient as g0
 from fedcore_theory.checks.florg import g01_four_forms as g1

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from fedcore.methods.florg import FlorgTruncated
+from fedcore.methods.gram.florg import FlorgTruncated
 from fedcore_theory.checks.florg import g09_gauge_invariance as g9
 from fedcore_theory.checks.florg import g10_one_local_step as g10
 from fedcore_theory.checks.florg import g11_noise_inflation as g11

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from fedcore.errors import FedcoreError
-from fedcore.methods.robust_krum import RobustKrum
+from fedcore.methods.robust.rules import RobustKrum
 from fedcore_theory.checks.systems import s01_sums_only as s1
 from fedcore_theory.checks.systems import s02_scalings as s2
 from fedcore_theory.checks.systems import s03_robust_gram as s3

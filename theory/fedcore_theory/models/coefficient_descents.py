@@ -11,7 +11,7 @@ import torch
 from scipy.optimize import OptimizeResult, minimize
 from torch import Tensor
 
-from fedcore.methods.pair_objective import PairObjective, apply
+from fedcore.methods.lora.flora_na.objective import PairObjective, apply
 from fedcore_theory.rounds import Array
 
 Point = tuple[Tensor, Tensor]

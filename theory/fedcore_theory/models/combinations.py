@@ -7,8 +7,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from fedcore.methods.nearest_combination import nearest_combination
-from fedcore.methods.pair_objective import PairObjective
+from fedcore.methods.lora.flora_na.objective import PairObjective
+from fedcore.methods.lora.flora_na.solver import nearest_combination
 from fedcore_kernels import block_grams
 from fedcore_theory.models.factors import ClientFactors
 from fedcore_theory.rounds import Array

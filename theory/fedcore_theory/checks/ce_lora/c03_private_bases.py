@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fedcore.methods.ce_lora import CELoRA
+from fedcore.methods.tri.ce_lora.method import CELoRA
 from fedcore_theory.check import Check, Measured, Outcome, least, worst
 from fedcore_theory.figures import Line, trajectories
 from fedcore_theory.models.factors import relative

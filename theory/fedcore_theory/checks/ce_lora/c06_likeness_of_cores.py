@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from fedcore.methods.model_similarity import cka_similarity, cosine_similarity
+from fedcore.methods.tri.ce_lora.similarity import cka_similarity, cosine_similarity
 from fedcore_theory.check import Check, Measured, Outcome, worst
 from fedcore_theory.figures import histogram
 from fedcore_theory.models.tri_factors import haar

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from scipy.optimize import linprog
 
-from fedcore.methods.class_mixtures import ClassMixtures
-from fedcore.methods.data_similarity import client_distances
+from fedcore.methods.tri.ce_lora.class_mixtures import ClassMixtures
+from fedcore.methods.tri.ce_lora.similarity import client_distances
 from fedcore_theory.check import Check, Measured, Outcome, worst
 from fedcore_theory.figures import bars
 from fedcore_theory.rounds import Array

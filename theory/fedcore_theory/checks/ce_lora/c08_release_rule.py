@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedcore.methods.class_mixtures import fit_class_mixtures
+from fedcore.methods.tri.ce_lora.class_mixtures import fit_class_mixtures
 from fedcore_theory.check import Check, Measured, Outcome, least, worst
 from fedcore_theory.figures import Line, trajectories
 from fedcore_theory.rounds import Array

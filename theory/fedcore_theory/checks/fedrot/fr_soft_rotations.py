@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from scipy.linalg import block_diag
 
-from fedcore.methods.fedrot import FedRot
+from fedcore.methods.lora.fedrot import FedRot
 from fedcore_kernels import soft_rotation
 from fedcore_theory.check import Check, Measured, Outcome, least, worst
 from fedcore_theory.figures import Line, trajectories

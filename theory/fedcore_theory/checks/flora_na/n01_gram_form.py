@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import torch
 
-from fedcore.methods.hadamard_combination import HadamardObjective
-from fedcore.methods.pair_objective import PairObjective
+from fedcore.methods.lora.flora_na.hadamard import HadamardObjective
+from fedcore.methods.lora.flora_na.objective import PairObjective
 from fedcore_theory.check import Check, Measured, Outcome, worst
 from fedcore_theory.figures import histogram
 from fedcore_theory.models.combinations import (

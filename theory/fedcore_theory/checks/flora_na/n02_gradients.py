@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fedcore.methods.pair_objective import PairObjective
+from fedcore.methods.lora.flora_na.objective import PairObjective
 from fedcore_theory.check import Check, Measured, Outcome, worst
 from fedcore_theory.checks.flora_na.n01_gram_form import Build, Point, draw, weighted_form
 from fedcore_theory.figures import histogram

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from fedcore.methods.combination_report import CombinationReport
-from fedcore.methods.nearest_combination import alternate, starts
-from fedcore.methods.pair_objective import PairObjective, apply
+from fedcore.methods.lora.flora_na.method import CombinationReport
+from fedcore.methods.lora.flora_na.objective import PairObjective, apply
+from fedcore.methods.lora.flora_na.solver import alternate, starts
 from fedcore_theory.check import Check, Measured, Outcome, worst
 from fedcore_theory.figures import Line, trajectories
 from fedcore_theory.models.combinations import (

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fedcore.methods.nearest_combination import starts
+from fedcore.methods.lora.flora_na.solver import starts
 from fedcore_theory.check import Check, Measured, Outcome, worst
 from fedcore_theory.figures import bars
 from fedcore_theory.models.combinations import (

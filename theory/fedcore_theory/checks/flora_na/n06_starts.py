@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedcore.methods.nearest_combination import alternate, nearest_combination
-from fedcore.methods.pair_objective import PairObjective
+from fedcore.methods.lora.flora_na.objective import PairObjective
+from fedcore.methods.lora.flora_na.solver import alternate, nearest_combination
 from fedcore_theory.check import Check, Measured, Outcome, worst
 from fedcore_theory.figures import histogram
 from fedcore_theory.models.combinations import pair_objective

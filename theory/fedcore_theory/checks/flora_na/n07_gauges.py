@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from fedcore.methods.flora_na import FloraNA
+from fedcore.methods.lora.flora_na.method import FloraNA
 from fedcore_theory.check import Check, Measured, Outcome, least, worst
 from fedcore_theory.figures import bars
 from fedcore_theory.models.combinations import (

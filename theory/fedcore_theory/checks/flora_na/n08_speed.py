@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from torch import Tensor
 
-from fedcore.methods.nearest_combination import alternate
-from fedcore.methods.pair_objective import PairObjective
+from fedcore.methods.lora.flora_na.objective import PairObjective
+from fedcore.methods.lora.flora_na.solver import alternate
 from fedcore_theory.check import Check, Measured, Outcome, worst
 from fedcore_theory.figures import bars
 from fedcore_theory.models.coefficient_descents import (

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fedcore.methods.flora_na import FloraNA
-from fedcore.methods.nearest_combination import alternate
-from fedcore.methods.pair_objective import PairObjective
+from fedcore.methods.lora.flora_na.method import FloraNA
+from fedcore.methods.lora.flora_na.objective import PairObjective
+from fedcore.methods.lora.flora_na.solver import alternate
 from fedcore_theory.check import Check, Measured, Outcome, least, worst
 from fedcore_theory.figures import bars
 from fedcore_theory.models.combinations import (

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from fedcore.methods.combination_report import CombinationReport
-from fedcore.methods.pair_objective import PairObjective, exact_objective
+from fedcore.methods.lora.flora_na.method import CombinationReport
+from fedcore.methods.lora.flora_na.objective import PairObjective, exact_objective
 from fedcore_kernels import block_grams
 from fedcore_theory.check import Check, Measured, Outcome, least, worst
 from fedcore_theory.figures import Line, trajectories

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fedcore.methods.florg import FlorgTruncated
+from fedcore.methods.gram.florg import FlorgTruncated
 from fedcore_theory.check import Check, Measured, Outcome, worst
 from fedcore_theory.figures import histogram
 from fedcore_theory.models.gram_rounds import (

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fedcore.methods.florg import FlorgTruncated
+from fedcore.methods.gram.florg import FlorgTruncated
 from fedcore_theory.check import Check, Measured, Outcome, least, worst
 from fedcore_theory.figures import bars
 from fedcore_theory.models.gram_rounds import gram_step, orthogonal

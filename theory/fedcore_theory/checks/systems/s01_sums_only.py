@@ -10,8 +10,8 @@ import torch
 
 from fedcore.data.cohort import Cohort, CohortBuilder
 from fedcore.data.validation import identical_rows
-from fedcore.engines.secure_round import aggregate_securely, check_sums_suffice
 from fedcore.errors import FedcoreError
+from fedcore.experiments.privacy import aggregate_securely, check_sums_suffice
 from fedcore.methods import METHODS, Broadcast, Method, create_method
 from fedcore_kernels.layout import FactorLayout
 from fedcore_theory.check import Check, Measured, Outcome, least, worst

@@ -10,10 +10,8 @@ import numpy as np
 import torch
 
 from fedcore.methods import create_method
-from fedcore.methods.product_distances import distances
-from fedcore.methods.robust_hosts import RobustMethod
-from fedcore.methods.robust_krum import RobustKrum
-from fedcore.methods.robust_median import RobustMedian
+from fedcore.methods.robust.base import RobustMethod, distances
+from fedcore.methods.robust.rules import RobustKrum, RobustMedian
 from fedcore_kernels import product_gram
 from fedcore_theory.check import Check, Measured, Outcome, least, worst
 from fedcore_theory.figures import bars

@@ -1,0 +1,177 @@
+"""One client's turn: it loads what it was sent, trains, and prepares its upload."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from secrets import randbits
+
+import torch
+from torch import Tensor
+
+from fedcore.data.codecs import Codec, codec_error, find_codec
+from fedcore.data.seeding import derive_seed
+from fedcore.data.validation import digest
+from fedcore.experiments.client_models import HELD, OWN
+from fedcore.experiments.evaluation import evaluates
+from fedcore.experiments.observer import Observer
+from fedcore.experiments.privacy import SPENT, steps_after
+from fedcore.experiments.setup import Workbench
+from fedcore.methods.base import Broadcast
+from fedcore.privacy.keyed_stream import SECRET_BITS
+from fedcore.training.evaluation import evaluate
+from fedcore.training.local_training import LocalResult, LocalSettings, train_client
+from fedcore.training.private_training import train_privately
+from fedcore_kernels.layout import FactorLayout
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What a client's round of training left.
+
+    Attributes:
+        upload: ``(P,)`` in the upload layout of the round, as it arrives at the server.
+        trained: ``(P,)`` in the read layout, what the upload was made of.
+        weight: the client's weight in the round.
+        frozen: digest of what the client must not have changed.
+        kept: named tensors that stay with the client.
+        loss: mean over the local steps; ``nan`` without any.
+        accuracy, held_out_loss: of the trained model on the client's held-out shard, where they are
+            measured.
+        upload_error: what the codec lost, ``||row - decoded|| / ||row||``.
+        flags: trouble that the client half met.
+    """
+
+    upload: Tensor
+    trained: Tensor
+    weight: float
+    frozen: str
+    kept: Mapping[str, Tensor]
+    loss: float
+    accuracy: float | None
+    held_out_loss: float | None
+    upload_error: float
+    flags: tuple[str, ...]
+
+
+def take_turn(
+    bench: Workbench,
+    broadcast: Broadcast,
+    round: int,
+    client: str,
+    start: Tensor,
+    own: Mapping[str, Tensor],
+    observer: Observer,
+) -> Turn:
+    """Train ``client`` for one round; the base model's residual is loaded already.
+
+    Args:
+        broadcast: the global state of the round.
+        start: ``(P,)`` in the broadcast's layout, the row that this client starts from.
+        own: what the client kept of its last round.
+    """
+    recipe, method, layout = bench.recipe, bench.method, broadcast.layout
+    read, frozen = method.read_layout(layout, round), method.frozen_layout(layout, round)
+    bench.binding.load(start)
+    result = _trained(bench, round, client, own, layout, observer)
+    accuracy = held_out_loss = None
+    if evaluates(bench, round) and client in bench.test_shards:
+        shard = bench.test_shards[client]
+        found = evaluate(bench.forward, bench.examples, shard, recipe.evaluation.batch_size)
+        accuracy, held_out_loss = found.accuracy, found.loss
+    kept = {**result.state}
+    if recipe.privacy.noise_multiplier is not None:
+        kept[SPENT] = steps_after(own, result.steps)
+    if method.traits.personalised:
+        kept[OWN] = bench.binding.read()
+    if client in bench.ranks:
+        kept[HELD] = start
+    trained = bench.binding.read(read)
+    upload = method.prepare_upload(trained, read, broadcast, round)
+    codec = find_codec(recipe.round.codec)
+    received, lost = _transmitted(codec, upload.row, method.upload_layout(layout, round))
+    examples = len(bench.training_indices(client))
+    return Turn(
+        upload=received,
+        trained=trained,
+        weight=float(examples) if recipe.round.weighting == "examples" else 1.0,
+        frozen=digest(bench.binding.read(frozen), frozen, constants(bench)),
+        kept=kept,
+        loss=result.loss,
+        accuracy=accuracy,
+        held_out_loss=held_out_loss,
+        upload_error=lost,
+        flags=upload.flags,
+    )
+
+
+def _trained(
+    bench: Workbench,
+    round: int,
+    client: str,
+    own: Mapping[str, Tensor],
+    layout: FactorLayout,
+    observer: Observer,
+) -> LocalResult:
+    recipe, method = bench.recipe, bench.method
+    parameters = bench.binding.trained(method.plan(round).trains)
+    dense = frozenset(slot.name for slot in layout.dense_slots)
+    optimiser = recipe.optimiser.settings(method)
+    # A method that starts a fresh adapter every round leaves nothing to go on with.
+    state = {} if method.restarts else own
+    seed = derive_seed(recipe.seed, "train", round, client)
+    indices, local = bench.training_indices(client), local_settings(bench)
+    private = recipe.privacy.settings()
+    if private is None:
+        return train_client(
+            bench.forward,
+            bench.examples,
+            indices,
+            parameters,
+            dense,
+            local,
+            optimiser,
+            seed=seed,
+            state=state,
+            on_step=observer.step_done,
+        )
+    return train_privately(
+        bench.model,
+        bench.forward,
+        bench.examples,
+        indices,
+        parameters,
+        dense,
+        local,
+        optimiser,
+        private,
+        seed=randbits(SECRET_BITS) if recipe.privacy.noise == "secret" else seed,
+        state=state,
+        on_step=observer.step_done,
+    )
+
+
+def local_settings(bench: Workbench) -> LocalSettings:
+    """How much one trainer of the recipe trains in a round."""
+    return bench.recipe.local_settings(bench.method)
+
+
+def constants(bench: Workbench) -> list[Tensor]:
+    """The model's buffers that no client may change, in order of their names."""
+    return [bench.binding.constants[name] for name in sorted(bench.binding.constants)]
+
+
+def drops_out(bench: Workbench, round: int, client: str) -> bool:
+    """Whether ``client`` drops out of ``round``, by the recipe's dropout probability."""
+    seed = derive_seed(bench.recipe.seed, "dropout", round, client)
+    draw = torch.rand((), generator=torch.Generator().manual_seed(seed))
+    return float(draw) < bench.recipe.round.dropout
+
+
+def _transmitted(codec: Codec, row: Tensor, layout: FactorLayout) -> tuple[Tensor, float]:
+    """What arrives of an upload, and the relative error that its number format made."""
+    if not bool(torch.isfinite(row).all()):
+        # The server refuses it by name and value, which not every format could carry.
+        return row, float("nan")
+    decoded = codec.decode(codec.encode(row, layout), layout)
+    return decoded, codec_error(row, decoded)

@@ -1,0 +1,69 @@
+"""How good the models are after a round."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from fedcore.experiments.client_models import client_row
+from fedcore.experiments.setup import Workbench
+from fedcore.federation.state import ServerState
+from fedcore.training.evaluation import Evaluation, evaluate
+
+
+@dataclass(frozen=True)
+class Score:
+    """Held-out quality.
+
+    Attributes:
+        accuracy, loss: of the global model on all held-out examples. Where every client has a
+            model of its own, the means over the clients' models, each on all held-out examples.
+        clients, client_losses: client id to the accuracy and the loss of the model that it holds,
+            on its own held-out shard; empty where clients train alone.
+    """
+
+    accuracy: float | None = None
+    loss: float | None = None
+    clients: Mapping[str, float] = field(default_factory=dict)
+    client_losses: Mapping[str, float] = field(default_factory=dict)
+
+
+def evaluates(bench: Workbench, round: int) -> bool:
+    """Whether the models are evaluated after ``round``: every k rounds and after the last."""
+    every, rounds = bench.recipe.evaluation.every, bench.recipe.rounds
+    return (round + 1) % every == 0 or round + 1 == rounds
+
+
+def score(bench: Workbench, state: ServerState) -> Score:
+    """The quality of ``state``: of its global model, or of every client's own."""
+    bench.residual.load(state.residual)
+    if not bench.method.traits.personalised:
+        found = _evaluate_row(bench, state.row)
+        return _score(
+            found.accuracy, found.loss, {c: found.on(s) for c, s in bench.test_shards.items()}
+        )
+    accuracies, losses, own = [], [], {}
+    for client in bench.trainers:
+        found = _evaluate_row(bench, client_row(bench, state, client))
+        accuracies.append(found.accuracy)
+        losses.append(found.loss)
+        own[client] = found.on(bench.test_shards[client])
+    alone = bench.method.population == "alone"
+    count = len(accuracies)
+    return _score(sum(accuracies) / count, sum(losses) / count, {} if alone else own)
+
+
+def _score(accuracy: float, loss: float, shards: Mapping[str, Evaluation]) -> Score:
+    return Score(
+        accuracy,
+        loss,
+        {client: found.accuracy for client, found in shards.items()},
+        {client: found.loss for client, found in shards.items()},
+    )
+
+
+def _evaluate_row(bench: Workbench, row: Tensor) -> Evaluation:
+    bench.binding.load(row)
+    return evaluate(bench.forward, bench.examples, bench.test, bench.recipe.evaluation.batch_size)

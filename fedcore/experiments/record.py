@@ -1,0 +1,108 @@
+"""What is written down of a round, the same in every engine."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from math import isfinite
+from typing import Any
+
+from fedcore.experiments.evaluation import Score
+from fedcore.experiments.setup import Workbench
+
+
+@dataclass(frozen=True)
+class ClientReports:
+    """What clients say of their training, by name.
+
+    Attributes:
+        losses: mean loss of the steps.
+        local_accuracy, local_loss: of the model that a client trained, on its own held-out shard.
+    """
+
+    losses: Mapping[str, float] = field(default_factory=dict)
+    local_accuracy: Mapping[str, float] = field(default_factory=dict)
+    local_loss: Mapping[str, float] = field(default_factory=dict)
+
+
+def round_record(
+    bench: Workbench,
+    round: int,
+    outcome: Score,
+    reports: ClientReports,
+    *,
+    sampled: Sequence[str],
+    dropped: Mapping[str, str],
+    flags: Sequence[str],
+    up: Mapping[str, int],
+    down: Mapping[str, int],
+    seconds: Mapping[str, float],
+    modules: Sequence[Mapping[str, Any]] = (),
+    upload_error: float | None = None,
+) -> dict[str, Any]:
+    """A round as JSON: no NaN and no infinity.
+
+    Args:
+        round: counted from 0; -1 is the state before any.
+        dropped: client to the reason why its upload is not in the result.
+        up, down: bytes by kind.
+        seconds: by what was done in them.
+        modules: what the aggregation did to each.
+        upload_error: mean relative error of the uploads' number format.
+    """
+    record: dict[str, Any] = nullable(
+        {
+            "round": round,
+            "accuracy": outcome.accuracy,
+            "loss": outcome.loss,
+            "train_loss": _mean_loss(bench, reports.losses),
+            "clients": _clients(bench, outcome, reports),
+            "sampled": list(sampled),
+            "dropped": [{"client": c, "reason": r} for c, r in sorted(dropped.items())],
+            "flags": list(flags),
+            "bytes_up": dict(up),
+            "bytes_down": dict(down),
+            "upload_error": upload_error,
+            "seconds": dict(seconds),
+            "modules": [dict(module) for module in modules],
+        }
+    )
+    return record
+
+
+def nullable(value: Any) -> Any:
+    """The same without NaN and infinity, which JSON does not have: they become null."""
+    if isinstance(value, float):
+        return value if isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: nullable(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [nullable(item) for item in value]
+    return value
+
+
+def _mean_loss(bench: Workbench, losses: Mapping[str, float]) -> float:
+    """The mean over clients, by their numbers of training examples."""
+    total = weight = 0.0
+    for client, loss in losses.items():
+        if isfinite(loss):
+            share = len(bench.training_indices(client))
+            total += share * loss
+            weight += share
+    return total / weight if weight else float("nan")
+
+
+def _clients(bench: Workbench, outcome: Score, reports: ClientReports) -> list[dict[str, Any]]:
+    """A line a client: examples, mean training loss, accuracies of the global and its own model."""
+    return [
+        {
+            "client": client,
+            "examples": len(bench.shards[client]),
+            "train_loss": reports.losses.get(client),
+            "global_accuracy": outcome.clients.get(client),
+            "local_accuracy": reports.local_accuracy.get(client),
+            "global_loss": outcome.client_losses.get(client),
+            "local_loss": reports.local_loss.get(client),
+        }
+        for client in sorted(bench.shards)
+    ]

@@ -1,0 +1,125 @@
+"""The folder a run leaves: what it was, what it measured, and its state after every round."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedcore.data.peft_files import write_text
+from fedcore.errors import FedcoreError
+from fedcore.federation.state import (
+    ServerState,
+    latest_state,
+    prune_private,
+    read_state,
+    write_state,
+)
+from fedcore.recipes import Recipe, load_recipe, to_toml
+
+_RESUMABLE_STATES = 2
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The files of one run; every one is written whole or not at all."""
+
+    path: Path
+
+    @staticmethod
+    def check_free(path: Path) -> None:
+        """Refuse a folder that already holds something.
+
+        Raises:
+            FedcoreError: naming the folder and what to pass.
+        """
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise FedcoreError(
+                f"{path} is not empty; resume it with --resume or choose another --out"
+            )
+
+    @classmethod
+    def create(cls, path: Path, recipe: Recipe) -> RunFolder:
+        """An empty run folder with the resolved recipe.
+
+        Raises:
+            FedcoreError: the folder already holds something.
+        """
+        cls.check_free(path)
+        path.mkdir(parents=True, exist_ok=True)
+        write_text(to_toml(recipe), path / "recipe.toml")
+        return cls(path)
+
+    @classmethod
+    def open(cls, path: Path) -> RunFolder:
+        """An existing run folder.
+
+        Raises:
+            FedcoreError: there is none.
+        """
+        if not (path / "recipe.toml").is_file():
+            raise FedcoreError(f"{path} holds no run: recipe.toml is missing")
+        return cls(path)
+
+    @property
+    def states(self) -> Path:
+        """Where the states after each round are."""
+        return self.path / "state"
+
+    def recipe(self) -> Recipe:
+        """The resolved recipe of the run."""
+        return load_recipe(self.path / "recipe.toml")
+
+    def save(self, state: ServerState) -> None:
+        """Write the state of a completed round, then its line of ``metrics.jsonl``."""
+        write_state(state, self.states)
+        prune_private(self.states, _RESUMABLE_STATES)
+        line = json.dumps(state.record, sort_keys=True, allow_nan=False)
+        with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as handle:
+            handle.write(line + "\n")
+
+    def latest(self) -> ServerState | None:
+        """The newest complete state, if any."""
+        newest = latest_state(self.states)
+        return read_state(newest) if newest else None
+
+    def rewind_metrics(self, state: ServerState) -> list[dict[str, Any]]:
+        """Make ``metrics.jsonl`` say exactly what the saved states say, and return its records.
+
+        A run can be killed between saving a state and writing its line; the states are the truth.
+        """
+        records = []
+        for done in range(state.round + 1):
+            file = self.states / f"round-{done:04d}" / "state.json"
+            records.append(json.loads(file.read_text(encoding="utf-8"))["record"])
+        lines = [json.dumps(record, sort_keys=True, allow_nan=False) for record in records]
+        write_text("".join(line + "\n" for line in lines), self.path / "metrics.jsonl")
+        return records
+
+    def summary(self) -> dict[str, Any] | None:
+        """The summary of a finished run; None while it is not."""
+        file = self.path / "summary.json"
+        if not file.is_file():
+            return None
+        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        return found if found.get("finished") else None
+
+    def changed_environment(self, now: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+        """What differs between the machine that began the run and this one: name, then, now."""
+        file = self.path / "environment.json"
+        if not file.is_file():
+            return []
+        before = json.loads(file.read_text(encoding="utf-8"))
+        names = ("python", "platform", "threads", "gpu")
+        found = [(n, before.get(n), now.get(n)) for n in names if before.get(n) != now.get(n)]
+        for package, version in now["versions"].items():
+            was = before.get("versions", {}).get(package)
+            if was != version:
+                found.append((package, was, version))
+        return found
+
+    def write_json(self, name: str, values: Mapping[str, Any]) -> None:
+        """Write one JSON file of the folder."""
+        write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", self.path / name)

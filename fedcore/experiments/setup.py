@@ -1,0 +1,314 @@
+"""Everything a run works with, built once from its recipe: data, partition, model, method."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fedcore.data.seeding import derive_seed
+from fedcore.errors import FedcoreError
+from fedcore.experiments.observer import Observer
+from fedcore.experiments.privacy import check_central, check_private, check_sums_suffice
+from fedcore.experiments.trials import check_sources
+from fedcore.methods import METHODS, Method
+from fedcore.recipes import Recipe
+from fedcore.training.binding import ModelBinding
+from fedcore.training.datasets import (
+    TextDataset,
+    load_dataset,
+    split_indices,
+    subsample,
+)
+from fedcore.training.encoding import EncodedDataset
+from fedcore.training.features import encoder_digest, mean_states
+from fedcore.training.forward import Forward
+from fedcore.training.partitions import Partition, assign_like, partition
+from fedcore.training.prefix import FrozenPrefix
+from fedcore.training.residual import FrozenResidual
+from fedcore.training.tasks import Task, find_task
+from fedcore.tuners.shared.attach import attach_adapter
+
+POOLED = "everyone"
+"""The one client of the centralised baseline."""
+
+
+@dataclass
+class Shelf:
+    """What several runs of one process may share: encoded texts and frozen-prefix states by key."""
+
+    texts: dict[Any, tuple[TextDataset, EncodedDataset]] = field(default_factory=dict)
+    states: dict[Any, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Workbench:
+    """The parts of a run.
+
+    Attributes:
+        task: what the clients' models learn.
+        model: the one model in memory, with its adapter.
+        tokenizer: its tokenizer.
+        shards: client id to the training examples it holds, as indices.
+        test_shards: client id to its part of the held-out examples; together they are ``test``.
+        test: the held-out examples.
+        counts: per client and label, training and held-out examples, for the report.
+        residual: where the low-rank updates of base weights are applied.
+        ranks: client id to module to rank, where clients differ in rank; otherwise empty.
+        statistics: client id to what it tells of its data before its first round.
+    """
+
+    recipe: Recipe
+    method: Method
+    task: Task
+    model: nn.Module
+    tokenizer: Any
+    binding: ModelBinding
+    forward: Forward
+    examples: EncodedDataset
+    shards: Mapping[str, Tensor]
+    test_shards: Mapping[str, Tensor]
+    test: Tensor
+    label_names: tuple[str, ...]
+    counts: Mapping[str, Any]
+    residual: FrozenResidual
+    ranks: Mapping[str, Mapping[str, int]]
+    statistics: Mapping[str, Mapping[str, Tensor]]
+
+    @property
+    def trainers(self) -> tuple[str, ...]:
+        """Who trains: the clients, or the one holder of all data."""
+        return (POOLED,) if self.method.population == "pooled" else tuple(sorted(self.shards))
+
+    def training_indices(self, client_id: str) -> Tensor:
+        """The examples that ``client_id`` trains on."""
+        if client_id == POOLED:
+            return torch.cat([self.shards[c] for c in sorted(self.shards)]).sort().values
+        return self.shards[client_id]
+
+    @property
+    def held(self) -> dict[str, int]:
+        """Trainer to the number of its training examples."""
+        return {trainer: len(self.training_indices(trainer)) for trainer in self.trainers}
+
+    @property
+    def offset(self) -> dict[str, Tensor]:
+        """Module to the initial Gram factor that the model subtracts, where the server is."""
+        suffix = ".gram_A0"
+        return {
+            name.removesuffix(suffix): buffer.cpu()
+            for name, buffer in self.binding.constants.items()
+            if name.endswith(suffix)
+        }
+
+
+def build_workbench(recipe: Recipe, observer: Observer, shelf: Shelf | None = None) -> Workbench:
+    """Load, encode, split, partition and wrap, everything seeded by the recipe's seed.
+
+    Raises:
+        FedcoreError: a source, column, target module or layer that does not exist, or a partition
+            that cannot be drawn.
+    """
+    check_sources(recipe)
+    shelf = shelf or Shelf()
+    method, task = _seeded(recipe.method.create(), recipe), find_task(recipe.task)
+    if recipe.round.secure_sum:
+        check_sums_suffice(method)
+    seed = recipe.seed
+    observer.preparing(f"model {recipe.model.source}")
+    dataset_key = (recipe.task, recipe.data, recipe.model.source, recipe.model.max_length)
+    labels_needed = shelf.texts.get(dataset_key)
+    texts = labels_needed[0] if labels_needed else _load_texts(recipe, observer)
+    classes = len(texts.label_names)
+    model, tokenizer = task.load(recipe.model.source, classes, derive_seed(seed, "head"))
+    # Onto its device before it is wrapped: adapters are created beside their base weights.
+    model = attach_adapter(
+        model.to(_device(recipe.training.device)),
+        method.family,
+        rank=recipe.adapter.rank,
+        alpha=recipe.adapter.alpha,
+        target_modules=recipe.adapter.target_modules,
+        layers=recipe.adapter.layers,
+        use_rslora=recipe.adapter.use_rslora,
+        init_std=recipe.adapter.init_std,
+        frame=recipe.adapter.frame,
+        seed=derive_seed(seed, "adapter"),
+        task_type=task.peft_type,
+        **method.adapter_options,
+    )
+    if dataset_key not in shelf.texts:
+        observer.preparing(f"encoding {len(texts.texts)} texts")
+        shelf.texts[dataset_key] = (texts, task.encode(texts, tokenizer, recipe.model.max_length))
+    examples = shelf.texts[dataset_key][1]
+    train, test = (
+        torch.as_tensor(indices)
+        for indices in split_indices(texts, recipe.data.test_fraction, derive_seed(seed, "split"))
+    )
+    parts = _partition(recipe, examples.labels[train])
+    held_out = assign_like(parts, examples.labels[test].numpy(), derive_seed(seed, "held-out"))
+    ids = client_ids(recipe.clients)
+    shards = {c: train[torch.tensor(i)] for c, i in zip(ids, parts.indices, strict=True)}
+    test_shards = {c: test[torch.tensor(i)] for c, i in zip(ids, held_out.indices, strict=True)}
+    prefix, states = _prefix(recipe, model, examples, dataset_key, shelf, observer)
+    binding = ModelBinding.of(model)
+    modules = binding.layout.modules
+    ranks = client_ranks(recipe, method, ids, modules)
+    held = {client: len(indices) for client, indices in shards.items()}
+    if method.population == "pooled":
+        held = {POOLED: len(train)}
+    check_private(recipe, method, held, mixed_ranks=bool(ranks))
+    check_central(recipe, method, mixed_ranks=bool(ranks))
+    statistics = {}
+    if method.wants_features:
+        observer.preparing("what the clients tell of their data")
+        statistics = _statistics(recipe, method, model, examples, shards)
+    return Workbench(
+        recipe=recipe,
+        method=method,
+        task=task,
+        model=model,
+        tokenizer=tokenizer,
+        binding=binding,
+        forward=Forward(model, examples, prefix, states),
+        examples=examples,
+        shards=shards,
+        test_shards=test_shards,
+        test=test,
+        label_names=texts.label_names,
+        counts={
+            "client_ids": list(ids),
+            "label_names": list(texts.label_names),
+            "class_counts": _count(shards, examples, classes),
+            "test_counts": _count(test_shards, examples, classes),
+        },
+        residual=FrozenResidual(model, modules),
+        ranks=ranks,
+        statistics=statistics,
+    )
+
+
+def _seeded(method: Method, recipe: Recipe) -> Method:
+    """What a method draws by itself follows from the run's seed, unless its own was chosen."""
+    draws = any(option.name == "seed" for option in fields(method))  # type: ignore[arg-type]
+    if not draws or "seed" in (recipe.method.model_extra or {}):
+        return method
+    return replace(method, seed=derive_seed(recipe.seed, "method"))  # type: ignore[type-var]
+
+
+def client_ranks(
+    recipe: Recipe, method: Method, ids: Sequence[str], modules: Sequence[str]
+) -> dict[str, dict[str, int]]:
+    """Client id to module to rank, from ``adapter.client_ranks``; empty where all are equal.
+
+    Raises:
+        FedcoreError: clients of different rank, and a method that needs equal ones.
+    """
+    given = recipe.adapter.client_ranks
+    if not given or all(rank == recipe.adapter.rank for rank in given):
+        return {}
+    if not method.traits.mixed_ranks:
+        able = [m.name for m in METHODS if m.traits.mixed_ranks and m.family == method.family]
+        raise FedcoreError(
+            f"adapter.client_ranks is {list(given)}; {method.name} needs equal ranks, these take "
+            f"mixed ones: {', '.join(able)}"
+        )
+    return {
+        client: dict.fromkeys(modules, given[i % len(given)])
+        for i, client in enumerate(sorted(ids))
+    }
+
+
+def _statistics(
+    recipe: Recipe,
+    method: Method,
+    model: nn.Module,
+    examples: EncodedDataset,
+    shards: Mapping[str, Tensor],
+) -> dict[str, Mapping[str, Tensor]]:
+    """What each client tells of its data, of the features that the base model gives them."""
+    features = mean_states(model, examples, recipe.evaluation.batch_size)
+    encoder = encoder_digest(model)
+    found: dict[str, Mapping[str, Tensor]] = {}
+    for client, indices in sorted(shards.items()):
+        seed = derive_seed(recipe.seed, "told", client)
+        told = method.statistics(features[indices], examples.labels[indices], seed)
+        if told:
+            found[client] = {**told, "encoder": encoder}
+    return found
+
+
+def client_ids(clients: int) -> tuple[str, ...]:
+    """``client-00``, ``client-01``, ... wide enough to sort by number."""
+    width = max(2, len(str(clients - 1)))
+    return tuple(f"client-{i:0{width}d}" for i in range(clients))
+
+
+def _load_texts(recipe: Recipe, observer: Observer) -> TextDataset:
+    data = recipe.data
+    observer.preparing(f"data {data.source}")
+    texts = load_dataset(
+        data.source,
+        text_column=data.text_column,
+        label_column=data.label_column,
+        subset=data.subset,
+    )
+    if data.max_examples is not None and data.max_examples < len(texts):
+        # Drawn once for all seeds: which texts exist is part of the data, not of the draw.
+        texts = subsample(texts, data.max_examples, seed=0)
+    return texts
+
+
+def _partition(recipe: Recipe, labels: Tensor) -> Partition:
+    settings = recipe.partition
+    return partition(
+        labels.numpy(),
+        recipe.clients,
+        settings.kind,
+        alpha=settings.alpha,
+        labels_per_client=settings.labels_per_client,
+        min_examples=settings.min_examples,
+        seed=derive_seed(recipe.seed, "partition"),
+    )
+
+
+def _prefix(
+    recipe: Recipe,
+    model: nn.Module,
+    examples: EncodedDataset,
+    dataset_key: Any,
+    shelf: Shelf,
+    observer: Observer,
+) -> tuple[FrozenPrefix | None, Tensor | None]:
+    """The frozen prefix, and its states when they are to be reused."""
+    prefix = FrozenPrefix.find(model)
+    if prefix is None or not recipe.training.reuse_prefix or recipe.training.autocast:
+        return prefix, None
+    key = (dataset_key, prefix.length)
+    if key not in shelf.states:
+        observer.preparing(
+            f"states of {prefix.length} frozen layers for {len(examples.labels)} texts"
+        )
+        shelf.states[key] = prefix.compute(examples, recipe.evaluation.batch_size)
+    return prefix, shelf.states[key]
+
+
+def _count(shards: Mapping[str, Tensor], examples: EncodedDataset, classes: int) -> list[list[int]]:
+    return [
+        torch.bincount(examples.labels[shards[client]], minlength=classes).tolist()
+        for client in sorted(shards)
+    ]
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise FedcoreError(f"training.device {name!r} cannot be used: {reason}") from error
+    return device

@@ -1,0 +1,87 @@
+"""Bytes that travel in a round: adapters and heads apart, in both directions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from fedcore.data.codecs import Codec, Fp32, find_codec
+from fedcore.data.keyed_rows import at_ranks
+from fedcore.experiments.setup import Workbench
+from fedcore.federation.state import ServerState
+from fedcore_kernels.layout import FactorLayout
+
+MASKED_BYTES = 8
+"""A number of a masked upload, of whatever rank: masks are as long as the layout."""
+
+NOTHING: Mapping[str, int] = {"adapter": 0, "head": 0}
+
+
+def uplink(
+    bench: Workbench, state: ServerState, layout: FactorLayout, reported: Sequence[str]
+) -> dict[str, int]:
+    """Bytes that the clients in ``reported`` sent, each an upload of ``layout`` at its ranks, in
+    the number format of the recipe's codec.
+
+    What a client tells of its data before its first round counts as adapter traffic of that round.
+    """
+    found = dict(NOTHING)
+    rounds = bench.recipe.round
+    codec = find_codec(rounds.codec)
+    if bench.method.population == "clients":
+        for client in reported:
+            # Statistics have the broadcast's shape whatever rank they were computed of.
+            whole = bench.method.uploads == "statistics"
+            ranks = None if whole else bench.ranks.get(client)
+            masked = rounds.secure_sum
+            _add(found, _masked(layout) if masked else _sizes(layout, ranks, codec))
+            if client not in state.client_versions:
+                told = bench.statistics.get(client, {})
+                found["adapter"] += sum(t.numel() * t.element_size() for t in told.values())
+    return found
+
+
+def downlink(bench: Workbench, state: ServerState, sampled: Sequence[str]) -> dict[str, int]:
+    """Bytes that the clients in ``sampled`` download: whatever changed since they last took part.
+
+    The way down is fp32. A residual counts as adapter traffic.
+    """
+    found, codec = dict(NOTHING), Fp32()
+    if bench.method.population == "clients":
+        for client in sampled:
+            _add(found, _sizes(state.stale_for(client), bench.ranks.get(client), codec))
+            found["adapter"] += state.stale_residual(client) * torch.float32.itemsize
+    return found
+
+
+def added(
+    traffic: Mapping[str, int], up: Mapping[str, int], down: Mapping[str, int]
+) -> dict[str, int]:
+    """The running totals ``traffic`` with one round's bytes added to them."""
+    found = dict(traffic)
+    for direction, sizes in (("up", up), ("down", down)):
+        _add(found, {f"{direction}_{kind}": size for kind, size in sizes.items()})
+    return found
+
+
+def _sizes(layout: FactorLayout, ranks: Mapping[str, int] | None, codec: Codec) -> dict[str, int]:
+    own = at_ranks(layout, ranks)
+    factors = {slot.factor for slot in own.factor_slots}
+    return {
+        "adapter": codec.bytes(own.select(factors, dense=False)),
+        "head": codec.bytes(own.select((), dense=True)),
+    }
+
+
+def _masked(layout: FactorLayout) -> dict[str, int]:
+    factors = {slot.factor for slot in layout.factor_slots}
+    return {
+        "adapter": MASKED_BYTES * layout.select(factors, dense=False).numel,
+        "head": MASKED_BYTES * layout.select((), dense=True).numel,
+    }
+
+
+def _add(totals: dict[str, int], sizes: Mapping[str, int]) -> None:
+    for kind, size in sizes.items():
+        totals[kind] = totals.get(kind, 0) + size

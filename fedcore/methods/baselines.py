@@ -1,0 +1,91 @@
+"""Baseline: every client fine-tunes alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from fedcore.data.cohort import Cohort
+from fedcore.methods.base import Aggregate, Broadcast, ClientPlan, Family, Method, Traits, unchanged
+from fedcore.methods.shared.linear import LinearMethod
+
+
+@dataclass(frozen=True)
+class LocalOnly(Method):
+    """No exchange at all; each client keeps its own LoRA adapter and head from round to round.
+
+    What federation must beat. There is no global model: accuracies are means over the clients'
+    own models.
+    """
+
+    name: ClassVar[str] = "local_only"
+    summary: ClassVar[str] = "every client alone, nothing exchanged"
+    paper: ClassVar[str] = "baseline"
+    family: ClassVar[Family] = "lora"
+    population: ClassVar[Literal["clients", "alone", "pooled"]] = "alone"
+    traits: ClassVar[Traits] = Traits(
+        exact="no global model",
+        linear=True,
+        mixed_ranks=True,
+        personalised=True,
+        streaming=True,
+        uplink="0",
+        downlink="0",
+        server_cost="0",
+        privacy_note="nothing leaves a client",
+    )
+
+    def plan(self, round: int) -> ClientPlan:
+        """Train both factors, send nothing."""
+        return ClientPlan(frozenset("AB"), frozenset(), sends_dense=False)
+
+    def aggregate(self, cohort: Cohort, previous: Broadcast) -> Aggregate:
+        """Keeps the initial state: there is nothing to aggregate."""
+        return unchanged(previous, "clients train alone")
+
+
+@dataclass(frozen=True)
+class HeadOnly(LinearMethod):
+    """FedAvg of the head over a frozen model: what adapters must beat to be worth their traffic."""
+
+    name: ClassVar[str] = "head_only"
+    summary: ClassVar[str] = "no adapter, FedAvg of the head"
+    paper: ClassVar[str] = "baseline"
+    family: ClassVar[Family] = "none"
+    traits: ClassVar[Traits] = Traits(
+        exact="yes",
+        linear=True,
+        mixed_ranks=False,
+        personalised=False,
+        streaming=True,
+        uplink="0",
+        downlink="0",
+        server_cost="0",
+    )
+
+
+@dataclass(frozen=True)
+class Centralised(LinearMethod):
+    """LoRA on the pooled data: what federation gives up for privacy.
+
+    One client holds everything and makes as many local steps a round as all clients together
+    would. No traffic is counted.
+    """
+
+    name: ClassVar[str] = "centralised"
+    aliases: ClassVar[tuple[str, ...]] = ("centralized", "pooled")
+    summary: ClassVar[str] = "one client with all the data"
+    paper: ClassVar[str] = "baseline"
+    family: ClassVar[Family] = "lora"
+    population: ClassVar[Literal["clients", "alone", "pooled"]] = "pooled"
+    traits: ClassVar[Traits] = Traits(
+        exact="yes",
+        linear=True,
+        mixed_ranks=False,
+        personalised=False,
+        streaming=True,
+        uplink="0",
+        downlink="0",
+        server_cost="0",
+        privacy_note="all data is in one place",
+    )

@@ -1,0 +1,1 @@
+"""Methods on Gram adapters, W0 + s left A^T A right."""

@@ -1,0 +1,1 @@
+"""Methods on LoRA adapters, W0 + s B A."""

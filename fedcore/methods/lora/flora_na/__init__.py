@@ -1,0 +1,1 @@
+"""FLoRA-NA: the combination of uploads nearest to the mean product."""

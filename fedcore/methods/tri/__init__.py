@@ -1,0 +1,1 @@
+"""Methods on tri-factor adapters, W0 + s B R A."""

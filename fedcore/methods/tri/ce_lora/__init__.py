@@ -1,0 +1,1 @@
+"""CE-LoRA: cores mixed for each client by similarity."""

@@ -1,0 +1,157 @@
+"""CE-LoRA with cores that mean the same on every client: projected onto common bases."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from fedcore.errors import FedcoreError, unknown_name
+from fedcore.methods.base import Aggregate, Broadcast, ClientPlan, Family, Traits, Upload
+from fedcore.methods.shared.factor_pairs import PairGroup, check_cores, pair_groups
+from fedcore.methods.shared.linear import LinearMethod
+from fedcore_kernels.layout import FactorLayout
+
+Init = Literal["random", "xs"]
+
+
+@dataclass(frozen=True)
+class CELoRAProjected(LinearMethod):
+    """Train ``B_n R_n A_n``, send its core in the bases ``B_0, A_0`` that everybody holds.
+
+        R^_n = argmin_X ||B_n R_n A_n - B_0 X A_0||_F = (B_0^+ B_n) R_n (A_n A_0^+)
+        R    = sum_n w_n R^_n
+
+    and all clients start the next round from ``(B_0, R, A_0)``, with ``A_0, B_0`` those of the
+    first broadcast. ``R^_n`` depends on the client's product alone, so nothing that leaves its
+    model as it is, such as ``(B X, X^{-1} R Y, Y^{-1} A)``, changes the upload. By linearity
+    ``B_0 R A_0`` is the projection of the exact mean ``sum_n w_n B_n R_n A_n``: exact where the
+    clients' bases stay in the spans of the common ones, and what leaves the spans is lost.
+
+    The traffic is that of :class:`.CELoRA`; unlike there one global model
+    results, sums are all the server needs, and nothing is told of the data. The mixes of CE-LoRA
+    would work on ``R^_n`` as well; they are left out because they need every upload.
+
+    Needs ``A_0`` and ``B_0`` of full rank, which ``init`` gives: ``"xs"`` takes the leading
+    singular vectors of the base weight, ``"random"`` orthonormal bases from a seed. A zero ``B_0``,
+    the start of plain CE-LoRA, is refused, as every core would be projected to zero.
+    The model can move in a space of ``r x r`` for each module only, as with Fed-SB; training the
+    bases lets a client's steps see more of its loss than the core alone shows.
+
+    Cost for a client and module: ``4 r^2 (d_in + d_out)``, and QR of both bases.
+
+    Source: ours, after CE-LoRA, arXiv 2503.23869.
+
+    Raises:
+        FedcoreError: ``init`` is unknown.
+    """
+
+    init: Init = "xs"
+
+    name: ClassVar[str] = "ce_lora.projected"
+    summary: ClassVar[str] = "cores projected onto common bases, averaged"
+    paper: ClassVar[str] = "arXiv 2503.23869, projection ours"
+    family: ClassVar[Family] = "tri"
+    uploads: ClassVar[Literal["factors", "statistics"]] = "statistics"
+    traits: ClassVar[Traits] = Traits(
+        exact="when the clients' bases stay in the spans of the common ones, else its projection",
+        linear=True,
+        mixed_ranks=False,
+        personalised=False,
+        streaming=True,
+        uplink="r^2",
+        downlink="r^2",
+        server_cost="2 N r^2",
+    )
+
+    def __post_init__(self) -> None:
+        if self.init not in get_args(Init):
+            raise unknown_name(f"init of {self.name}", str(self.init), get_args(Init))
+
+    @property
+    def adapter_options(self) -> Mapping[str, Any]:
+        """The bases that the adapter starts from."""
+        return {"init": self.init}
+
+    def plan(self, round: int) -> ClientPlan:
+        """Train everything; what is sent is a core, and the head."""
+        return ClientPlan(trains=frozenset("ABR"), sends=frozenset("R"))
+
+    def read_layout(self, broadcast: FactorLayout, round: int) -> FactorLayout:
+        """All of the broadcast: the core to be sent depends on the bases."""
+        return broadcast.select("ABR")
+
+    def private_layout(self, broadcast: FactorLayout, round: int) -> FactorLayout:
+        """Nothing: every round starts from the common bases."""
+        return broadcast.select((), dense=False)
+
+    def prepare_upload(
+        self, row: Tensor, layout: FactorLayout, broadcast: Broadcast, round: int
+    ) -> Upload:
+        """``R^_n`` of every module, and the head as it is; computed in fp64.
+
+        Raises:
+            FedcoreError: a base of the broadcast is not of full rank, or ``layout`` is not that of
+                the broadcast.
+        """
+        if layout != self.read_layout(broadcast.layout, round):
+            raise FedcoreError(
+                f"{self.name}: layout is not the one that read_layout gives for the broadcast"
+            )
+        sent = self.upload_layout(broadcast.layout, round)
+        upload = layout.gather(row, sent)
+        start = broadcast.layout.gather(broadcast.row, layout)
+        for group in pair_groups(layout):
+            b, a = (
+                _coordinates(stack, base, factor, group)
+                for stack, base, factor in zip(
+                    group.stacks(row), group.stacks(start), "BA", strict=True
+                )
+            )
+            cores = torch.stack(
+                [layout.view(row, layout.by_name[f"{module}.R"]) for module in group.modules]
+            )
+            # Stacks hold B transposed, so their coordinates stand for (B_0^+ B_n)^T.
+            projected = b.mT @ cores.double() @ a
+            for module, core in zip(group.modules, projected, strict=True):
+                sent.view(upload, sent.by_name[f"{module}.R"]).copy_(core)
+        return Upload(upload)
+
+    def from_mean(self, mean: Tensor, layout: FactorLayout, previous: Broadcast) -> Aggregate:
+        """The mean core between the common bases, which stay as they are.
+
+        Raises:
+            FedcoreError: uploads of another layout than :meth:`upload_layout`, or a base that is
+                not of full rank.
+        """
+        check_cores(layout, self.upload_layout(previous.layout, 0), self.name)
+        for group in pair_groups(previous.layout):
+            for stack, factor in zip(group.stacks(previous.row), "BA", strict=True):
+                _orthonormal(stack, factor, group)
+        return super().from_mean(mean, layout, previous)
+
+
+def _coordinates(stack: Tensor, base: Tensor, factor: str, group: PairGroup) -> Tensor:
+    """``stack base^+ (L, r, r)`` in fp64 of ``(L, r, width)`` each."""
+    q, t = _orthonormal(base, factor, group)
+    # base^T = q t, so base^+ = q t^{-T}.
+    return torch.linalg.solve_triangular(t, (stack.double() @ q).mT, upper=True).mT
+
+
+def _orthonormal(base: Tensor, factor: str, group: PairGroup) -> tuple[Tensor, Tensor]:
+    """QR of ``base^T``; refuses bases that are not of full rank in the precision they come in."""
+    q, t = torch.linalg.qr(base.double().mT)
+    values = torch.linalg.svdvals(t)
+    noise = torch.finfo(base.dtype).eps * max(base.shape[1:])
+    rank = (values > noise * values[:, :1]).sum(-1)
+    for module, found in zip(group.modules, rank.tolist(), strict=True):
+        if found < group.rank:
+            raise FedcoreError(
+                f"ce_lora.projected: {module}.{factor} of the broadcast has rank {found} of "
+                f"{group.rank}; the common bases need full rank, start the adapter from 'random' "
+                "or 'xs'"
+            )
+    return q, t

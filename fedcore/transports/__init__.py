@@ -1,0 +1,1 @@
+"""Bytes to rows and back: what carries uploads and broadcasts, and nothing else."""

@@ -1,0 +1,230 @@
+"""Flower's two apps for a recipe: the server's and the clients'."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid, ServerApp
+
+from fedcore.data.peft_files import write_text
+from fedcore.errors import FedcoreError, missing_extra
+from fedcore.experiments.observer import Observer
+from fedcore.experiments.privacy import check_local
+from fedcore.experiments.run_folder import RunFolder
+from fedcore.experiments.setup import Workbench, build_workbench, client_ids
+from fedcore.recipes import Recipe, parse_recipe, to_toml
+from fedcore.transports.flower.client import introduce, model_tensors, train
+from fedcore.transports.flower.messages import to_arrays
+from fedcore.transports.flower.recipe_strategy import RecipeStrategy
+
+ROUND_SECONDS = 3600.0
+"""How long a server waits for the replies of a round unless told otherwise."""
+
+
+def check_recipe(recipe: Recipe) -> None:
+    """Refuse what a server behind Flower's messages cannot keep or does not see.
+
+    Raises:
+        FedcoreError: naming the key and what to do.
+    """
+    method = recipe.method.create()
+    if method.population != "clients":
+        raise FedcoreError(f"{method.name} exchanges nothing; run it with engine = 'local'")
+    if method.traits.personalised:
+        raise FedcoreError(
+            f"{method.name} leaves each client a model of its own, which a server behind Flower's "
+            "messages never sees and so cannot evaluate or save; use FedLoRA in an app of your "
+            "own, or engine = 'local'"
+        )
+    for key, is_set in (
+        ("round.secure_sum", recipe.round.secure_sum),
+        ("round.codec = 'int8'", recipe.round.codec == "int8"),
+    ):
+        if is_set:
+            raise FedcoreError(f"the flower engine has no {key}; run it with engine = 'local'")
+    check_local(recipe, "Flower")
+
+
+def serve(
+    bench: Workbench,
+    folder: RunFolder,
+    grid: Grid,
+    observer: Observer,
+    timeout: float = ROUND_SECONDS,
+) -> RecipeStrategy:
+    """Run the rounds that are left after the newest state in ``folder``, which has one."""
+    strategy = RecipeStrategy(bench, folder, observer)
+    strategy.start(
+        grid,
+        to_arrays(model_tensors(bench)),
+        bench.recipe.rounds,
+        timeout,
+        checkpoint_dir=folder.states,
+        resume=True,
+    )
+    return strategy
+
+
+def client_app(read: Callable[[Context], str], threads: int | None = None) -> ClientApp:
+    """The clients' app: node i of a federation, by its ``partition-id``, is the recipe's client i.
+
+    Args:
+        read: the recipe's TOML text from a node's context.
+        threads: of torch in the client's process; the last bits of a run depend on it.
+    """
+    app = ClientApp()
+
+    @app.query()
+    def who(message: Message, context: Context) -> Message:
+        return introduce(message, client_of(context, parse_recipe(read(context))))
+
+    @app.train()
+    def turn(message: Message, context: Context) -> Message:
+        if threads is not None:
+            torch.set_num_threads(threads)
+        bench = _bench(read(context))
+        client = client_of(context, bench.recipe)
+        return train(message, context, bench, client, run=str(context.run_id))
+
+    return app
+
+
+def client_of(context: Context, recipe: Recipe) -> str:
+    """The client that a node is.
+
+    Raises:
+        FedcoreError: the node's configuration has no ``partition-id``, or one beyond the clients.
+    """
+    place = context.node_config.get("partition-id")
+    if not isinstance(place, int) or not 0 <= place < recipe.clients:
+        raise FedcoreError(
+            f"the node's partition-id is {place!r}; the recipe has clients 0 to "
+            f"{recipe.clients - 1}"
+        )
+    return client_ids(recipe.clients)[place]
+
+
+def configured_recipe(context: Context) -> str:
+    """The recipe's TOML text in an app's ``[tool.flwr.app.config]``.
+
+    Raises:
+        FedcoreError: there is none.
+    """
+    text = context.run_config.get("recipe")
+    if not isinstance(text, str):
+        raise FedcoreError("the app's [tool.flwr.app.config] has no recipe")
+    return text
+
+
+def server_app() -> ServerApp:
+    """The server's app; ``out`` in its configuration is the run folder, made or gone on with."""
+    # Imported here: the local engine stands on the same level, and clients never need it.
+    from fedcore.experiments import run as local
+
+    app = ServerApp()
+
+    @app.main()
+    def main(grid: Grid, context: Context) -> None:
+        recipe = parse_recipe(configured_recipe(context))
+        check_recipe(recipe)
+        path = Path(str(context.run_config.get("out", f"runs/{recipe.name}-flower")))
+        timeout = float(str(context.run_config.get("timeout", ROUND_SECONDS)))
+
+        def rounds(bench: Workbench, folder: RunFolder, *rest: object) -> object:
+            return iter(serve(bench, folder, grid, Observer(), timeout).states)
+
+        if (path / "recipe.toml").is_file():
+            local.resume(path, rounds=rounds)  # type: ignore[arg-type]
+        else:
+            local.start(recipe, path, rounds=rounds)  # type: ignore[arg-type]
+
+    return app
+
+
+@lru_cache(maxsize=1)
+def _bench(text: str) -> Workbench:
+    """The workbench of this process: a client's process serves many rounds and often many clients,
+    and what is built depends on the recipe alone.
+    """
+    return build_workbench(parse_recipe(text), Observer())
+
+
+_MODULE = '''"""A federated fine-tuning job: the recipe is in pyproject.toml."""
+
+from fedcore.transports.flower.apps import client_app, configured_recipe, server_app
+
+server = server_app()
+client = client_app(configured_recipe)
+'''
+
+_LICENSE = "Whoever wrote the recipe in pyproject.toml decides under which terms it may be used.\n"
+
+
+def write_app(
+    recipe: Recipe,
+    folder: Path,
+    *,
+    out: Path,
+    timeout: float = ROUND_SECONDS,
+    dependencies: Sequence[str] = (),
+) -> Path:
+    """Write ``recipe`` as an app into the empty ``folder`` and return it.
+
+    Every node needs fedcore installed, and the model and texts that the recipe names: by the name
+    of a package, or under the same path. Node i says who it is by ``partition-id=i``.
+
+    Args:
+        out: the run folder, on the server's machine; a run that is found there is gone on with.
+        timeout: seconds that the server waits for the replies of a round.
+        dependencies: packages beside Flower that Flower is to install for the app where it does
+            that; with none, it uses what is installed.
+
+    Raises:
+        FedcoreError: ``folder`` is not empty, or the recipe cannot run behind Flower's messages.
+    """
+    try:
+        import tomli_w
+    except ImportError as error:
+        raise missing_extra("tomli-w", "run") from error
+    check_recipe(recipe)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FedcoreError(f"{folder} is not empty; pass a folder that does not exist yet")
+    folder.mkdir(parents=True, exist_ok=True)
+    name = "".join(c if c.isalnum() else "-" for c in recipe.name.lower()).strip("-") or "job"
+    about = {
+        "project": {
+            "name": name,
+            "version": "1.0.0",
+            "description": recipe.description or f"fedcore recipe {recipe.name}",
+            "license": {"file": "LICENSE"},
+            "dependencies": [f"flwr>={version('flwr')}", *dependencies],
+        },
+        "tool": {
+            "flwr": {
+                "app": {
+                    "publisher": "fedcore",
+                    "fab-format-version": 1,
+                    "flwr-version-target": version("flwr"),
+                    "components": {
+                        "serverapp": "fedcore_job:server",
+                        "clientapp": "fedcore_job:client",
+                    },
+                    "config": {
+                        "recipe": to_toml(recipe),
+                        "out": str(out.absolute()),
+                        "timeout": timeout,
+                    },
+                }
+            }
+        },
+    }
+    write_text(tomli_w.dumps(about), folder / "pyproject.toml")
+    write_text(_MODULE, folder / "fedcore_job.py")
+    write_text(_LICENSE, folder / "LICENSE")
+    return folder

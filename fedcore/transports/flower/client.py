@@ -1,0 +1,202 @@
+"""The client half: a message in, training by the recipe, a reply out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+from flwr.app import ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
+from torch import Tensor
+
+from fedcore.data.low_rank import LowRank, packed, unpacked
+from fedcore.errors import FedcoreError
+from fedcore.experiments.client_models import HELD, OWN, with_own
+from fedcore.experiments.client_round import drops_out, take_turn
+from fedcore.experiments.observer import Observer
+from fedcore.experiments.privacy import check_local
+from fedcore.experiments.setup import Workbench
+from fedcore.methods.base import Broadcast
+from fedcore.transports.flower.messages import (
+    BROADCAST,
+    PERSONAL,
+    RECORD,
+    RESIDUAL,
+    TOLD,
+    Order,
+    Reply,
+    Wire,
+    from_arrays,
+    to_arrays,
+)
+
+_ROW, _OWN, _RESIDUAL, _RUN = (f"fedcore.{name}" for name in ("row", "own", "residual", "run"))
+
+
+@dataclass(frozen=True)
+class Memory:
+    """A client's memory.
+
+    Attributes:
+        row: ``(P,)`` the shared row of the last round, None before the first.
+        own: named tensors that stay with the client.
+        residual: module to the update of the base weights.
+    """
+
+    row: Tensor | None = None
+    own: Mapping[str, Tensor] = field(default_factory=dict)
+    residual: Mapping[str, LowRank] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, state: RecordDict, run: str) -> Memory:
+        """The memory of ``run`` in a context's ``state``; an empty one where that is another's."""
+        if _RUN not in state.config_records or state.config_records[_RUN]["run"] != run:
+            return cls()
+        tensors = {
+            name: from_arrays(state.array_records[name])
+            for name in (_ROW, _OWN, _RESIDUAL)
+            if name in state.array_records
+        }
+        return cls(
+            tensors[_ROW]["row"], tensors.get(_OWN, {}), unpacked(tensors.get(_RESIDUAL, {}))
+        )
+
+    def write(self, state: RecordDict, run: str) -> None:
+        """Put the memory into a context's ``state``, in place of what is there."""
+        state[_RUN] = ConfigRecord({"run": run})
+        for name, tensors in (
+            (_ROW, {} if self.row is None else {"row": self.row}),
+            (_OWN, self.own),
+            (_RESIDUAL, packed(self.residual)),
+        ):
+            if tensors:
+                state[name] = to_arrays(tensors)
+            elif name in state:
+                del state[name]
+
+
+ARRAYS, METRICS, EXAMPLES = "arrays", "metrics", "num-examples"
+
+DROPPED_OUT = 4101
+"""The code of the error by which a client says that it drops out of a round, as the recipe asks."""
+
+
+def model_tensors(bench: Workbench) -> dict[str, Tensor]:
+    """The model's adapter, constants and dense tensors, by PEFT's keys with the adapter's name."""
+    bound = {id(parameter) for parameter in bench.binding.parameters.values()}
+    fixed = {id(buffer) for buffer in bench.binding.constants.values()}
+    found = {
+        key: tensor.detach().cpu().clone()
+        for key, tensor in bench.model.named_parameters()
+        if id(tensor) in bound
+    }
+    return found | {
+        key: buffer.detach().cpu().clone()
+        for key, buffer in bench.model.named_buffers()
+        if id(buffer) in fixed
+    }
+
+
+def introduce(message: Message, client: str) -> Message:
+    """The answer to the server's question who this node is."""
+    return Message(RecordDict({RECORD: Reply(client).record()}), reply_to=message)
+
+
+def train(
+    message: Message, context: Context, bench: Workbench, client: str, run: str = ""
+) -> Message:
+    """One client's round, to the same bits as the local engine's.
+
+    Args:
+        message: as :class:`FedLoRA` sends it.
+        context: of the node; what the client keeps is kept there.
+        client: its id in the recipe.
+        run: of which run the client's memory may be.
+
+    Raises:
+        FedcoreError: a message that does not fit the recipe, or one that holds a part of the
+            adapter for a client that has lost the rest.
+    """
+    check_local(bench.recipe, "Flower")
+    content = message.content
+    order = Order.read(content)
+    if order.method != bench.method.name:
+        raise FedcoreError(
+            f"the server runs {order.method}, this client's recipe says {bench.method.name}"
+        )
+    if drops_out(bench, order.round, client):
+        reason = f"{client} drops out of round {order.round}"
+        return Message(Error(code=DROPPED_OUT, reason=reason), reply_to=message)
+    wire, _ = Wire.of(model_tensors(bench))
+    memory = _updated(Memory.read(context.state, run), content, order, wire, bench, client)
+    assert memory.row is not None
+    layout, ranks = wire.layout, bench.ranks.get(client)
+    broadcast = memory.row
+    if BROADCAST in content.array_records:
+        broadcast = wire.unpack(from_arrays(content.array_records[BROADCAST]), layout)
+    bench.residual.load(memory.residual)
+    turn = take_turn(
+        bench,
+        Broadcast(layout, broadcast),
+        order.round,
+        client,
+        with_own(bench, layout, memory.row, memory.own, order.round),
+        memory.own,
+        Observer(),
+    )
+    # What a client of lower rank started from is the server's to remember.
+    kept = {name: tensor for name, tensor in turn.kept.items() if name != HELD}
+    replace(memory, own=kept or memory.own).write(context.state, run)
+    sent = bench.method.upload_layout(layout, order.round)
+    whole = bench.method.uploads == "statistics"
+    tensors = wire.pack(turn.upload, sent, None if whole else ranks)
+    if bench.recipe.round.codec == "bf16":
+        # They are rounded already, so this changes their size alone.
+        tensors = {key: tensor.to(torch.bfloat16) for key, tensor in tensors.items()}
+    metrics = {EXAMPLES: turn.weight, "train-loss": turn.loss}
+    if turn.accuracy is not None:
+        metrics["local-accuracy"] = turn.accuracy
+    if turn.held_out_loss is not None:
+        metrics["local-loss"] = turn.held_out_loss
+    answer = RecordDict(
+        {
+            ARRAYS: to_arrays(tensors),
+            METRICS: MetricRecord(dict(metrics)),
+            RECORD: Reply(client, order.round, turn.frozen, turn.flags).record(),
+        }
+    )
+    if order.tell and client in bench.statistics:
+        answer[TOLD] = to_arrays(bench.statistics[client])
+    return Message(answer, reply_to=message)
+
+
+def _updated(
+    memory: Memory, content: RecordDict, order: Order, wire: Wire, bench: Workbench, client: str
+) -> Memory:
+    """The memory with what the message brings."""
+    arrays = {
+        name: from_arrays(record)
+        for name, record in content.array_records.items()
+        if name not in (PERSONAL, RESIDUAL, BROADCAST)
+    }
+    if len(arrays) != 1:
+        raise FedcoreError(f"the message has {len(arrays)} array records; one is needed")
+    tensors = next(iter(arrays.values()))
+    part = wire.part_of(tensors)
+    if memory.row is None and not order.whole:
+        raise FedcoreError(f"{client} holds nothing of this run and was sent a part of it")
+    news = wire.unpack(tensors, part, bench.ranks.get(client))
+    layout = wire.layout
+    row = torch.zeros(layout.size) if order.whole or memory.row is None else memory.row
+    row = layout.scatter(row, part, news)
+    own = dict(memory.own)
+    if PERSONAL in content.array_records:
+        mine = from_arrays(content.array_records[PERSONAL])
+        personal = wire.part_of(mine)
+        own[OWN] = layout.scatter(own.get(OWN, row), personal, wire.unpack(mine, personal))
+    residual = memory.residual
+    if RESIDUAL in content.array_records:
+        residual = unpacked(from_arrays(content.array_records[RESIDUAL]))
+    elif order.whole:
+        residual = {}
+    return Memory(row, own, residual)

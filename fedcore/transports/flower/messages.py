@@ -1,0 +1,224 @@
+"""What server and clients say to each other besides tensors, in a ConfigRecord or MetricRecord."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+from torch import Tensor
+
+from fedcore.data.adapter_state import AdapterState
+from fedcore.data.keyed_rows import Ranks, row_from_tensors, slot_name, tensors_from_row
+from fedcore.errors import FedcoreError
+from fedcore_kernels.layout import FactorLayout
+
+BF16_TAG = ":bf16"
+"""The end of the key under which a bf16 tensor travels as int16."""
+
+
+def to_arrays(tensors: Mapping[str, Tensor]) -> ArrayRecord:
+    """A state dict as an ArrayRecord; the order of its keys is kept.
+
+    Raises:
+        FedcoreError: a key that ends with the tag of bf16 by itself.
+    """
+    found = {}
+    for key, tensor in tensors.items():
+        if key.endswith(BF16_TAG):
+            raise FedcoreError(f"{key!r} ends with {BF16_TAG!r}, which marks tensors of bf16")
+        values = tensor.detach().cpu().contiguous()
+        if values.dtype == torch.bfloat16:
+            found[key + BF16_TAG] = Array(values.view(torch.int16).numpy())
+        else:
+            found[key] = Array(values.numpy())
+    return ArrayRecord(found)
+
+
+def from_arrays(record: ArrayRecord) -> dict[str, Tensor]:
+    """The state dict that :func:`to_arrays` made a record of, bit by bit.
+
+    Raises:
+        FedcoreError: naming the key of an array that cannot be read.
+    """
+    found: dict[str, Tensor] = {}
+    for key, array in record.items():
+        name = key.removesuffix(BF16_TAG)
+        if name in found:
+            raise FedcoreError(f"{name} is there twice, once as bf16")
+        try:
+            values = torch.from_numpy(np.array(array.numpy()))
+        except (TypeError, ValueError, OSError, EOFError) as error:
+            raise FedcoreError(f"{key} cannot be read: {error}") from error
+        if key != name:
+            if values.dtype != torch.int16:
+                raise FedcoreError(f"{key} holds {values.dtype}; bf16 travels as int16")
+            values = values.view(torch.bfloat16)
+        found[name] = values
+    return found
+
+
+RECORD = "fedcore"
+"""The ConfigRecord of a reply that says who sends it and what it holds."""
+
+PERSONAL, RESIDUAL, BROADCAST, TOLD = "personal", "residual", "broadcast", "told"
+"""Further ArrayRecords: a client's own values, the base weights' update, the global adapter at the
+server's ranks, and what a client tells of its data."""
+
+
+@dataclass(frozen=True)
+class Order:
+    """The server's order of a round, in the message's ConfigRecord.
+
+    Attributes:
+        round: counted from 0; Flower's own ``server-round`` is one more.
+        method: the method's name.
+        trains, sends: the factors that train and that are sent in this round.
+        whole: whether the message holds the whole adapter, or what is new to this client.
+        tell: whether the client is to tell of its data.
+    """
+
+    round: int
+    method: str
+    trains: str
+    sends: str
+    whole: bool
+    tell: bool
+
+    def write(self, config: ConfigRecord) -> None:
+        """Add the order to ``config``."""
+        for name, value in vars(self).items():
+            config[f"{RECORD}.{name}"] = value
+        config["server-round"] = self.round + 1
+
+    @classmethod
+    def read(cls, content: RecordDict) -> Order:
+        """The order in a message.
+
+        Raises:
+            FedcoreError: the message holds none.
+        """
+        for config in content.config_records.values():
+            if f"{RECORD}.round" in config:
+                values: dict[str, Any] = {
+                    name: config[f"{RECORD}.{name}"] for name in cls.__dataclass_fields__
+                }
+                return cls(**values)
+        raise FedcoreError("the message is no order of FedLoRA: it names no round")
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What a client says of its upload; a client that says nothing is known by its node.
+
+    Attributes:
+        client: its own name, empty for that of its node.
+        round: the round it trained for, -1 where it does not say.
+        frozen: digest of what it must not have changed, empty where it does not say.
+        flags: trouble that it met.
+    """
+
+    client: str = ""
+    round: int = -1
+    frozen: str = ""
+    flags: tuple[str, ...] = ()
+
+    def record(self) -> ConfigRecord:
+        """As it travels."""
+        return ConfigRecord(
+            {
+                "client": self.client,
+                "round": self.round,
+                "frozen": self.frozen,
+                "flags": "\n".join(self.flags),
+            }
+        )
+
+    @classmethod
+    def read(cls, content: RecordDict) -> Reply:
+        """What a reply says, defaults where it does not.
+
+        Raises:
+            FedcoreError: a value of another type.
+        """
+        record = content.config_records.get(RECORD)
+        if record is None:
+            return cls()
+        client, round, frozen, flags = (
+            record.get(name, default)
+            for name, default in (("client", ""), ("round", -1), ("frozen", ""), ("flags", ""))
+        )
+        if not (isinstance(client, str) and isinstance(frozen, str) and isinstance(flags, str)):
+            raise FedcoreError("its record 'fedcore' holds something else than text")
+        if not isinstance(round, int):
+            raise FedcoreError(f"its record 'fedcore' names the round {round!r}")
+        return cls(client, round, frozen, tuple(line for line in flags.split("\n") if line))
+
+
+@dataclass(frozen=True)
+class Wire:
+    """Which key each slot of a row travels under.
+
+    Attributes:
+        layout: every factor and dense tensor of the adapter, at the server's ranks.
+        keys: slot name to key, as the first adapter had them.
+        family: of the adapter.
+        constants: name to tensor that nobody changes (initial factors, stored frames).
+    """
+
+    layout: FactorLayout
+    keys: Mapping[str, str]
+    family: str
+    constants: Mapping[str, Tensor]
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor]) -> tuple[Wire, Tensor]:
+        """The wire of the adapter ``tensors``, by PEFT's keys, and its row ``(P,)`` fp32.
+
+        Raises:
+            FedcoreError: no tensor, integers, several adapter families, two keys of one meaning, a
+                factor without its partner, or a factor that is no matrix.
+        """
+        adapter = AdapterState.from_tensors(tensors)
+        layout = adapter.layout()
+        wire = cls(layout, adapter.keys, adapter.family, adapter.constants)
+        return wire, adapter.to_row(layout).float()
+
+    def pack(
+        self, row: Tensor, part: FactorLayout, ranks: Ranks | None = None
+    ) -> dict[str, Tensor]:
+        """The tensors of ``row``, which is of layout ``part``, as a client of ``ranks`` holds them.
+
+        Rows beyond a client's rank are left out.
+        """
+        found = tensors_from_row(row, part, ranks)
+        return {self.keys[name]: tensor for name, tensor in found.items()}
+
+    def unpack(
+        self,
+        tensors: Mapping[str, Tensor],
+        part: FactorLayout,
+        ranks: Ranks | None = None,
+        held: Mapping[str, Tensor] | None = None,
+    ) -> Tensor:
+        """The row ``(P,)`` of layout ``part``; see :func:`row_from_tensors`.
+
+        Args:
+            held: slot name to what else may be there, if it is equal, besides the constants.
+        """
+        return row_from_tensors(tensors, part, ranks, {**self.constants, **(held or {})})
+
+    def part_of(self, tensors: Mapping[str, Tensor]) -> FactorLayout:
+        """The part of the layout that ``tensors`` name; constants are no part of it.
+
+        Raises:
+            FedcoreError: a key that the adapter does not have.
+        """
+        names = {slot_name(key) for key in tensors} - set(self.constants)
+        unknown = sorted(names - set(self.layout.by_name))
+        if unknown:
+            raise FedcoreError(f"{unknown[0]} is no tensor of the adapter")
+        return self.layout.part(names)

@@ -1,0 +1,182 @@
+"""FedLoRA for the clients of a recipe: they are known by name, and every round is recorded."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from time import perf_counter, sleep
+from typing import Any
+
+from flwr.app import Message, MessageType, MetricRecord, RecordDict
+from flwr.serverapp import Grid
+
+from fedcore.data.keyed_rows import Ranks
+from fedcore.experiments.evaluation import Score, evaluates, score
+from fedcore.experiments.observer import Observer
+from fedcore.experiments.privacy import check_local
+from fedcore.experiments.record import ClientReports, round_record
+from fedcore.experiments.round import sample_clients
+from fedcore.experiments.run_folder import RunFolder
+from fedcore.experiments.setup import Workbench
+from fedcore.experiments.traffic import added, downlink, uplink
+from fedcore.federation.diagnostics import diagnose
+from fedcore.federation.state import ServerState
+from fedcore.methods.base import Aggregate, Broadcast
+from fedcore.transports.flower.client import METRICS
+from fedcore.transports.flower.messages import Reply
+from fedcore.transports.flower.strategy import FedLoRA, Received, wait_for_nodes
+
+
+class RecipeStrategy(FedLoRA):
+    """The server of a recipe: samples its clients by name and writes a run folder's records.
+
+    Args:
+        bench: the recipe's workbench; the server evaluates with it and trains nothing.
+        folder: where states and records go; None keeps nothing.
+        observer: told of every round.
+        patience: seconds after which a node that has not said who it is, is asked again.
+
+    Attributes:
+        states: those after each round of this process.
+    """
+
+    def __init__(
+        self,
+        bench: Workbench,
+        folder: RunFolder | None = None,
+        observer: Observer | None = None,
+        patience: float = 60.0,
+    ) -> None:
+        check_local(bench.recipe, "Flower")
+        rounds = bench.recipe.round
+        super().__init__(
+            bench.method,
+            on_invalid=rounds.on_invalid,
+            send="changed",
+            allow_identical_uploads=rounds.allow_identical_uploads,
+            seed=bench.recipe.seed,
+            fraction_evaluate=0.0,
+        )
+        self._bench = bench
+        self._run_folder = folder
+        self._observer = observer or Observer()
+        self._patience = patience
+        self.states: list[ServerState] = []
+        self._names: dict[int, str] = {}
+        self._strangers: set[int] = set()
+        self._sampled: tuple[str, ...] = ()
+        self._began = 0.0
+        self._save_seconds = 0.0
+
+    def choose(self, grid: Grid) -> dict[int, str]:
+        """The nodes of the recipe's sample; the first round waits until every client is there."""
+        everyone = set(self._bench.trainers)
+        self._meet(grid, everyone if not self._names else set())
+        self._sampled = sample_clients(self._bench, self.state.round)
+        self._observer.round_started(self.state.round, len(self._sampled), 0)
+        self._began = perf_counter()
+        connected = set(grid.get_node_ids())
+        node_of = {name: node for node, name in self._names.items() if node in connected}
+        return {node_of[name]: name for name in self._sampled if name in node_of}
+
+    def ranks_of(self, node: int, client: str) -> Ranks | None:
+        """The recipe's."""
+        return self._bench.ranks.get(client)
+
+    def record(self, after: ServerState, received: Received, result: Aggregate) -> dict[str, Any]:
+        """The same record as a local run's, without times that a server cannot know."""
+        bench, before = self._bench, self.state
+        seconds = {"train": perf_counter() - self._began, "save": self._save_seconds}
+        started = perf_counter()
+        modules: list[Any] = []
+        previous = Broadcast(before.layout, before.row)
+        factors = self.method.uploads == "factors" and not self.method.traits.personalised
+        if bench.recipe.evaluation.diagnostics and factors:
+            cohort = self.method.completed(received.cohort, previous)
+            found = diagnose(cohort, result, previous, self.method.family, bench.offset)
+            modules = [asdict(diagnosis) for diagnosis in found]
+        seconds["diagnose"] = perf_counter() - started
+        started = perf_counter()
+        shared = not self.method.traits.personalised
+        outcome = score(bench, after) if shared and evaluates(bench, before.round) else Score()
+        seconds["evaluate"] = perf_counter() - started
+        told = [_told(received, k) for k in ("train-loss", "local-accuracy", "local-loss")]
+        absent = set(self._sampled) - {who.client for who in self._asked.values()}
+        dropped = {d.client_id: d.reason for d in received.cohort.dropped}
+        dropped |= dict.fromkeys(absent, "no node of it is connected")
+        return round_record(
+            bench,
+            before.round,
+            outcome,
+            ClientReports(*told),
+            sampled=self._sampled,
+            dropped=dropped,
+            flags=[*received.flags, *result.flags],
+            up=uplink(bench, before, received.cohort.layout, received.reported),
+            down=downlink(bench, before, self._sampled),
+            seconds=seconds,
+            modules=modules,
+        )
+
+    def keep(self, after: ServerState) -> ServerState:
+        """Add the traffic and write state and record to the run folder."""
+        record = after.record
+        traffic = added(after.traffic, record["bytes_up"], record["bytes_down"])
+        kept = replace(after, traffic=traffic)
+        if self._run_folder is not None:
+            started = perf_counter()
+            self._run_folder.save(kept)
+            self._save_seconds = perf_counter() - started
+        self.states.append(kept)
+        self._observer.round_finished(record)
+        return kept
+
+    def _meet(self, grid: Grid, wanted: set[str]) -> None:
+        """Ask every new node who it is, and again where it is slow, until all of ``wanted`` are
+        known.
+        """
+        wait_for_nodes(grid, max(1, len(wanted)))
+        while True:
+            new = [node for node in sorted(grid.get_node_ids()) if node not in self._known()]
+            if new:
+                self._introduce(grid, new)
+            missing = sorted(wanted - set(self._names.values()))
+            if not missing:
+                return
+            self._observer.message(f"waiting for {len(missing)} clients, first {missing[0]}")
+            while set(grid.get_node_ids()) <= self._known():
+                sleep(1.0)
+
+    def _known(self) -> set[int]:
+        return set(self._names) | self._strangers
+
+    def _introduce(self, grid: Grid, nodes: list[int]) -> None:
+        questions = [
+            Message(content=RecordDict(), message_type=MessageType.QUERY, dst_node_id=node)
+            for node in nodes
+        ]
+        for answer in grid.send_and_receive(questions, timeout=self._patience):
+            node = answer.metadata.src_node_id
+            if answer.has_error():
+                self._observer.message(f"a node does not say who it is: {answer.error.reason}")
+                self._strangers.add(node)
+                continue
+            name = Reply.read(answer.content).client
+            if name not in self._bench.trainers:
+                self._observer.message(f"a node says it is {name!r}, which the recipe lacks")
+                self._strangers.add(node)
+                continue
+            # A node that comes in another's place holds nothing yet.
+            self._names = {n: other for n, other in self._names.items() if other != name}
+            self._names[node] = name
+            self._forget(name)
+
+
+def _told(received: Received, key: str) -> dict[str, float]:
+    """What the clients of the cohort say of their training, by name."""
+    found = {}
+    for client, message in zip(received.cohort.client_ids, received.contents, strict=True):
+        metrics = message.content.metric_records.get(METRICS, MetricRecord())
+        value = metrics.get(key)
+        if isinstance(value, int | float):
+            found[client] = float(value)
+    return found

@@ -1,0 +1,207 @@
+"""A federation by hand: clients and server exchange folders, in whatever way folders travel."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from fedcore.data.adapter_state import AdapterState
+from fedcore.data.cohort import CohortBuilder
+from fedcore.data.exchange import (
+    BROADCAST_FILE,
+    UPLOAD_FILE,
+    BroadcastFolder,
+    read_broadcast,
+    read_upload,
+    write_broadcast,
+)
+from fedcore.data.peft_files import read_adapter
+from fedcore.data.validation import OnInvalid, identical_rows
+from fedcore.errors import FedcoreError
+from fedcore.federation.state import ServerState, latest_state, read_state, write_state
+from fedcore.methods import METHODS, create_method
+from fedcore.methods.base import Broadcast, Method
+from fedcore.methods.catalog import options_of
+
+Weighting = Literal["examples", "uniform"]
+
+
+@dataclass(frozen=True)
+class FileServer:
+    """The server half of a federation whose state is a folder; advancing gives a new object.
+
+    ``folder/state/round-NNNN`` is the state after NNNN rounds and ``folder/broadcast/round-NNNN``
+    what the clients of that round receive, a PEFT folder. Example::
+
+        server = FileServer.create("federation", "start", "rolora")
+        ...  # clients: client.receive(server.broadcast); trainer.train(); client.upload(...)
+        server = server.round("uploads")
+
+    Attributes:
+        folder: where the federation is.
+        method: with its hyper-parameters.
+        state: after the last round.
+        served: what the clients of the next round receive.
+    """
+
+    folder: Path
+    method: Method
+    state: ServerState
+    served: BroadcastFolder
+
+    @classmethod
+    def create(
+        cls, folder: str | Path, start: str | Path | AdapterState, method: str, **options: Any
+    ) -> FileServer:
+        """Start a federation in ``folder`` from the adapter ``start``.
+
+        Raises:
+            FedcoreError: the folder holds a federation; the adapter is not of the method's family;
+                or the method needs more of its clients than what folders carry.
+        """
+        path, chosen = Path(folder), create_method(method, **options)
+        if latest_state(path / "state") is not None:
+            raise FedcoreError(f"{path} holds a federation; open it, or pass another folder")
+        check_usable(chosen)
+        adapter = start if isinstance(start, AdapterState) else read_adapter(start)
+        if adapter.family != chosen.family:
+            raise FedcoreError(
+                f"start is an adapter of family {adapter.family!r}; {chosen.name} needs "
+                f"{chosen.family!r}"
+            )
+        layout = adapter.layout()
+        state = ServerState(round=0, layout=layout, row=adapter.to_row(layout))
+        served = BroadcastFolder(adapter, 0, chosen.name, options_of(chosen))
+        return cls(path, chosen, state, served)._written()
+
+    @classmethod
+    def open(cls, folder: str | Path) -> FileServer:
+        """The federation in ``folder``, after its last round.
+
+        Raises:
+            FedcoreError: there is none, or a file of it is damaged.
+        """
+        path = Path(folder)
+        newest = latest_state(path / "state")
+        if newest is None:
+            raise FedcoreError(f"{path} holds no federation; create it")
+        first = read_broadcast(path / "broadcast" / "round-0000")
+        state = read_state(newest)
+        method = create_method(first.method, **first.options)
+        found = cls(path, method, state, _next(first, state))
+        # A server that was stopped between its two writes left the state alone.
+        complete = (found.broadcast / BROADCAST_FILE).is_file()
+        return found if complete else found._written()
+
+    @property
+    def broadcast(self) -> Path:
+        """The folder that the clients of the next round receive."""
+        return self.folder / "broadcast" / f"round-{self.state.round:04d}"
+
+    def round(
+        self,
+        uploads: str | Path | Mapping[str, str | Path],
+        *,
+        weighting: Weighting = "examples",
+        on_invalid: OnInvalid = "raise",
+    ) -> FileServer:
+        """The server after one more round; this object stays as it is.
+
+        Args:
+            uploads: client id to folder; or a folder of uploads, whose names are the client ids.
+            weighting: by the examples that clients report, or all alike.
+            on_invalid: ``"raise"`` names the first bad client, ``"drop"`` leaves bad ones out; who
+                was dropped is in ``state.record``.
+
+        Raises:
+            FedcoreError: naming client, tensor and value; the federation is then as it was.
+        """
+        if weighting not in ("examples", "uniform"):
+            raise FedcoreError(f"weighting is {weighting!r}; pass 'examples' or 'uniform'")
+        folders = _folders(uploads)
+        state, method, t = self.state, self.method, self.state.round
+        frozen = self.served.digest_of(method.frozen_layout(state.layout, t))
+        sent = method.upload_layout(state.layout, t)
+        builder = CohortBuilder(sent, list(folders), round=t, dtype=state.row.dtype)
+        flags: list[str] = []
+        for client in sorted(folders):
+            try:
+                upload = read_upload(
+                    folders[client],
+                    sent,
+                    self.served.adapter,
+                    factors=method.uploads == "factors",
+                    round=t,
+                )
+            except FedcoreError as error:
+                builder.refuse(client, str(error))
+                continue
+            builder.row(client).copy_(upload.row)
+            builder.receive(
+                client,
+                upload.examples if weighting == "examples" else 1.0,
+                round=upload.round,
+                frozen=upload.frozen,
+                expected_frozen=frozen,
+            )
+            if upload.started_from != self.served.identity:
+                builder.refuse(client, "it started from another broadcast than this server's")
+            flags += [f"{client}: {flag}" for flag in upload.flags]
+        cohort = builder.finish(on_invalid)
+        if not method.traits.linear and identical_rows(cohort.updates):
+            raise FedcoreError(
+                f"round {t}: all {len(cohort)} uploads are the same bits, which {method.name} "
+                "cannot aggregate usefully; clients did not train"
+            )
+        result = method.aggregate(cohort, Broadcast(state.layout, state.row))
+        after = state.advanced(result.row, result.changed, cohort.client_ids, {}, result.residual)
+        record = {
+            "round": t,
+            "clients": dict(zip(cohort.client_ids, cohort.weights.tolist(), strict=True)),
+            "dropped": [{"client": d.client_id, "reason": d.reason} for d in cohort.dropped],
+            "flags": [*flags, *result.flags],
+        }
+        after = replace(after, record=record)
+        return replace(self, state=after, served=_next(self.served, after))._written()
+
+    def _written(self) -> FileServer:
+        write_state(self.state, self.folder / "state")
+        write_broadcast(self.served, self.broadcast)
+        return self
+
+
+def _next(before: BroadcastFolder, state: ServerState) -> BroadcastFolder:
+    adapter = before.adapter.with_row(state.row, state.layout)
+    return replace(before, adapter=adapter, round=state.round, residual=state.residual)
+
+
+def _folders(uploads: str | Path | Mapping[str, str | Path]) -> dict[str, Path]:
+    if isinstance(uploads, Mapping):
+        return {client: Path(folder) for client, folder in uploads.items()}
+    path = Path(uploads)
+    found = {f.parent.name: f.parent for f in sorted(path.glob(f"*/{UPLOAD_FILE}"))}
+    if not found:
+        raise FedcoreError(f"{path} holds no folder with {UPLOAD_FILE}; pass a folder of uploads")
+    return found
+
+
+def check_usable(method: Method) -> None:
+    """Refuse methods for whose clients one broadcast for all and one upload each are not enough.
+
+    Raises:
+        FedcoreError: naming the methods that can be used.
+    """
+    if _serves(type(method)):
+        return
+    able = [m.name for m in METHODS if _serves(m)]
+    raise FedcoreError(
+        f"{method.name} needs more of its clients than uploads; usable: {', '.join(able)}"
+    )
+
+
+def _serves(method: type[Method]) -> bool:
+    """Whether every client of ``method`` receives the same and tells nothing beforehand."""
+    exchanges = method.population == "clients" and method.family != "none"
+    return exchanges and not method.wants_features

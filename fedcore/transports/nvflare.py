@@ -1,0 +1,292 @@
+"""NVFlare: an aggregator that runs any of our methods, and what its clients receive and send.
+
+Written for NVFlare 2.9. The aggregator keeps the global adapter itself, so a method sees the state
+that its clients started from; the controller's model is replaced by it whole (``FULL``) each round.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fedcore.data.adapter_state import AdapterState
+from fedcore.data.cohort import CohortBuilder
+from fedcore.data.keyed_rows import row_from_tensors, tensors_from_row
+from fedcore.data.peft_files import read_adapter, write_adapter
+from fedcore.data.validation import OnInvalid, identical_rows
+from fedcore.errors import FedcoreError, missing_extra
+from fedcore.federation.state import ServerState, latest_state, read_state, write_state
+from fedcore.methods import create_method
+from fedcore.methods.base import Broadcast
+from fedcore.transports.folders import check_usable
+
+try:
+    from nvflare.app_common.abstract.fl_model import FLModel, ParamsType
+    from nvflare.app_common.abstract.model import make_model_learnable
+    from nvflare.app_common.abstract.model_persistor import ModelPersistor
+    from nvflare.app_common.aggregators.model_aggregator import ModelAggregator
+except ImportError as error:
+    raise missing_extra("nvflare", "nvflare") from error
+
+if TYPE_CHECKING:
+    from fedcore.training.trainer_client import FederatedClient
+
+NUM_STEPS = "NUM_STEPS_CURRENT_ROUND"
+"""Where NVFlare's own aggregators look for a client's weight."""
+
+
+class FedLoRAAggregator(ModelAggregator):  # type: ignore[misc,unused-ignore]
+    """Aggregates PEFT adapters by one of our methods, for the ``aggregator`` of a FedAvg recipe.
+
+    Clients send ``FULL`` parameters by PEFT's keys: what the method's plan sends in the round. They
+    may send the rest of the adapter too if it is as it was broadcast. Everything is checked by
+    name, and uploads are aggregated in the order of their clients' names, whenever they came.
+
+    Args:
+        adapter: folder of the PEFT adapter that all start from, on the server.
+        method: its name.
+        options: the method's own.
+        weight_key: the entry of ``FLModel.meta`` that holds a client's weight.
+        on_invalid: ``"raise"`` ends the job at the first invalid upload, ``"drop"`` leaves it out.
+        checkpoints: folder for the state after every round, from which a job that is started again
+            goes on; give the controller that round as its ``start_round``.
+
+    Methods that send each client something of its own, or update base weights, are refused: an
+    aggregator of NVFlare answers with one model of the adapter's tensors.
+
+    Raises:
+        FedcoreError: the adapter is not of the method's family, or the method is refused.
+    """
+
+    def __init__(
+        self,
+        adapter: str,
+        method: str = "fedit",
+        options: dict[str, Any] | None = None,
+        weight_key: str = NUM_STEPS,
+        on_invalid: OnInvalid = "raise",
+        checkpoints: str | None = None,
+    ) -> None:
+        super().__init__()
+        # Jobs are written as the arguments of their components, found by these names.
+        self.adapter, self.method, self.options = adapter, method, options
+        self.weight_key, self.on_invalid, self.checkpoints = weight_key, on_invalid, checkpoints
+        if on_invalid not in ("raise", "drop"):
+            raise FedcoreError(f"on_invalid is {on_invalid!r}; pass 'raise' or 'drop'")
+        self._method = create_method(method, **(options or {}))
+        check_usable(self._method)
+        if self._method.updates_base:
+            raise FedcoreError(
+                f"{self._method.name} updates base weights, which NVFlare's one model does not "
+                "hold; use another method, or another engine"
+            )
+        self._start = read_adapter(adapter)
+        if self._start.family != self._method.family:
+            raise FedcoreError(
+                f"adapter is of family {self._start.family!r}; {self._method.name} needs "
+                f"{self._method.family!r}"
+            )
+        self._state = _begin(self._start, checkpoints)
+        self._received: dict[str, tuple[Tensor | None, float, str, Mapping[str, float]]] = {}
+
+    @property
+    def state(self) -> ServerState:
+        """After the last round."""
+        return self._state
+
+    def accept_model(self, model: Any) -> None:
+        """Keep one client's upload; what is wrong with it is said when all are there."""
+        meta = dict(model.meta or {})
+        client = str(meta.get("client_name", ""))
+        if client in self._received:
+            self._received[client] = (None, 0.0, "it reported twice", {})
+            return
+        try:
+            if not client:
+                raise FedcoreError("its meta has no client_name")
+            row, weight = self._row(model), self._weight(meta)
+        except FedcoreError as error:
+            self._received[client] = (None, 0.0, str(error), {})
+            return
+        self._received[client] = (row, weight, "", dict(model.metrics or {}))
+
+    def aggregate_model(self) -> Any:
+        """The next global adapter, whole, with the clients' metrics averaged by weight.
+
+        Raises:
+            FedcoreError: an upload is invalid and ``on_invalid`` is ``"raise"``; the state is then
+                as it was.
+        """
+        state, method, t = self._state, self._method, self._state.round
+        received, self._received = self._received, {}
+        sent = method.upload_layout(state.layout, t)
+        builder = CohortBuilder(sent, list(received), round=t, dtype=state.row.dtype)
+        for client, (row, weight, problem, _) in sorted(received.items()):
+            if row is None:
+                builder.refuse(client, problem)
+            else:
+                builder.row(client).copy_(row)
+                builder.receive(client, weight)
+        cohort = builder.finish(self.on_invalid)
+        if not method.traits.linear and identical_rows(cohort.updates):
+            raise FedcoreError(
+                f"round {t}: all {len(cohort)} uploads are the same bits, which {method.name} "
+                "cannot aggregate usefully; clients did not train"
+            )
+        result = method.aggregate(cohort, Broadcast(state.layout, state.row))
+        after = state.advanced(result.row, result.changed, cohort.client_ids, {})
+        dropped = [{"client": d.client_id, "reason": d.reason} for d in cohort.dropped]
+        record = {"round": t, "dropped": dropped, "flags": list(result.flags)}
+        self._state = replace(after, record=record)
+        for entry in dropped:
+            self.warning(f"round {t}: {entry['client']} was left out: {entry['reason']}")
+        for flag in result.flags:
+            self.warning(f"round {t}: {flag}")
+        if self.checkpoints is not None:
+            write_state(self._state, Path(self.checkpoints))
+        weights = dict(zip(cohort.client_ids, cohort.weights.tolist(), strict=True))
+        metrics = {client: received[client][3] for client in weights}
+        return FLModel(
+            params_type=ParamsType.FULL,
+            params=self.global_params(),
+            metrics=_mean_metrics(metrics, weights),
+            current_round=t,
+        )
+
+    def reset_stats(self) -> None:
+        """Forget the uploads of a round that was not aggregated."""
+        self._received = {}
+
+    def global_params(self) -> dict[str, Any]:
+        """The global adapter by PEFT's keys, as NumPy arrays."""
+        return _arrays(self._start.with_row(self._state.row, self._state.layout))
+
+    def _row(self, model: Any) -> Tensor:
+        state, t = self._state, self._state.round
+        if model.params_type != ParamsType.FULL:
+            raise FedcoreError(f"it sent {model.params_type} parameters; send FULL ones")
+        if model.current_round is not None and model.current_round != t:
+            raise FedcoreError(f"its upload is for round {model.current_round}")
+        sent = self._method.upload_layout(state.layout, t)
+        frozen = self._method.frozen_layout(state.layout, t)
+        # What was sent beyond the plan has to be as it was broadcast.
+        held = tensors_from_row(state.layout.gather(state.row, frozen), frozen)
+        held |= self._start.constants
+        tensors = {key: _tensor(key, value) for key, value in model.params.items()}
+        return row_from_tensors(tensors, sent, held=held)
+
+    def _weight(self, meta: Mapping[str, Any]) -> float:
+        weight = meta.get(self.weight_key)
+        if not isinstance(weight, int | float) or isinstance(weight, bool):
+            raise FedcoreError(f"its meta has {self.weight_key} = {weight!r:.60}; pass its weight")
+        return float(weight)
+
+
+class AdapterPersistor(ModelPersistor):  # type: ignore[misc,unused-ignore]
+    """The model of a job is a PEFT adapter: it starts from one folder and is saved to another.
+
+    Args:
+        adapter: folder of the adapter that the job starts from; the aggregator's.
+        out: folder that holds the newest global adapter, which PEFT loads.
+        checkpoints: the aggregator's, if it has them.
+    """
+
+    def __init__(self, adapter: str, out: str, checkpoints: str | None = None) -> None:
+        super().__init__()
+        self.adapter, self.out, self.checkpoints = adapter, out, checkpoints
+
+    def load_model(self, fl_ctx: Any) -> Any:
+        """What the aggregator takes for broadcast in its first round."""
+        start = read_adapter(self.adapter)
+        state = _begin(start, self.checkpoints)
+        return make_model_learnable(_arrays(start.with_row(state.row, state.layout)), {})
+
+    def save_model(self, model: Any, fl_ctx: Any) -> None:
+        """Write the global adapter."""
+        tensors = {key: _tensor(key, value) for key, value in model["weights"].items()}
+        config = read_adapter(self.adapter).config
+        write_adapter(AdapterState.from_peft(tensors, config, name="the global model"), self.out)
+
+
+def receive(client: FederatedClient, model: Any) -> None:
+    """Load what the server sent (``flare.receive()``) into the client's model.
+
+    Raises:
+        FedcoreError: it does not fit; see :meth:`FederatedClient.receive`.
+    """
+    tensors = {key: _tensor(key, value) for key, value in model.params.items()}
+    adapter = AdapterState.from_peft(tensors, client.outline.config, name="the global model")
+    client.receive(adapter, round=model.current_round)
+
+
+def reply(client: FederatedClient) -> Any:
+    """What ``flare.send`` takes after training: the round's upload, with the client's examples as
+    its weight. It holds tensors, as a job for PyTorch wants them: it leaves out arrays.
+
+    Raises:
+        FedcoreError: a frozen factor changed, or a value is not finite.
+    """
+    upload, layout = client.prepare(), client.upload_layout
+    keys = client.outline.keys
+    params = {
+        keys.get(name, name): tensor
+        for name, tensor in tensors_from_row(upload.row, layout).items()
+    }
+    meta = {NUM_STEPS: client.examples}
+    return FLModel(
+        params_type=ParamsType.FULL, params=params, current_round=client.round, meta=meta
+    )
+
+
+def _begin(start: AdapterState, checkpoints: str | None) -> ServerState:
+    """The newest state in ``checkpoints``, or the one that ``start`` is."""
+    layout = start.layout()
+    newest = None if checkpoints is None else latest_state(Path(checkpoints))
+    if newest is None:
+        return ServerState(round=0, layout=layout, row=start.to_row(layout))
+    state = read_state(newest)
+    if state.layout != layout:
+        raise FedcoreError(f"the state in {newest} is not of the adapter that the job starts from")
+    return state
+
+
+def _arrays(adapter: AdapterState) -> dict[str, Any]:
+    return {key: tensor.float().numpy() for key, tensor in adapter.to_peft().items()}
+
+
+def _tensor(key: str, value: Any) -> Tensor:
+    """A tensor from whatever a transport makes of one: arrays, tensors, references to a file."""
+    if hasattr(value, "materialize"):
+        value = value.materialize()
+    try:
+        found = torch.as_tensor(value).detach().cpu()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise FedcoreError(f"{key} is a {type(value).__name__}, no tensor: {error}") from error
+    if not found.is_floating_point():
+        raise FedcoreError(f"{key} has dtype {found.dtype}; a float dtype is needed")
+    return found
+
+
+def _mean_metrics(
+    metrics: Mapping[str, Mapping[str, Any]], weights: Mapping[str, float]
+) -> dict[str, float] | None:
+    """The weighted mean of every number that all clients report."""
+    if not metrics:
+        return None
+    total = sum(weights.values())
+    found: dict[str, float] = {}
+    for name in next(iter(metrics.values())):
+        values = {client: told.get(name) for client, told in metrics.items()}
+        numbers = {
+            client: float(value)
+            for client, value in values.items()
+            if isinstance(value, int | float) and not isinstance(value, bool)
+        }
+        if len(numbers) == len(values):
+            found[name] = sum(v * weights[c] / total for c, v in numbers.items())
+    return found or None

@@ -1,0 +1,1 @@
+"""The Gram adapter as a PEFT tuner."""

@@ -1,0 +1,1 @@
+"""What both tuners stand on."""

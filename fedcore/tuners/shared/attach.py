@@ -1,0 +1,113 @@
+"""Put an adapter on a base model: LoRA, FLoRG's Gram adapter, a tri-factor adapter, or none."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftConfig, get_peft_model
+from torch import nn
+
+from fedcore.errors import FedcoreError, unknown_name
+from fedcore.tuners.gram.config import GramConfig
+from fedcore.tuners.tri.config import TriConfig
+
+_FAMILIES = ("lora", "gram", "tri", "none")
+
+
+def attach_adapter(
+    model: nn.Module,
+    family: str,
+    *,
+    rank: int,
+    alpha: float,
+    target_modules: Sequence[str],
+    layers: Sequence[int] | None,
+    use_rslora: bool,
+    init_std: float | None,
+    frame: str,
+    seed: int,
+    init: str = "random",
+    task_type: str = "SEQ_CLS",
+) -> nn.Module:
+    """Wrap ``model`` so that only the adapter trains, and with a classifier its head.
+
+    Args:
+        family: ``"lora"``, ``"gram"``, ``"tri"`` or ``"none"`` (the head alone).
+        target_modules: names of the adapted linear layers, as PEFT matches them.
+        layers: transformer layers to adapt, counted from 0, negative from the end; all by default.
+        init_std: standard deviation of a Gram adapter's initial factor; its own default if None.
+        frame: the kind of FLoRG's frames.
+        seed: seeds the initial factors and the frames, independently of the global generator.
+        init: how a tri-factor adapter starts, as :class:`~fedcore.tuners.tri.config.TriConfig` has
+            it; the other families have one start.
+        task_type: PEFT's name of the task. A classifier's head (``"SEQ_CLS"``) trains with the
+            adapter; a language model's (``"CAUSAL_LM"``) is part of the frozen base.
+
+    Raises:
+        FedcoreError: no layer of the model is called so, a layer index is out of range, the family
+            or the start is unknown, or the start does not fit a layer.
+    """
+    if family not in _FAMILIES:
+        raise unknown_name("adapter family", family, _FAMILIES)
+    if family == "none":
+        _freeze_all_but_head(model)
+        return model
+    common: dict[str, Any] = {
+        "task_type": task_type,
+        "r": rank,
+        "lora_alpha": alpha,
+        "use_rslora": use_rslora,
+        "target_modules": list(target_modules),
+        "layers_to_transform": _layer_indices(model, layers),
+    }
+    _check_targets(model, target_modules)
+    config: PeftConfig
+    if family == "lora":
+        config = LoraConfig(lora_dropout=0.0, bias="none", **common)
+    elif family == "gram":
+        small = seed % 2**31
+        config = GramConfig(
+            frame=frame, frame_seed=small, init_seed=small, init_std=init_std, **common
+        )
+    else:
+        config = TriConfig(init=init, init_seed=seed % 2**31, **common)
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        # transformers deprecates a property that peft still reads.
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
+        torch.manual_seed(seed)
+        wrapped: nn.Module = get_peft_model(model, config)
+        return wrapped
+
+
+def _freeze_all_but_head(model: nn.Module) -> None:
+    names = [name for name, _ in model.named_children() if name in ("classifier", "score")]
+    if not names:
+        found = ", ".join(name for name, _ in model.named_children())
+        raise FedcoreError(
+            f"the model has no classifier head (classifier or score) to train, only {found}"
+        )
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.split(".")[0] in names)
+
+
+def _check_targets(model: nn.Module, targets: Sequence[str]) -> None:
+    linear = {name for name, module in model.named_modules() if hasattr(module, "weight")}
+    for target in targets:
+        if not any(name == target or name.endswith(f".{target}") for name in linear):
+            ends = sorted({name.rsplit(".", 1)[-1] for name in linear})
+            raise FedcoreError(
+                f"target module {target!r} is not in the model; its layers end in {', '.join(ends)}"
+            )
+
+
+def _layer_indices(model: nn.Module, layers: Sequence[int] | None) -> list[int] | None:
+    if layers is None:
+        return None
+    count = int(getattr(model.config, "num_hidden_layers", 0))
+    for layer in layers:
+        if not -count <= layer < count:
+            raise FedcoreError(f"layer {layer} does not exist; the model has {count} layers")
+    return sorted({layer % count for layer in layers})

@@ -1,0 +1,1 @@
+"""The tri-factor adapter as a PEFT tuner."""

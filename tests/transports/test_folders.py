@@ -1,0 +1,236 @@
+from __future__ import annotations
+
+import json
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from fedcore.data.adapter_state import AdapterState
+from fedcore.data.cohort import Cohort
+from fedcore.data.exchange import read_broadcast
+from fedcore.errors import FedcoreError
+from fedcore.methods import create_method
+from fedcore.methods.base import Broadcast
+from fedcore.transports.folders import FileServer
+from tests.training.trainer_rounds import (
+    EXAMPLES,
+    gram_llama,
+    lora_bert,
+    start_of,
+    train_and_upload,
+)
+
+BUILD = {
+    "fedit": lora_bert,
+    "rolora": lora_bert,
+    "florg": gram_llama,
+    "florg.whitened": gram_llama,
+    "flora": lora_bert,
+}
+
+
+def play(tmp_path: Path, method: str, rounds: int) -> list[FileServer]:
+    """The server before and after each of ``rounds`` rounds of two clients."""
+    build = BUILD[method]
+    servers = [FileServer.create(tmp_path / "federation", start_of(build()), method)]
+    for t in range(rounds):
+        for site in EXAMPLES:
+            train_and_upload(build, servers[-1].broadcast, tmp_path, site)
+        servers.append(servers[-1].round(tmp_path / f"uploads-{t}"))
+    return servers
+
+
+@pytest.mark.parametrize("name", list(BUILD))
+def test_two_rounds_give_what_the_method_gives_of_the_uploads(tmp_path: Path, name: str) -> None:
+    method = create_method(name)
+    servers = play(tmp_path, name, 2)
+    for t, (before, after) in enumerate(pairwise(servers)):
+        sent = method.upload_layout(before.state.layout, t)
+        rows = []
+        for site in EXAMPLES:
+            factors = method.uploads == "factors"
+            file = "adapter_model.safetensors" if factors else "statistics.safetensors"
+            named = load_file(tmp_path / f"uploads-{t}" / site / file)
+            row = torch.zeros(sent.size)
+            for slot in sent:
+                key = {"A": "lora_A", "B": "lora_B", "": ""}[slot.factor]
+                if method.family == "gram":
+                    key = "gram_A" if factors else ".A"
+                full = [k for k in named if slot.module in k and key in k]
+                assert len(full) == 1, (slot.name, full)
+                value = named.pop(full[0])
+                sent.view(row, slot).copy_(value.T if slot.factor == "B" else value)
+            assert not named, "the client sent more than the plan says"
+            rows.append(row)
+        assert not torch.equal(rows[0], rows[1])
+        cohort = Cohort(
+            sent,
+            torch.stack(rows),
+            torch.tensor([float(EXAMPLES[s]) for s in EXAMPLES], dtype=torch.float64),
+            tuple(EXAMPLES),
+            t,
+            torch.full((2, len(sent.modules)), 3),
+            torch.ones(2, len(sent.modules), dtype=torch.float64),
+        )
+        expected = method.aggregate(cohort, Broadcast(before.state.layout, before.state.row))
+        torch.testing.assert_close(after.state.row, expected.row, rtol=0, atol=0)
+        assert after.state.record["clients"] == {s: float(n) for s, n in EXAMPLES.items()}
+        served = read_broadcast(after.broadcast)
+        assert torch.equal(served.row, after.state.row)
+        assert served.round == t + 1
+        assert served.residual.keys() == after.state.residual.keys()
+    again = FileServer.open(tmp_path / "federation")
+    assert again.state.round == 2
+    assert again.method == method
+    assert torch.equal(again.state.row, servers[-1].state.row)
+    assert again.served.identity == servers[-1].served.identity
+
+
+@pytest.fixture(scope="module")
+def rolora(tmp_path_factory: pytest.TempPathFactory) -> tuple[FileServer, Path]:
+    """A server before round 0 and the uploads of its clients."""
+    folder = tmp_path_factory.mktemp("rolora")
+    server = FileServer.create(folder / "federation", start_of(lora_bert()), "rolora")
+    for site in EXAMPLES:
+        train_and_upload(lora_bert, server.broadcast, folder, site)
+    return server, folder / "uploads-0"
+
+
+def spoiled(uploads: Path, tmp_path: Path, **fields: object) -> dict[str, Path]:
+    """The uploads, with ``fields`` of site-2's ``upload.json`` replaced."""
+    bad = tmp_path / "site-2"
+    bad.mkdir()
+    for file in (uploads / "site-2").iterdir():
+        (bad / file.name).write_bytes(file.read_bytes())
+    about = json.loads((bad / "upload.json").read_text())
+    (bad / "upload.json").write_text(json.dumps({**about, **fields}))
+    return {"site-1": uploads / "site-1", "site-2": bad}
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"round": 4}, r"client site-2: its upload is for round 4"),
+        ({"frozen": "0" * 64}, r"client site-2: a frozen factor or frame differs"),
+        ({"started_from": "0" * 64}, r"client site-2: it started from another broadcast"),
+        ({"examples": -1}, r"client site-2: its weight is -1"),
+        ({"examples": True}, r"client site-2: its upload: examples is True"),
+        ({"examples": None}, r"client site-2: its upload: examples is None"),
+        ({"round": "0"}, r"client site-2: its upload: round is '0'"),
+    ],
+)
+def test_what_a_client_says_of_its_upload_is_checked(
+    rolora: tuple[FileServer, Path], tmp_path: Path, fields: dict[str, object], message: str
+) -> None:
+    server, uploads = rolora
+    with pytest.raises(FedcoreError, match=message):
+        server.round(spoiled(uploads, tmp_path, **fields))
+    assert FileServer.open(server.folder).state.round == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.mul_(float("nan")), "values that are not finite"),
+        (lambda t: t[:, :1].clone(), r"has shape \(24, 1\)"),
+        (None, "is missing"),
+    ],
+)
+def test_what_a_client_sends_is_checked(
+    rolora: tuple[FileServer, Path], tmp_path: Path, change: object, message: str
+) -> None:
+    server, uploads = rolora
+    folders = spoiled(uploads, tmp_path)
+    file = folders["site-2"] / "adapter_model.safetensors"
+    named = load_file(file)
+    key = next(key for key in named if "lora_B" in key)
+    value = named.pop(key)
+    if change is not None:
+        named[key] = change(value)  # type: ignore[operator]
+    save_file(named, file)
+    with pytest.raises(FedcoreError, match=f"round 0: client site-2: .*{message}"):
+        server.round(folders)
+
+
+def test_a_client_that_sends_what_is_frozen_is_refused(
+    rolora: tuple[FileServer, Path], tmp_path: Path
+) -> None:
+    server, uploads = rolora
+    folders = spoiled(uploads, tmp_path)
+    file = folders["site-2"] / "adapter_model.safetensors"
+    named = load_file(file)
+    key = next(key for key in named if "lora_B" in key)
+    save_file({**named, key.replace("lora_B", "lora_A"): torch.ones(3, 24)}, file)
+    with pytest.raises(FedcoreError, match=r"client site-2: .*lora_A.weight was not asked for"):
+        server.round(folders)
+
+
+def test_another_scaling_is_refused(rolora: tuple[FileServer, Path], tmp_path: Path) -> None:
+    server, uploads = rolora
+    folders = spoiled(uploads, tmp_path)
+    file = folders["site-2"] / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "lora_alpha": 12}))
+    with pytest.raises(FedcoreError, match=r"client site-2: module .* has scaling 4"):
+        server.round(folders)
+
+
+def test_a_bad_client_can_be_dropped(tmp_path: Path) -> None:
+    server = FileServer.create(tmp_path / "federation", start_of(lora_bert()), "rolora")
+    for site in EXAMPLES:
+        train_and_upload(lora_bert, server.broadcast, tmp_path, site)
+    folders = spoiled(tmp_path / "uploads-0", tmp_path, round=9)
+    after = server.round(folders, on_invalid="drop")
+    assert after.state.record["dropped"] == [
+        {"client": "site-2", "reason": "its upload is for round 9"}
+    ]
+    assert after.state.record["clients"] == {"site-1": 6.0}
+
+
+def test_identical_uploads_are_refused_where_they_mean_nothing_was_learnt(tmp_path: Path) -> None:
+    server = FileServer.create(tmp_path / "federation", start_of(gram_llama()), "florg")
+    train_and_upload(gram_llama, server.broadcast, tmp_path, "site-1")
+    one = tmp_path / "uploads-0" / "site-1"
+    with pytest.raises(FedcoreError, match="all 2 uploads are the same bits"):
+        server.round({"a": one, "b": one})
+
+
+def test_uniform_weighting_ignores_the_examples(rolora: tuple[FileServer, Path]) -> None:
+    server, uploads = rolora
+    after = server.round(uploads, weighting="uniform")
+    assert after.state.record["clients"] == {"site-1": 1.0, "site-2": 1.0}
+
+
+def test_a_stopped_server_writes_the_broadcast_when_it_is_opened(tmp_path: Path) -> None:
+    servers = play(tmp_path, "rolora", 1)
+    for file in servers[-1].broadcast.iterdir():
+        file.unlink()
+    again = FileServer.open(tmp_path / "federation")
+    assert torch.equal(read_broadcast(again.broadcast).row, servers[-1].state.row)
+
+
+def test_a_residual_that_was_swapped_is_noticed(tmp_path: Path) -> None:
+    server = play(tmp_path, "flora", 1)[-1]
+    file = server.broadcast / "residual.safetensors"
+    tensors = load_file(file)
+    name = sorted(tensors)[0]
+    save_file({**tensors, name: tensors[name] + 1e-3}, file)
+    with pytest.raises(FedcoreError, match=r"tensors are not those that broadcast\.json announces"):
+        read_broadcast(server.broadcast)
+
+
+def test_a_federation_is_started_once_and_from_its_methods_family(tmp_path: Path) -> None:
+    start: AdapterState = start_of(lora_bert())
+    FileServer.create(tmp_path, start, "fedit")
+    with pytest.raises(FedcoreError, match="holds a federation; open it"):
+        FileServer.create(tmp_path, start, "fedit")
+    with pytest.raises(FedcoreError, match=r"family 'lora'; florg.truncated needs 'gram'"):
+        FileServer.create(tmp_path / "other", start, "florg")
+    with pytest.raises(FedcoreError, match="ce_lora needs more of its clients"):
+        FileServer.create(tmp_path / "other", start, "ce_lora")
+    with pytest.raises(FedcoreError, match="holds no federation"):
+        FileServer.open(tmp_path / "nothing")
+    with pytest.raises(FedcoreError, match=r"holds no folder with upload.json"):
+        FileServer.open(tmp_path).round(tmp_path / "nothing")
