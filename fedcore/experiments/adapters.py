@@ -80,7 +80,7 @@ def write_adapters(bench: Workbench, state: ServerState, folder: Path) -> list[P
     if bench.method.traits.personalised:
         return [
             path
-            for client in sorted(state.private)
+            for client in sorted(state.simulated_clients)
             for path in _write(bench, client_row(bench, state, client), folder / "adapters", client)
         ]
     if state.residual:

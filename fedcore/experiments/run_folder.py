@@ -13,13 +13,10 @@ from fedcore.errors import FedcoreError
 from fedcore.federation.state import (
     ServerState,
     latest_state,
-    prune_private,
     read_state,
-    write_state,
+    save,
 )
 from fedcore.recipes import Recipe, load_recipe, to_toml
-
-_RESUMABLE_STATES = 2
 
 
 @dataclass(frozen=True)
@@ -74,8 +71,7 @@ class RunFolder:
 
     def save(self, state: ServerState) -> None:
         """Write the state of a completed round, then its line of ``metrics.jsonl``."""
-        write_state(state, self.states)
-        prune_private(self.states, _RESUMABLE_STATES)
+        save(state, self.states)
         line = json.dumps(state.record, sort_keys=True, allow_nan=False)
         with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as handle:
             handle.write(line + "\n")
