@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fedcore.data.cohort import Cohort
-from fedcore.data.peft_files import write_text
+from fedcore.data.folders import write_text
 from fedcore.data.server_state import ServerState
 from fedcore.engines.environment import describe_environment
 from fedcore.engines.observer import Observer
