@@ -40,6 +40,7 @@ _DEPTH = 32
 # NAME_MAX is 255 bytes; a temporary name needs 15 of them beside the name of its place.
 _NAME_BYTES = 200
 _TEMPORARY = r"\.[0-9a-f]+\.(?:new|old|tmp)"
+_LEFTOVER = re.compile(rf"\..+{_TEMPORARY}")
 
 _REMEDIES = {
     errno.ENOSPC: "free space on that disk, or write to another",
@@ -124,11 +125,16 @@ def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
     with writing(folder / names[0] if len(names) == 1 else folder):
         for parent in {(folder / name).parent for name in names}:
             parent.mkdir(parents=True, exist_ok=True)
+        if any(_LEFTOVER.fullmatch(parent.name) for parent in folder.parents):
+            # A folder that is still being filled, which is synced and renamed as a whole.
+            for name, data in files.items():
+                (folder / name).write_bytes(data)
+            return
         with _temporary(folder, Path(names[0]).name, ".tmp") as temporary:
             for name, data in files.items():
                 new = temporary / "new" / name
                 new.parent.mkdir(parents=True, exist_ok=True)
-                with open(new, "xb") as handle:
+                with open(new, "wb") as handle:
                     handle.write(data)
                     handle.flush()
                     os.fsync(handle.fileno())
@@ -175,8 +181,7 @@ def is_free(folder: Path) -> bool:
     """Whether ``folder`` is missing, or holds nothing but what a killed write left."""
     if not folder.exists():
         return True
-    leftover = re.compile(rf"\..+{_TEMPORARY}")
-    return folder.is_dir() and all(leftover.fullmatch(path.name) for path in folder.iterdir())
+    return folder.is_dir() and all(_LEFTOVER.fullmatch(path.name) for path in folder.iterdir())
 
 
 def open_regular(file: Path) -> io.FileIO:
