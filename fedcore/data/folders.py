@@ -177,6 +177,16 @@ def append_line(line: str, file: Path) -> None:
             _sync_folder(file.parent)
 
 
+def delete_file(file: Path) -> None:
+    """Delete ``file`` if it is there.
+
+    Raises:
+        FedcoreError: it cannot be deleted.
+    """
+    with writing(file):
+        file.unlink(missing_ok=True)
+
+
 def is_free(folder: Path) -> bool:
     """Whether ``folder`` is missing, or holds nothing but what a killed write left."""
     if not folder.exists():

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedcore.data.folders import OWN_LIMIT, read_object, replace_folder, write_text, writing
+from fedcore.data.folders import OWN_LIMIT, delete_file, read_object, replace_folder, write_text
 from fedcore.data.low_rank import LowRank, accumulated, packed, unpacked
 from fedcore.data.peft_files import read_tensors, write_tensors
 from fedcore.errors import FedcoreError
@@ -205,6 +205,4 @@ def prune_private(folder: Path, keep: int) -> None:
     The global row of every round stays; only the newest states can be resumed from.
     """
     for path in sorted(folder.glob("round-*"))[:-keep]:
-        file = path / "clients.safetensors"
-        with writing(file):
-            file.unlink(missing_ok=True)
+        delete_file(path / "clients.safetensors")
