@@ -1,8 +1,8 @@
 """Import paths of fedcore 0.1 that stand in its pages and in files that it wrote, for one release.
 
 ``import fedcore.engines.files`` gives :mod:`fedcore.transports.folders` itself, loaded on first
-use, so both paths have the same objects. Apps that ``fedcore flower-app`` wrote keep working; new code
-imports the paths on the right of :data:`MOVED`. ``fedcore.data.ServerState`` is the one alias
+use, so both paths have the same objects. Apps that ``fedcore flower-app`` wrote keep working; new
+code imports the paths on the right of :data:`MOVED`. ``fedcore.data.ServerState`` is the one alias
 elsewhere.
 """
 
