@@ -173,6 +173,20 @@ def read_state(folder: Path) -> ServerState:
     return state
 
 
+def read_record_of(folder: Path) -> Mapping[str, Any]:
+    """What was measured in the last round of the state in ``folder``, without its tensors.
+
+    Raises:
+        FedcoreError: the file is missing or malformed, naming it.
+    """
+    file = folder / "state.json"
+    try:
+        record: Mapping[str, Any] = json.loads(file.read_text(encoding="utf-8"))["record"]
+    except (OSError, KeyError, ValueError, TypeError) as error:
+        raise FedcoreError(f"cannot read the record in {file}: {error}") from error
+    return record
+
+
 def latest_state(folder: Path) -> Path | None:
     """The newest complete state below ``folder``, if any."""
     found = sorted(path for path in folder.glob("round-*") if (path / "state.json").is_file())

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from fedcore.errors import FedcoreError
+from fedcore.federation.records import PrivacySpent
 from fedcore.methods import METHODS, Method
 from fedcore.privacy.accounting import Spending, epsilon
 from fedcore.recipes import Recipe
@@ -85,7 +85,7 @@ def steps_after(own: Mapping[str, Tensor], steps: int) -> Tensor:
 
 def privacy_record(
     recipe: Recipe, held: Mapping[str, int], private: Mapping[str, Mapping[str, Tensor]]
-) -> dict[str, Any] | None:
+) -> PrivacySpent | None:
     """What a round's record says of privacy; None where clients train without it.
 
     ``epsilon`` maps each client to what it has spent since the run began, for any one of its
@@ -96,24 +96,15 @@ def privacy_record(
         return None
     zero = torch.zeros((), dtype=torch.int64)
     steps = {client: int(private.get(client, {}).get(SPENT, zero)) for client in held}
-    return {
-        "accountant": privacy.accountant,
-        "delta": privacy.delta,
-        "noise_multiplier": privacy.noise_multiplier,
-        "max_grad_norm": privacy.max_grad_norm,
-        "noise": privacy.noise,
-        "steps": steps,
-        "epsilon": _epsilons(recipe, held, steps),
-    }
-
-
-def privacy_summary(records: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    """The run's last privacy record, with the client that has spent the most."""
-    found = records[-1].get("privacy") if records else None
-    if not found:
-        return None
-    worst = max(sorted(found["epsilon"]), key=lambda client: found["epsilon"][client])
-    return {**found, "largest_epsilon": found["epsilon"][worst], "largest_epsilon_client": worst}
+    return PrivacySpent(
+        accountant=privacy.accountant,
+        delta=privacy.delta,
+        noise_multiplier=privacy.noise_multiplier,
+        max_grad_norm=privacy.max_grad_norm,
+        noise=privacy.noise,
+        steps=steps,
+        epsilon=_epsilons(recipe, held, steps),
+    )
 
 
 def _epsilons(

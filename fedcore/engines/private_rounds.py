@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from secrets import randbits
-from typing import Any
 
 from fedcore.data.cohort import Cohort
 from fedcore.errors import FedcoreError
+from fedcore.federation.records import CentralPrivacySpent
 from fedcore.methods import METHODS
 from fedcore.methods.base import Aggregate, Broadcast, Method
 from fedcore.privacy.accounting import Spending, epsilon
@@ -81,21 +81,21 @@ def poisson_sample(recipe: Recipe, clients: tuple[str, ...], round: int) -> tupl
     return tuple(c for c, draw in zip(sorted(clients), draws, strict=True) if draw < rate)
 
 
-def central_record(recipe: Recipe, rounds: int) -> dict[str, Any] | None:
+def central_record(recipe: Recipe, rounds: int) -> CentralPrivacySpent | None:
     """What a record says after so many rounds; None without central privacy."""
     privacy = recipe.privacy
     if privacy.central.noise_multiplier is None:
         return None
-    return {
-        "accountant": privacy.accountant,
-        "delta": privacy.delta,
-        "noise_multiplier": privacy.central.noise_multiplier,
-        "max_norm": privacy.central.max_norm,
-        "noise": privacy.noise,
-        "sampling_rate": recipe.round.participation,
-        "rounds": rounds,
-        "epsilon": _epsilon(recipe, rounds),
-    }
+    return CentralPrivacySpent(
+        accountant=privacy.accountant,
+        delta=privacy.delta,
+        noise_multiplier=privacy.central.noise_multiplier,
+        max_norm=privacy.central.max_norm,
+        noise=privacy.noise,
+        sampling_rate=recipe.round.participation,
+        rounds=rounds,
+        epsilon=_epsilon(recipe, rounds),
+    )
 
 
 def _stream(recipe: Recipe, purpose: str, round: int) -> KeyedStream:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 from statistics import fmean
 from time import perf_counter
-from typing import Any
 
 import torch
 
@@ -22,14 +21,15 @@ from fedcore.engines.private_rounds import (
     central_record,
     poisson_sample,
 )
-from fedcore.engines.round_record import ClientReports, nullable, round_record
+from fedcore.engines.round_record import ClientReports, round_record
 from fedcore.engines.scoring import Score, evaluates, score
 from fedcore.engines.secure_round import aggregate_securely
 from fedcore.engines.traffic import NOTHING, added, downlink, uplink
 from fedcore.engines.workbench import Workbench
 from fedcore.errors import FedcoreError
+from fedcore.federation.records import Round
 from fedcore.methods.base import Aggregate, Broadcast
-from fedcore.methods.diagnostics import diagnose
+from fedcore.methods.diagnostics import ModuleDiagnosis, diagnose
 
 
 def run_round(bench: Workbench, state: ServerState, observer: Observer) -> ServerState:
@@ -51,12 +51,11 @@ def run_round(bench: Workbench, state: ServerState, observer: Observer) -> Serve
     result = _aggregate(bench, trained.cohort, previous)
     seconds["aggregate"] = perf_counter() - started
     started = perf_counter()
-    modules = []
+    modules: list[ModuleDiagnosis] = []
     # A personalised method has no common product that could miss the mean.
     if recipe.evaluation.diagnostics and not method.traits.personalised:
         factors = method.completed(trained.factors or trained.cohort, previous)
-        found = diagnose(factors, result, previous, method.family, bench.offset)
-        modules = [asdict(diagnosis) for diagnosis in found]
+        modules = diagnose(factors, result, previous, method.family, bench.offset)
     seconds["diagnose"] = perf_counter() - started
 
     started = perf_counter()
@@ -81,16 +80,15 @@ def run_round(bench: Workbench, state: ServerState, observer: Observer) -> Serve
         modules=modules,
         upload_error=fmean(trained.upload_error.values()) if trained.upload_error else None,
     )
-    privacy = privacy_record(recipe, bench.held, private)
-    if privacy is not None:
-        record["privacy"] = privacy
-    central = central_record(recipe, t + 1)
-    if central is not None:
-        record["central_privacy"] = central
-    return replace(after, record=nullable(record))
+    spent = {
+        "privacy": privacy_record(recipe, bench.held, private),
+        "central_privacy": central_record(recipe, t + 1),
+    }
+    record = record.model_copy(update={k: v for k, v in spent.items() if v is not None})
+    return replace(after, record=record.plain())
 
 
-def initial_record(bench: Workbench, state: ServerState) -> dict[str, Any]:
+def initial_record(bench: Workbench, state: ServerState) -> Round:
     """What is known before round 0: how good the untrained model is. Its round is -1."""
     started = perf_counter()
     outcome = score(bench, state)

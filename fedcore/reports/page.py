@@ -128,13 +128,13 @@ def _write(page: Path, text: str, pictures: Sequence[markup.Picture]) -> None:
 def _run_facts(record: RunRecord) -> dict[str, tuple[str, str]]:
     s = record.summary
     measured = record.measure.name
-    shown = {f"held-out {measured}": (rate(s.quality), f"best {rate(s.best_quality)}")}
+    shown = {f"held-out {measured}": (rate(record.quality), f"best {rate(record.best_quality)}")}
     if s.worst_client is not None:
         spread = f"mean {rate(s.mean_client)}, best {rate(s.best_client)}"
         shown["worst client"] = (rate(s.worst_client), spread)
-    if s.target is not None:
+    if record.target is not None:
         reached = DASH if s.rounds_to_target is None else plural(s.rounds_to_target, "round")
-        shown["to the target"] = (reached, f"{measured} {rate(s.target)}")
+        shown["to the target"] = (reached, f"{measured} {rate(record.target)}")
     for name, up, down in (
         ("adapter sent", s.bytes_up.adapter, s.bytes_down.adapter),
         ("head sent", s.bytes_up.head, s.bytes_down.head),
@@ -157,7 +157,7 @@ def _run_facts(record: RunRecord) -> dict[str, tuple[str, str]]:
 
 def _environment(record: RunRecord) -> Grid:
     flat: dict[str, Any] = {}
-    for name, value in record.environment.items():
+    for name, value in sorted(record.environment.plain().items()):
         flat |= value if isinstance(value, dict) else {name: value}
     rows = [
         (str(n), DASH if v is None else str(v))
@@ -168,7 +168,7 @@ def _environment(record: RunRecord) -> Grid:
 
 
 def _comparison_outcome(groups: Sequence[RunGroup]) -> str:
-    found = [(g, g.over_seeds(lambda run: run.summary.quality)) for g in groups]
+    found = [(g, g.over_seeds(lambda run: run.quality)) for g in groups]
     ranked = [(g, e) for g, e in found if e.mean is not None]
     if not ranked:
         return "No run is finished yet."
@@ -203,7 +203,7 @@ def _runs(groups: Sequence[RunGroup]) -> Grid:
             group.label,
             DASH if run.summary.seed is None else str(run.summary.seed),
             str(len(run.trained)),
-            rate(run.summary.quality),
+            rate(run.quality),
             rate(run.summary.worst_client),
             "yes" if run.summary.finished else "no",
         )

@@ -30,7 +30,7 @@ def run_pictures(record: RunRecord) -> Iterator[Picture]:
             f"Held-out {name} and loss of the global model; round 0 is the initial model.",
             quality_by_round(record),
         )
-        up, down = record.cumulated[record.evaluated[-1].index]
+        up, down = record.cumulated[record.evaluated[-1][0].index]
         if up.total + down.total:
             yield Picture(
                 f"{name}-by-bytes",

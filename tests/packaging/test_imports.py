@@ -54,6 +54,19 @@ def test_importing_loads_torch_alone(package):
 
 
 @pytest.mark.parametrize(
+    "code",
+    [
+        "import fedcore; fedcore.aggregate",
+        "import fedcore_theory.catalog",
+        "from fedcore.data import ServerState",
+        "from fedcore.engines.files import FileServer",
+    ],
+)
+def test_what_writes_no_run_folder_does_without_pydantic(code):
+    run(f"import sys; sys.modules['pydantic'] = None; {code}")
+
+
+@pytest.mark.parametrize(
     ("package", "extra"), [("typer", "run"), ("rich", "run"), ("peft", "peft")]
 )
 def test_a_missing_extra_is_named(package, extra, tmp_path):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 from time import perf_counter, sleep
 from typing import Any
 
@@ -25,7 +25,7 @@ from fedcore.engines.scoring import Score, evaluates, score
 from fedcore.engines.traffic import added, downlink, uplink
 from fedcore.engines.workbench import Workbench
 from fedcore.methods.base import Aggregate, Broadcast
-from fedcore.methods.diagnostics import diagnose
+from fedcore.methods.diagnostics import ModuleDiagnosis, diagnose
 
 
 class RecipeStrategy(FedLoRA):
@@ -89,13 +89,12 @@ class RecipeStrategy(FedLoRA):
         bench, before = self._bench, self.state
         seconds = {"train": perf_counter() - self._began, "save": self._save_seconds}
         started = perf_counter()
-        modules: list[Any] = []
+        modules: list[ModuleDiagnosis] = []
         previous = Broadcast(before.layout, before.row)
         factors = self.method.uploads == "factors" and not self.method.traits.personalised
         if bench.recipe.evaluation.diagnostics and factors:
             cohort = self.method.completed(received.cohort, previous)
-            found = diagnose(cohort, result, previous, self.method.family, bench.offset)
-            modules = [asdict(diagnosis) for diagnosis in found]
+            modules = diagnose(cohort, result, previous, self.method.family, bench.offset)
         seconds["diagnose"] = perf_counter() - started
         started = perf_counter()
         shared = not self.method.traits.personalised
@@ -105,7 +104,7 @@ class RecipeStrategy(FedLoRA):
         absent = set(self._sampled) - {who.client for who in self._asked.values()}
         dropped = {d.client_id: d.reason for d in received.cohort.dropped}
         dropped |= dict.fromkeys(absent, "no node of it is connected")
-        return round_record(
+        record = round_record(
             bench,
             before.round,
             outcome,
@@ -118,6 +117,7 @@ class RecipeStrategy(FedLoRA):
             seconds=seconds,
             modules=modules,
         )
+        return record.plain()
 
     def keep(self, after: ServerState) -> ServerState:
         """Add the traffic and write state and record to the run folder."""
