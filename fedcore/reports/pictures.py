@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from fedcore.reports.comparison import RunGroup, group_measure
-from fedcore.reports.markup import Picture
+from fedcore.reports.document import Picture
 from fedcore.reports.plots import (
     aggregation_error,
     client_spread,
