@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -12,6 +11,7 @@ from fedcore.data.peft_files import write_adapter, write_tensors
 from fedcore.data.plain_lora import with_residual
 from fedcore.experiments.client_models import client_row
 from fedcore.experiments.setup import Workbench
+from fedcore.federation.records import Sample
 from fedcore.federation.state import ServerState
 from fedcore.training.generation import continue_greedily
 from fedcore.training.live_adapter import live_adapter
@@ -23,7 +23,7 @@ CONTINUATION = 24
 """Tokens that are written."""
 
 
-def generation_sample(bench: Workbench, start: Tensor, state: ServerState) -> dict[str, Any]:
+def generation_sample(bench: Workbench, start: Tensor, state: ServerState) -> Sample:
     """The beginning of a held-out text, its own continuation, and the two models'.
 
     The text is the first held-out one of the most tokens. Where every client has a model of its
@@ -48,14 +48,14 @@ def generation_sample(bench: Workbench, start: Tensor, state: ServerState) -> di
     bench.residual.load(state.residual)
     own = bench.trainers[0] if bench.method.traits.personalised else None
     after = continued(state.row if own is None else client_row(bench, state, own))
-    return {
-        "domain": bench.label_names[int(bench.examples.labels[chosen])],
-        "client": own,
-        "prompt": _words(bench, text[:given]),
-        "reference": _words(bench, text[given : given + CONTINUATION]),
-        "before": before,
-        "after": after,
-    }
+    return Sample(
+        domain=bench.label_names[int(bench.examples.labels[chosen])],
+        client=own,
+        prompt=_words(bench, text[:given]),
+        reference=_words(bench, text[given : given + CONTINUATION]),
+        before=before,
+        after=after,
+    )
 
 
 def _words(bench: Workbench, tokens: Tensor) -> str:

@@ -9,26 +9,27 @@ import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 import torch
+
+from fedcore.federation.records import Environment
 
 _PACKAGES = ("fedcore-lora", "torch", "transformers", "peft", "safetensors", "numpy")
 
 
-def describe_environment() -> dict[str, Any]:
-    """A flat record of what results may depend on; ``versions`` maps package to version."""
+def describe_environment() -> Environment:
+    """What results may depend on."""
     cuda = torch.cuda.is_available()
-    return {
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "machine": platform.machine(),
-        "cpus": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if cuda else None,
-        "git_commit": git_commit(),
-        "versions": {name: found for name in _PACKAGES if (found := _version(name))},
-    }
+    return Environment(
+        python=platform.python_version(),
+        platform=platform.platform(),
+        machine=platform.machine(),
+        cpus=os.cpu_count(),
+        threads=torch.get_num_threads(),
+        gpu=torch.cuda.get_device_name() if cuda else None,
+        git_commit=git_commit(),
+        versions={name: found for name in _PACKAGES if (found := _version(name))},
+    )
 
 
 def git_commit() -> str | None:

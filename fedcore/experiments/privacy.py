@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from secrets import randbits
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from fedcore.data.cohort import Cohort
 from fedcore.errors import FedcoreError
+from fedcore.federation.records import CentralPrivacySpent, PrivacySpent
 from fedcore.methods import METHODS
 from fedcore.methods.base import Aggregate, Broadcast, Method
 from fedcore.privacy import SecureSum
@@ -92,7 +92,7 @@ def steps_after(own: Mapping[str, Tensor], steps: int) -> Tensor:
 
 def privacy_record(
     recipe: Recipe, held: Mapping[str, int], private: Mapping[str, Mapping[str, Tensor]]
-) -> dict[str, Any] | None:
+) -> PrivacySpent | None:
     """What a round's record says of privacy; None where clients train without it.
 
     ``epsilon`` maps each client to what it has spent since the run began, for any one of its
@@ -103,24 +103,15 @@ def privacy_record(
         return None
     zero = torch.zeros((), dtype=torch.int64)
     steps = {client: int(private.get(client, {}).get(SPENT, zero)) for client in held}
-    return {
-        "accountant": privacy.accountant,
-        "delta": privacy.delta,
-        "noise_multiplier": privacy.noise_multiplier,
-        "max_grad_norm": privacy.max_grad_norm,
-        "noise": privacy.noise,
-        "steps": steps,
-        "epsilon": _epsilons(recipe, held, steps),
-    }
-
-
-def privacy_summary(records: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    """The run's last privacy record, with the client that has spent the most."""
-    found = records[-1].get("privacy") if records else None
-    if not found:
-        return None
-    worst = max(sorted(found["epsilon"]), key=lambda client: found["epsilon"][client])
-    return {**found, "largest_epsilon": found["epsilon"][worst], "largest_epsilon_client": worst}
+    return PrivacySpent(
+        accountant=privacy.accountant,
+        delta=privacy.delta,
+        noise_multiplier=privacy.noise_multiplier,
+        max_grad_norm=privacy.max_grad_norm,
+        noise=privacy.noise,
+        steps=steps,
+        epsilon=_epsilons(recipe, held, steps),
+    )
 
 
 def _epsilons(
@@ -207,21 +198,21 @@ def poisson_sample(recipe: Recipe, clients: tuple[str, ...], round: int) -> tupl
     return tuple(c for c, draw in zip(sorted(clients), draws, strict=True) if draw < rate)
 
 
-def central_record(recipe: Recipe, rounds: int) -> dict[str, Any] | None:
+def central_record(recipe: Recipe, rounds: int) -> CentralPrivacySpent | None:
     """What a record says after so many rounds; None without central privacy."""
     privacy = recipe.privacy
     if privacy.central.noise_multiplier is None:
         return None
-    return {
-        "accountant": privacy.accountant,
-        "delta": privacy.delta,
-        "noise_multiplier": privacy.central.noise_multiplier,
-        "max_norm": privacy.central.max_norm,
-        "noise": privacy.noise,
-        "sampling_rate": recipe.round.participation,
-        "rounds": rounds,
-        "epsilon": _epsilon(recipe, rounds),
-    }
+    return CentralPrivacySpent(
+        accountant=privacy.accountant,
+        delta=privacy.delta,
+        noise_multiplier=privacy.central.noise_multiplier,
+        max_norm=privacy.central.max_norm,
+        noise=privacy.noise,
+        sampling_rate=recipe.round.participation,
+        rounds=rounds,
+        epsilon=_epsilon(recipe, rounds),
+    )
 
 
 def _stream(recipe: Recipe, purpose: str, round: int) -> KeyedStream:

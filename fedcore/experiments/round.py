@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from statistics import fmean
 from time import perf_counter
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,11 +25,12 @@ from fedcore.experiments.privacy import (
     poisson_sample,
     privacy_record,
 )
-from fedcore.experiments.record import ClientReports, nullable, round_record
+from fedcore.experiments.record import ClientReports, round_record
 from fedcore.experiments.setup import Workbench
 from fedcore.experiments.traffic import NOTHING, added, downlink, uplink
-from fedcore.federation.diagnostics import diagnose
+from fedcore.federation.diagnostics import ModuleDiagnosis, diagnose
 from fedcore.federation.downloads import lower_rank_starts
+from fedcore.federation.records import Round
 from fedcore.federation.server_round import Aggregation, OpenRound
 from fedcore.federation.state import ServerState
 
@@ -144,12 +144,11 @@ def run_round(bench: Workbench, state: ServerState, observer: Observer) -> Serve
     closed = opened.close(_aggregation(bench))
     seconds["aggregate"] = perf_counter() - started
     started = perf_counter()
-    modules = []
+    modules: list[ModuleDiagnosis] = []
     # A personalised method has no common product that could miss the mean.
     if recipe.evaluation.diagnostics and not method.traits.personalised:
         factors = method.completed(trained.factors or closed.cohort, opened.previous)
-        found = diagnose(factors, closed.result, opened.previous, method.family, bench.offset)
-        modules = [asdict(diagnosis) for diagnosis in found]
+        modules = diagnose(factors, closed.result, opened.previous, method.family, bench.offset)
     seconds["diagnose"] = perf_counter() - started
 
     started = perf_counter()
@@ -174,16 +173,15 @@ def run_round(bench: Workbench, state: ServerState, observer: Observer) -> Serve
         modules=modules,
         upload_error=fmean(trained.upload_error.values()) if trained.upload_error else None,
     )
-    privacy = privacy_record(recipe, bench.held, clients)
-    if privacy is not None:
-        record["privacy"] = privacy
-    central = central_record(recipe, t + 1)
-    if central is not None:
-        record["central_privacy"] = central
-    return replace(after, record=nullable(record))
+    spent = {
+        "privacy": privacy_record(recipe, bench.held, clients),
+        "central_privacy": central_record(recipe, t + 1),
+    }
+    record = record.model_copy(update={k: v for k, v in spent.items() if v is not None})
+    return replace(after, record=record.plain())
 
 
-def initial_record(bench: Workbench, state: ServerState) -> dict[str, Any]:
+def initial_record(bench: Workbench, state: ServerState) -> Round:
     """What is known before round 0: how good the untrained model is. Its round is -1."""
     started = perf_counter()
     outcome = score(bench, state)

@@ -14,6 +14,7 @@ from fedcore.errors import FedcoreError
 from fedcore.experiments.observer import Observer
 from fedcore.experiments.privacy import check_central, check_private, check_sums_suffice
 from fedcore.experiments.trials import check_sources
+from fedcore.federation import records
 from fedcore.methods import METHODS, Method
 from fedcore.recipes import Recipe
 from fedcore.training.binding import ModelBinding
@@ -73,7 +74,7 @@ class Workbench:
     test_shards: Mapping[str, Tensor]
     test: Tensor
     label_names: tuple[str, ...]
-    counts: Mapping[str, Any]
+    counts: records.Partition
     residual: FrozenResidual
     ranks: Mapping[str, Mapping[str, int]]
     statistics: Mapping[str, Mapping[str, Tensor]]
@@ -178,12 +179,12 @@ def build_workbench(recipe: Recipe, observer: Observer, shelf: Shelf | None = No
         test_shards=test_shards,
         test=test,
         label_names=texts.label_names,
-        counts={
-            "client_ids": list(ids),
-            "label_names": list(texts.label_names),
-            "class_counts": _count(shards, examples, classes),
-            "test_counts": _count(test_shards, examples, classes),
-        },
+        counts=records.Partition(
+            client_ids=ids,
+            label_names=tuple(texts.label_names),
+            class_counts=_count(shards, examples, classes),
+            test_counts=_count(test_shards, examples, classes),
+        ),
         residual=FrozenResidual(model, modules),
         ranks=ranks,
         statistics=statistics,
@@ -295,11 +296,13 @@ def _prefix(
     return prefix, shelf.states[key]
 
 
-def _count(shards: Mapping[str, Tensor], examples: EncodedDataset, classes: int) -> list[list[int]]:
-    return [
-        torch.bincount(examples.labels[shards[client]], minlength=classes).tolist()
+def _count(
+    shards: Mapping[str, Tensor], examples: EncodedDataset, classes: int
+) -> tuple[tuple[int, ...], ...]:
+    return tuple(
+        tuple(torch.bincount(examples.labels[shards[client]], minlength=classes).tolist())
         for client in sorted(shards)
-    ]
+    )
 
 
 def _device(name: str) -> torch.device:

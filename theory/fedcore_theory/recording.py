@@ -121,7 +121,7 @@ def write_record(recipe: str, path: Path, observer: Observer | None = None) -> N
     for driver, methods in PANELS.items():
         found = record_divergence(load_recipe(recipe, {"method.name": driver}), methods, observer)
         runs.append({"driver": driver, "modules": found.modules, "errors": found.errors})
-    content = {"format": FORMAT, "recipe": recipe, **describe_environment(), "runs": runs}
+    content = {"format": FORMAT, "recipe": recipe, **describe_environment().plain(), "runs": runs}
     write_text(json.dumps(content, indent=1) + "\n", path)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from time import perf_counter, sleep
 from typing import Any
 
@@ -19,7 +19,7 @@ from fedcore.experiments.round import sample_clients
 from fedcore.experiments.run_folder import RunFolder
 from fedcore.experiments.setup import Workbench
 from fedcore.experiments.traffic import added, downlink, uplink
-from fedcore.federation.diagnostics import diagnose
+from fedcore.federation.diagnostics import ModuleDiagnosis, diagnose
 from fedcore.federation.server_round import ClosedRound
 from fedcore.federation.state import ServerState
 from fedcore.methods.base import Broadcast
@@ -89,13 +89,12 @@ class RecipeStrategy(FedLoRA):
         bench, before, cohort = self._bench, self.state, closed.cohort
         seconds = {"train": perf_counter() - self._began, "save": self._save_seconds}
         started = perf_counter()
-        modules: list[Any] = []
+        modules: list[ModuleDiagnosis] = []
         factors = self.method.uploads == "factors" and not self.method.traits.personalised
         if bench.recipe.evaluation.diagnostics and factors:
             previous = Broadcast(before.layout, before.row)
             complete = self.method.completed(cohort, previous)
-            found = diagnose(complete, closed.result, previous, self.method.family, bench.offset)
-            modules = [asdict(diagnosis) for diagnosis in found]
+            modules = diagnose(complete, closed.result, previous, self.method.family, bench.offset)
         seconds["diagnose"] = perf_counter() - started
         started = perf_counter()
         shared = not self.method.traits.personalised
@@ -106,7 +105,7 @@ class RecipeStrategy(FedLoRA):
         absent = set(self._sampled) - {who.client for who in self._asked.values()}
         dropped = {d.client_id: d.reason for d in cohort.dropped}
         dropped |= dict.fromkeys(absent, "no node of it is connected")
-        return round_record(
+        record = round_record(
             bench,
             before.round,
             outcome,
@@ -119,6 +118,7 @@ class RecipeStrategy(FedLoRA):
             seconds=seconds,
             modules=modules,
         )
+        return record.plain()
 
     def keep(self, after: ServerState) -> ServerState:
         """Add the traffic and write state and record to the run folder."""
