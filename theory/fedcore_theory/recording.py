@@ -16,7 +16,7 @@ from typing import Any
 from fedcore.data.cohort import Cohort
 from fedcore.data.peft_files import write_text
 from fedcore.data.server_state import ServerState
-from fedcore.engines.environment import describe_environment
+from fedcore.engines.environment import describe_environment, recipe_threads
 from fedcore.engines.observer import Observer
 from fedcore.engines.round import run_round
 from fedcore.engines.workbench import build_workbench
@@ -60,7 +60,11 @@ def record_divergence(
     Raises:
         FedcoreError: as an engine does; or a method of another adapter family than the recipe's.
     """
-    watcher = observer or Observer()
+    with recipe_threads(recipe):
+        return _recorded(recipe, methods, observer or Observer())
+
+
+def _recorded(recipe: Recipe, methods: Sequence[str], watcher: Observer) -> Divergence:
     bench = build_workbench(recipe, watcher)
     others = [create_method(name) for name in methods]
     for other in others:
