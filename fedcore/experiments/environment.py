@@ -7,14 +7,37 @@ import platform
 import resource
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
+from threadpoolctl import threadpool_limits
 
 from fedcore.federation.records import Environment
+from fedcore.recipes import Recipe
 
 _PACKAGES = ("fedcore-lora", "torch", "transformers", "peft", "safetensors", "numpy")
+
+
+@contextmanager
+def recipe_threads(recipe: Recipe) -> Iterator[None]:
+    """Compute on ``training.threads`` threads inside, where the recipe sets them.
+
+    They are torch's and those of the BLAS of NumPy and SciPy. Both belong to the whole process, so
+    the numbers from before are put back at the end.
+    """
+    threads, before = recipe.training.threads, torch.get_num_threads()
+    if threads is None:
+        yield
+        return
+    with threadpool_limits(threads, user_api="blas"):
+        torch.set_num_threads(threads)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
 
 
 def describe_environment() -> Environment:

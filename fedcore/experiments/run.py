@@ -11,7 +11,12 @@ from typing import Any
 
 from fedcore.errors import FedcoreError
 from fedcore.experiments.adapters import generation_sample, write_adapters
-from fedcore.experiments.environment import describe_environment, git_commit, peak_memory_bytes
+from fedcore.experiments.environment import (
+    describe_environment,
+    git_commit,
+    peak_memory_bytes,
+    recipe_threads,
+)
 from fedcore.experiments.observer import Observer
 from fedcore.experiments.round import initial_record, run_round
 from fedcore.experiments.run_folder import RunFolder
@@ -46,12 +51,13 @@ def start(
     watcher = observer or Observer()
     check_sources(recipe)
     RunFolder.check_free(path)
-    # Nothing is written before everything the recipe names has been found to fit together.
-    bench = build_workbench(recipe, watcher, shelf)
-    folder = RunFolder.create(path, recipe)
-    folder.write_json("environment.json", describe_environment())
-    folder.write_json("partition.json", bench.counts)
-    return _go_on(bench, folder, None, watcher, rounds or _rounds)
+    with recipe_threads(recipe):
+        # Nothing is written before everything the recipe names has been found to fit together.
+        bench = build_workbench(recipe, watcher, shelf)
+        folder = RunFolder.create(path, recipe)
+        folder.write_json("environment.json", describe_environment())
+        folder.write_json("partition.json", bench.counts)
+        return _go_on(bench, folder, None, watcher, rounds or _rounds)
 
 
 def resume(
@@ -75,17 +81,20 @@ def resume(
         watcher.message(f"{path} is finished already")
         return finished
     recipe = folder.recipe()
-    environment = describe_environment()
-    for name, was, now in folder.changed_environment(environment):
-        watcher.message(f"{name} was {was} and is {now}: the result may differ in its last bits")
-    bench = build_workbench(recipe, watcher, shelf)
-    state = folder.latest()
-    if state is None:
-        folder.write_json("environment.json", environment)
-        folder.write_json("partition.json", bench.counts)
-    else:
-        watcher.message(f"resuming: {state.round} of {recipe.rounds} rounds are done")
-    return _go_on(bench, folder, state, watcher, rounds or _rounds)
+    with recipe_threads(recipe):
+        environment = describe_environment()
+        for name, was, now in folder.changed_environment(environment):
+            watcher.message(
+                f"{name} was {was} and is {now}: the result may differ in its last bits"
+            )
+        bench = build_workbench(recipe, watcher, shelf)
+        state = folder.latest()
+        if state is None:
+            folder.write_json("environment.json", environment)
+            folder.write_json("partition.json", bench.counts)
+        else:
+            watcher.message(f"resuming: {state.round} of {recipe.rounds} rounds are done")
+        return _go_on(bench, folder, state, watcher, rounds or _rounds)
 
 
 def _rounds(

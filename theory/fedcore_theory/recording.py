@@ -16,7 +16,7 @@ from typing import Any
 from fedcore.data.cohort import Cohort
 from fedcore.data.folders import write_text
 from fedcore.errors import FedcoreError
-from fedcore.experiments.environment import describe_environment
+from fedcore.experiments.environment import describe_environment, recipe_threads
 from fedcore.experiments.observer import Observer
 from fedcore.experiments.round import run_round
 from fedcore.experiments.setup import build_workbench
@@ -60,7 +60,11 @@ def record_divergence(
     Raises:
         FedcoreError: as an engine does; or a method of another adapter family than the recipe's.
     """
-    watcher = observer or Observer()
+    with recipe_threads(recipe):
+        return _recorded(recipe, methods, observer or Observer())
+
+
+def _recorded(recipe: Recipe, methods: Sequence[str], watcher: Observer) -> Divergence:
     bench = build_workbench(recipe, watcher)
     others = [create_method(name) for name in methods]
     for other in others:

@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from importlib.metadata import version
+from logging import WARNING
 from pathlib import Path
 
-import torch
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
+from flwr.common.logger import log
 from flwr.serverapp import Grid, ServerApp
 
 from fedcore.data.folders import is_free, write_files, writing
 from fedcore.errors import FedcoreError, missing_extra
+from fedcore.experiments.environment import recipe_threads
 from fedcore.experiments.observer import Observer
 from fedcore.experiments.privacy import check_local
 from fedcore.experiments.run_folder import RunFolder
@@ -71,26 +73,27 @@ def serve(
     return strategy
 
 
-def client_app(read: Callable[[Context], str], threads: int | None = None) -> ClientApp:
+def client_app(read: Callable[[Context], str]) -> ClientApp:
     """The clients' app: node i of a federation, by its ``partition-id``, is the recipe's client i.
 
     Args:
         read: the recipe's TOML text from a node's context.
-        threads: of torch in the client's process; the last bits of a run depend on it.
     """
     app = ClientApp()
 
     @app.query()
     def who(message: Message, context: Context) -> Message:
-        return introduce(message, client_of(context, parse_recipe(read(context))))
+        recipe = parse_recipe(read(context))
+        with recipe_threads(recipe):
+            return introduce(message, client_of(context, recipe))
 
     @app.train()
     def turn(message: Message, context: Context) -> Message:
-        if threads is not None:
-            torch.set_num_threads(threads)
-        bench = _bench(read(context))
-        client = client_of(context, bench.recipe)
-        return train(message, context, bench, client, run=str(context.run_id))
+        text = read(context)
+        with recipe_threads(parse_recipe(text)):
+            bench = _bench(text)
+            client = client_of(context, bench.recipe)
+            return train(message, context, bench, client, run=str(context.run_id))
 
     return app
 
@@ -135,16 +138,24 @@ def server_app() -> ServerApp:
         check_recipe(recipe)
         path = Path(str(context.run_config.get("out", f"runs/{recipe.name}-flower")))
         timeout = float(str(context.run_config.get("timeout", ROUND_SECONDS)))
+        observer = _Logged()
 
         def rounds(bench: Workbench, folder: RunFolder, *rest: object) -> object:
-            return iter(serve(bench, folder, grid, Observer(), timeout).states)
+            return iter(serve(bench, folder, grid, observer, timeout).states)
 
         if (path / "recipe.toml").is_file():
-            local.resume(path, rounds=rounds)  # type: ignore[arg-type]
+            local.resume(path, observer, rounds=rounds)  # type: ignore[arg-type]
         else:
-            local.start(recipe, path, rounds=rounds)  # type: ignore[arg-type]
+            local.start(recipe, path, observer, rounds=rounds)  # type: ignore[arg-type]
 
     return app
+
+
+class _Logged(Observer):
+    """What a person should know goes to Flower's log, which ``flwr run --stream`` shows."""
+
+    def message(self, text: str) -> None:
+        log(WARNING, text)
 
 
 @lru_cache(maxsize=1)

@@ -98,14 +98,15 @@ def model_tensors(bench: Workbench) -> dict[str, Tensor]:
 
 
 def introduce(message: Message, client: str) -> Message:
-    """The answer to the server's question who this node is."""
-    return Message(RecordDict({RECORD: Reply(client).record()}), reply_to=message)
+    """The answer to the server's question who this node is, and on how many threads."""
+    reply = Reply(client, threads=torch.get_num_threads())
+    return Message(RecordDict({RECORD: reply.record()}), reply_to=message)
 
 
 def train(
     message: Message, context: Context, bench: Workbench, client: str, run: str = ""
 ) -> Message:
-    """One client's round, to the same bits as the local engine's.
+    """One client's round, to the local engine's bits (same machine, threads and versions).
 
     Args:
         message: as :class:`FedLoRA` sends it.

@@ -123,16 +123,18 @@ class Reply:
         round: the round it trained for, -1 where it does not say.
         frozen: digest of what it must not have changed, empty where it does not say.
         flags: trouble that it met.
+        threads: on which its process computes, 0 where it does not say.
     """
 
     client: str = ""
     round: int = -1
     frozen: str = ""
     flags: tuple[str, ...] = ()
+    threads: int = 0
 
     def record(self) -> ConfigRecord:
         """As it travels."""
-        return ConfigRecord(
+        record = ConfigRecord(
             {
                 "client": self.client,
                 "round": self.round,
@@ -140,6 +142,9 @@ class Reply:
                 "flags": "\n".join(self.flags),
             }
         )
+        if self.threads:
+            record["threads"] = self.threads
+        return record
 
     @classmethod
     def read(cls, content: RecordDict) -> Reply:
@@ -159,7 +164,11 @@ class Reply:
             raise FedcoreError("its record 'fedcore' holds something else than text")
         if not isinstance(round, int):
             raise FedcoreError(f"its record 'fedcore' names the round {round!r}")
-        return cls(client, round, frozen, tuple(line for line in flags.split("\n") if line))
+        threads = record.get("threads", 0)
+        if not isinstance(threads, int):
+            raise FedcoreError(f"its record 'fedcore' names {threads!r} threads")
+        lines = tuple(line for line in flags.split("\n") if line)
+        return cls(client, round, frozen, lines, threads)
 
 
 @dataclass(frozen=True)

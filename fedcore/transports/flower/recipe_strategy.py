@@ -7,6 +7,7 @@ from dataclasses import replace
 from time import perf_counter, sleep
 from typing import Any
 
+import torch
 from flwr.app import Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 
@@ -157,13 +158,15 @@ class RecipeStrategy(FedLoRA):
             Message(content=RecordDict(), message_type=MessageType.QUERY, dst_node_id=node)
             for node in nodes
         ]
+        threads: dict[str, int] = {}
         for answer in grid.send_and_receive(questions, timeout=self._patience):
             node = answer.metadata.src_node_id
             if answer.has_error():
                 self._observer.message(f"a node does not say who it is: {answer.error.reason}")
                 self._strangers.add(node)
                 continue
-            name = Reply.read(answer.content).client
+            reply = Reply.read(answer.content)
+            name = reply.client
             if name not in self._bench.trainers:
                 self._observer.message(f"a node says it is {name!r}, which the recipe lacks")
                 self._strangers.add(node)
@@ -172,6 +175,23 @@ class RecipeStrategy(FedLoRA):
             self._names = {n: other for n, other in self._names.items() if other != name}
             self._names[node] = name
             self._forget(name)
+            threads[name] = reply.threads
+        self._compare_threads(threads)
+
+    def _compare_threads(self, threads: Mapping[str, int]) -> None:
+        """Say which clients compute on other threads than the server; 0 is of one that gave none.
+
+        Args:
+            threads: client to the number that it sent.
+        """
+        here = torch.get_num_threads()
+        others = sorted(name for name, count in threads.items() if count not in (0, here))
+        if others:
+            self._observer.message(
+                f"threads differ: {here} on the server, {threads[others[0]]} on {others[0]} "
+                f"({len(others)} of {len(threads)} clients): the result may differ from the local "
+                "engine's in its last bits; set training.threads"
+            )
 
 
 def _reported(replies: Mapping[str, RecordDict], name: str) -> dict[str, float]:

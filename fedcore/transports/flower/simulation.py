@@ -32,7 +32,7 @@ def start(
     """Run ``recipe`` into the empty folder ``path``; returns its summary.
 
     The run folder is that of the local engine, and so is the adapter, bit for bit, on the same
-    machine.
+    machine with the same threads and versions.
 
     Raises:
         FedcoreError: as the local engine, and a recipe that this engine cannot run.
@@ -80,14 +80,17 @@ def simulated_rounds(
             # Flower logs what a server raises and ends; a caller is to see it.
             failed.append(error)
 
+    # Ray gives its processes a number of threads of its own; theirs is to be this process's.
     threads = torch.get_num_threads()
+    training = bench.recipe.training.model_copy(update={"threads": threads})
+    recipe = bench.recipe.model_copy(update={"training": training})
     cores = max(1, min(threads, os.cpu_count() or 1))
     # Ray hides the cards from processes that do not ask for one.
     on_card = next(bench.model.parameters()).is_cuda
     with _quiet():
         run_simulation(
             server,
-            client_app(partial(_text, to_toml(bench.recipe)), threads),
+            client_app(partial(_text, to_toml(recipe))),
             num_supernodes=bench.recipe.clients,
             backend_config={
                 "client_resources": {"num_cpus": cores, "num_gpus": float(on_card)},

@@ -104,13 +104,17 @@ def _fit_class(
     """The largest mixture of ``points (n, D)`` whose components all rest on enough of them."""
     try:
         from sklearn.mixture import GaussianMixture
+        from threadpoolctl import threadpool_limits
     except ImportError:
         raise missing_extra("scikit-learn", "run") from None
     least = min_per_component / len(points) * (1 - _ROUNDING)
     for components in range(min(MOST_COMPONENTS, len(points) // min_per_component), 1, -1):
-        fit = GaussianMixture(
+        mixture = GaussianMixture(
             components, covariance_type="diag", reg_covar=VARIANCE_FLOOR, random_state=seed
-        ).fit(points)
+        )
+        # Its k-means adds what several threads found in the order in which they finish.
+        with threadpool_limits(1, user_api="openmp"):
+            fit = mixture.fit(points)
         if fit.weights_.min() >= least:
             return {"weights": fit.weights_, "means": fit.means_, "variances": fit.covariances_}
     return {
