@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from fedcore.checks import count
 from fedcore.data.cohort import Cohort
 from fedcore.data.validation import Dropped, OnInvalid
 from fedcore.errors import FedcoreError
@@ -22,7 +23,7 @@ from fedcore.merging.sources import (
 )
 from fedcore.methods.base import Aggregate, Broadcast, Method
 from fedcore.methods.catalog import METHODS
-from fedcore_kernels.errors import KernelInputError
+from fedcore_kernels import KernelInputError
 from fedcore_kernels.layout import FactorLayout
 
 
@@ -241,8 +242,7 @@ def _ranks(
     """Module to the rank of the result, where one was asked for."""
     if rank is None:
         return {}
-    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-        raise FedcoreError(f"rank is {rank!r}; pass a whole number of 1 or more")
+    count("", "rank", rank, least=1)
     if not method.any_rank:
         free = names_of([m for m in usable_methods(method.family) if m.any_rank])
         raise FedcoreError(

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import Any
 
-from fedcore.errors import FedcoreError, unknown_name
+from fedcore.checks import flag
+from fedcore.errors import unknown_name
 from fedcore.methods.base import Method
 from fedcore.methods.baselines import Centralised, HeadOnly, LocalOnly
 from fedcore.methods.gram.florg import FlorgAvgA, FlorgSketched, FlorgTruncated
@@ -85,8 +86,8 @@ def create_method(name: str, **options: Any) -> Method:
     for option, value in options.items():
         if option not in known:
             raise unknown_name(f"option of method {method.name}", option, known)
-        if known[option] == "bool" and not isinstance(value, bool):
-            raise FedcoreError(f"{method.name}: {option} is {value!r}; pass true or false")
+        if known[option] == "bool":
+            flag(method.name, option, value)
     return method(**options)
 
 

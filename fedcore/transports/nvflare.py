@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from fedcore.checks import is_number
 from fedcore.data.adapter_state import AdapterState
 from fedcore.data.cohort import CohortBuilder
 from fedcore.data.keyed_rows import row_from_tensors, tensors_from_row
@@ -182,7 +183,7 @@ class FedLoRAAggregator(ModelAggregator):  # type: ignore[misc,unused-ignore]
 
     def _weight(self, meta: Mapping[str, Any]) -> float:
         weight = meta.get(self.weight_key)
-        if not isinstance(weight, int | float) or isinstance(weight, bool):
+        if not is_number(weight):
             raise FedcoreError(f"its meta has {self.weight_key} = {weight!r:.60}; pass its weight")
         return float(weight)
 
@@ -282,11 +283,7 @@ def _mean_metrics(
     found: dict[str, float] = {}
     for name in next(iter(metrics.values())):
         values = {client: told.get(name) for client, told in metrics.items()}
-        numbers = {
-            client: float(value)
-            for client, value in values.items()
-            if isinstance(value, int | float) and not isinstance(value, bool)
-        }
+        numbers = {client: float(value) for client, value in values.items() if is_number(value)}
         if len(numbers) == len(values):
             found[name] = sum(v * weights[c] / total for c, v in numbers.items())
     return found or None

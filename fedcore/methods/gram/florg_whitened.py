@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from math import inf
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
+from fedcore.checks import number
 from fedcore.errors import FedcoreError
 from fedcore.methods.base import Aggregate, Broadcast, Family, StepReport, Traits, Upload
 from fedcore.methods.shared.linear import LinearMethod
@@ -86,12 +86,8 @@ class FlorgWhitened(LinearMethod):
     )
 
     def __post_init__(self) -> None:
-        if not (_is_number(self.scale) and 0 < self.scale < inf):
-            raise FedcoreError(
-                f"{self.name}: scale is {self.scale!r}; pass a finite number above 0"
-            )
-        if not (_is_number(self.eps_rel) and 0 <= self.eps_rel < 1):
-            raise FedcoreError(f"{self.name}: eps_rel is {self.eps_rel!r}; pass a number in [0, 1)")
+        number(self.name, "scale", self.scale, above=0)
+        number(self.name, "eps_rel", self.eps_rel, least=0, below=1)
 
     def prepare_upload(
         self, row: Tensor, layout: FactorLayout, broadcast: Broadcast, round: int
@@ -150,10 +146,6 @@ class FlorgWhitened(LinearMethod):
                 if gap > _ASYMMETRY
             ]
         return Aggregate(row, layout, steps, tuple(flags))
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _basis(group: SlotGroup, broadcast: Broadcast) -> tuple[Tensor, Tensor]:

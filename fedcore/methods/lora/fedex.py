@@ -9,6 +9,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from fedcore.checks import count
 from fedcore.data.cohort import Cohort
 from fedcore.data.low_rank import LowRank
 from fedcore.errors import FedcoreError
@@ -132,12 +133,9 @@ class FedEx(Method):
     )
 
     def __post_init__(self) -> None:
-        whole = isinstance(self.residual_rank, int) and not isinstance(self.residual_rank, bool)
-        if self.residual_rank is not None and not (whole and self.residual_rank >= 1):
-            raise FedcoreError(
-                f"{self.name}: residual_rank is {self.residual_rank!r}; pass an integer of 1 or "
-                "more, or None for all of it"
-            )
+        if self.residual_rank is not None:
+            remedy = ", or None for all of it"
+            count(self.name, "residual_rank", self.residual_rank, least=1, otherwise=remedy)
 
     def check_cohort(self, cohort: Cohort) -> None:
         """Refuse mixed ranks.

@@ -8,7 +8,8 @@ from typing import ClassVar, Literal, get_args
 import torch
 from torch import Tensor
 
-from fedcore.errors import FedcoreError, unknown_name
+from fedcore.checks import choice, number
+from fedcore.errors import FedcoreError
 from fedcore.methods.base import Broadcast, Family, Traits, Upload
 from fedcore.methods.shared.factor_pairs import pair_groups
 from fedcore.methods.shared.linear import LinearMethod
@@ -77,11 +78,8 @@ class FedRot(LinearMethod):
     )
 
     def __post_init__(self) -> None:
-        number = isinstance(self.strength, int | float) and not isinstance(self.strength, bool)
-        if not number or not 0 <= self.strength <= 1:
-            raise FedcoreError(f"fedrot: strength is {self.strength!r}; pass a number in [0, 1]")
-        if self.reference not in get_args(Reference):
-            raise unknown_name("reference of fedrot", str(self.reference), get_args(Reference))
+        number(self.name, "strength", self.strength, least=0, most=1)
+        choice(self.name, "reference", self.reference, get_args(Reference))
 
     def references(self, round: int) -> tuple[str, ...]:
         """The factors that are turned towards the broadcast's in ``round``, the server's count."""

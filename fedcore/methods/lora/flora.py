@@ -8,6 +8,7 @@ from typing import ClassVar
 
 import torch
 
+from fedcore.checks import count
 from fedcore.data.cohort import Cohort
 from fedcore.data.low_rank import LowRank
 from fedcore.errors import FedcoreError
@@ -82,13 +83,9 @@ class Flora(Method):
     )
 
     def __post_init__(self) -> None:
-        whole = isinstance(self.max_rank, int) and not isinstance(self.max_rank, bool)
-        if self.max_rank is not None and not (whole and self.max_rank >= 1):
-            raise FedcoreError(
-                f"{self.name}: max_rank is {self.max_rank!r}; pass an integer of 1 or more, or None"
-            )
-        if not isinstance(self.seed, int) or isinstance(self.seed, bool):
-            raise FedcoreError(f"{self.name}: seed is {self.seed!r}; pass an integer")
+        if self.max_rank is not None:
+            count(self.name, "max_rank", self.max_rank, least=1, otherwise=", or None")
+        count(self.name, "seed", self.seed)
 
     def aggregate(self, cohort: Cohort, previous: Broadcast) -> Aggregate:
         """The stacked factors as the residual, a fresh adapter, dense tensors averaged.

@@ -7,9 +7,9 @@ from typing import ClassVar
 
 import torch
 
+from fedcore.checks import count, number
 from fedcore.data.cohort import Cohort
 from fedcore.data.low_rank import LowRank
-from fedcore.errors import FedcoreError
 from fedcore.methods.base import (
     EMPTY_ROUND,
     Aggregate,
@@ -86,16 +86,10 @@ class Florist(Method):
     )
 
     def __post_init__(self) -> None:
-        number = isinstance(self.tau, int | float) and not isinstance(self.tau, bool)
-        if not number or not 0 < self.tau <= 1:
-            raise FedcoreError(f"{self.name}: tau is {self.tau!r}; pass a number in (0, 1]")
-        whole = isinstance(self.max_rank, int) and not isinstance(self.max_rank, bool)
-        if self.max_rank is not None and not (whole and self.max_rank >= 1):
-            raise FedcoreError(
-                f"{self.name}: max_rank is {self.max_rank!r}; pass an integer of 1 or more, or None"
-            )
-        if not isinstance(self.seed, int) or isinstance(self.seed, bool):
-            raise FedcoreError(f"{self.name}: seed is {self.seed!r}; pass an integer")
+        number(self.name, "tau", self.tau, above=0, most=1)
+        if self.max_rank is not None:
+            count(self.name, "max_rank", self.max_rank, least=1, otherwise=", or None")
+        count(self.name, "seed", self.seed)
 
     def aggregate(self, cohort: Cohort, previous: Broadcast) -> Aggregate:
         """The leading directions as the residual, a fresh adapter, dense tensors averaged.

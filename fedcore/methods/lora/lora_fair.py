@@ -9,8 +9,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from fedcore.checks import number
 from fedcore.data.cohort import Cohort
-from fedcore.errors import FedcoreError
 from fedcore.methods.base import (
     EMPTY_ROUND,
     Aggregate,
@@ -72,9 +72,7 @@ class LoRAFair(Method):
     )
 
     def __post_init__(self) -> None:
-        number = isinstance(self.lam, int | float) and not isinstance(self.lam, bool)
-        if not number or not 0 <= self.lam < inf:
-            raise FedcoreError(f"{self.name}: lam is {self.lam!r}; pass a finite number >= 0")
+        number(self.name, "lam", self.lam, least=0)
 
     def aggregate(self, cohort: Cohort, previous: Broadcast) -> Aggregate:
         """The mean of everything, and of ``B`` the corrected one.

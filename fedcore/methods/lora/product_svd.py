@@ -9,8 +9,9 @@ from typing import ClassVar, get_args
 import torch
 from torch import Tensor
 
+from fedcore.checks import choice
 from fedcore.data.cohort import Cohort
-from fedcore.errors import FedcoreError, unknown_name
+from fedcore.errors import FedcoreError
 from fedcore.methods.base import (
     EMPTY_ROUND,
     Aggregate,
@@ -84,8 +85,7 @@ class ProductSvd(Method):
     )
 
     def __post_init__(self) -> None:
-        if self.split not in get_args(Split):
-            raise unknown_name(f"split of {self.name}", str(self.split), get_args(Split))
+        choice(self.name, "split", self.split, get_args(Split))
         if self.align and self.split != "balanced":
             raise FedcoreError(
                 f"{self.name}: align is true with split {self.split!r}, in which a rotation would "

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from fedcore.checks import number
 from fedcore.data.cohort import Cohort
 from fedcore.errors import FedcoreError, unknown_name
 from fedcore.methods.base import (
@@ -150,7 +151,7 @@ class RobustMethod(Method):
 
     def __post_init__(self) -> None:
         if self.weight_cap is not None:
-            check_number(self.name, "weight_cap", self.weight_cap, or_none=True)
+            number(self.name, "weight_cap", self.weight_cap, above=0, otherwise=", or None")
         host = self.inner()
         own = replace(
             type(self).traits,
@@ -298,34 +299,6 @@ def possible_hosts() -> tuple[Method, ...]:
         if sends_both and common and host.uploads == "factors":
             found.append(host)
     return tuple(found)
-
-
-def check_number(name: str, option: str, value: object, *, or_none: bool = False) -> None:
-    """Refuse what is no finite number above 0.
-
-    Raises:
-        FedcoreError: with the method's ``name``, the option and its value.
-    """
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not 0 < value < inf:  # type: ignore[operator]
-        other = ", or None" if or_none else ""
-        raise FedcoreError(f"{name}: {option} is {value!r}; pass a finite number above 0{other}")
-
-
-def check_count(
-    name: str, option: str, value: object, least: int, *, or_none: bool = False
-) -> None:
-    """Refuse what is no integer of ``least`` or more.
-
-    Raises:
-        FedcoreError: with the method's ``name``, the option and its value.
-    """
-    whole = isinstance(value, int) and not isinstance(value, bool)
-    if not whole or value < least:  # type: ignore[operator]
-        other = ", or None" if or_none else ""
-        raise FedcoreError(
-            f"{name}: {option} is {value!r}; pass an integer of {least} or more{other}"
-        )
 
 
 def median(values: Tensor) -> Tensor:

@@ -10,12 +10,11 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from fedcore.checks import count, number
 from fedcore.errors import FedcoreError
 from fedcore.methods.robust.base import (
     Decision,
     RobustMethod,
-    check_count,
-    check_number,
     distances,
     median,
     norms,
@@ -52,7 +51,7 @@ class RobustClip(RobustMethod):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.limit is not None:
-            check_number(self.name, "limit", self.limit, or_none=True)
+            number(self.name, "limit", self.limit, above=0, otherwise=", or None")
 
     def judge(self, clients: Sequence[str], weights: Tensor, gram: Tensor) -> Decision:
         """Everyone, those above the limit with a smaller ``B``."""
@@ -99,9 +98,9 @@ class RobustKrum(RobustMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_count(self.name, "faulty", self.faulty, 0)
+        count(self.name, "faulty", self.faulty, least=0)
         if self.keep is not None:
-            check_count(self.name, "keep", self.keep, 1, or_none=True)
+            count(self.name, "keep", self.keep, least=1, otherwise=", or None")
 
     def check_clients(self, clients: int) -> None:
         """Refuse a number of clients of which the rule promises nothing.
@@ -176,15 +175,15 @@ class RobustMedian(RobustMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_number(self.name, "cutoff", self.cutoff)
+        number(self.name, "cutoff", self.cutoff, above=0)
 
     def judge(self, clients: Sequence[str], weights: Tensor, gram: Tensor) -> Decision:
         """The clients within the threshold."""
-        count = len(clients)
-        if count < 3:
+        total = len(clients)
+        if total < 3:
             return Decision(weights)
         gaps = distances(gram)
-        others = gaps[~torch.eye(count, dtype=torch.bool)].view(count, count - 1)
+        others = gaps[~torch.eye(total, dtype=torch.bool)].view(total, total - 1)
         centre = medoid(others)
         middle = float(median(others[centre]))
         deviation = float(median((others[centre] - middle).abs()))
@@ -246,8 +245,8 @@ class RobustGeomedian(RobustMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_number(self.name, "smoothing", self.smoothing)
-        check_count(self.name, "sweeps", self.sweeps, 1)
+        number(self.name, "smoothing", self.smoothing, above=0)
+        count(self.name, "sweeps", self.sweeps, least=1)
 
     def judge(self, clients: Sequence[str], weights: Tensor, gram: Tensor) -> Decision:
         """Everyone, with the weights of the median."""

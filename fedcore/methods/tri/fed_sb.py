@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_args
 
-from fedcore.errors import unknown_name
+from fedcore.checks import choice
 from fedcore.methods.base import ClientPlan, Family, Traits
 from fedcore.methods.shared.linear import LinearMethod
 
@@ -63,8 +63,7 @@ class FedSB(LinearMethod):
     )
 
     def __post_init__(self) -> None:
-        if self.init not in get_args(Init):
-            raise unknown_name("init of fed_sb", str(self.init), get_args(Init))
+        choice(self.name, "init", self.init, get_args(Init))
 
     @property
     def adapter_options(self) -> Mapping[str, Any]:

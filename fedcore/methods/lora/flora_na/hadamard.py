@@ -23,6 +23,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fedcore.checks import count, number
 from fedcore.errors import FedcoreError
 from fedcore.methods.lora.flora_na.objective import PairObjective
 from fedcore.methods.lora.flora_na.solver import alternate, nearest_combination
@@ -265,7 +266,5 @@ def _check(left: Tensor, right: Tensor, shares: Tensor, base: Tensor) -> None:
 
 def _check_options(sweeps: int, tolerance: float, rows: int) -> None:
     for name, value in (("sweeps", sweeps), ("rows", rows)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise FedcoreError(f"{name} is {value!r}; pass an integer of 1 or more")
-    if isinstance(tolerance, bool) or not 0 <= tolerance < 1:
-        raise FedcoreError(f"tolerance is {tolerance!r}; pass a number in [0, 1)")
+        count("", name, value, least=1)
+    number("", "tolerance", tolerance, least=0, below=1)

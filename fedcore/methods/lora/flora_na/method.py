@@ -11,8 +11,8 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from fedcore.checks import count, number
 from fedcore.data.cohort import Cohort
-from fedcore.errors import FedcoreError
 from fedcore.methods.base import (
     EMPTY_ROUND,
     Aggregate,
@@ -224,13 +224,8 @@ class FloraNA(Method):
     )
 
     def __post_init__(self) -> None:
-        if isinstance(self.sweeps, bool) or not isinstance(self.sweeps, int) or self.sweeps < 1:
-            raise FedcoreError(f"flora_na: sweeps is {self.sweeps!r}; pass an integer of 1 or more")
-        number = isinstance(self.tolerance, int | float) and not isinstance(self.tolerance, bool)
-        if not number or not 0 <= self.tolerance < 1:
-            raise FedcoreError(
-                f"flora_na: tolerance is {self.tolerance!r}; pass a number in [0, 1)"
-            )
+        count(self.name, "sweeps", self.sweeps, least=1)
+        number(self.name, "tolerance", self.tolerance, least=0, below=1)
 
     def aggregate(self, cohort: Cohort, previous: Broadcast) -> Aggregate:
         """The nearest combinations of all modules of one shape at a time; dense tensors averaged.

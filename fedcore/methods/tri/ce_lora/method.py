@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import isfinite
 from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from fedcore.checks import choice, count, number
 from fedcore.data.cohort import Cohort
-from fedcore.errors import FedcoreError, unknown_name
 from fedcore.methods.base import (
     EMPTY_ROUND,
     Aggregate,
@@ -125,26 +124,12 @@ class CELoRA(Method):
     )
 
     def __post_init__(self) -> None:
-        if not _number(self.lam) or not 0 <= self.lam <= 1:
-            raise FedcoreError(f"{self.name}: lam is {self.lam!r}; pass a number in [0, 1]")
-        if not _number(self.temperature) or not self.temperature > 0:
-            raise FedcoreError(
-                f"{self.name}: temperature is {self.temperature!r}; pass a finite number above 0"
-            )
-        least = self.min_per_component
-        if not isinstance(least, int) or isinstance(least, bool) or least < 1:
-            raise FedcoreError(
-                f"{self.name}: min_per_component is {least!r}; pass an integer from 1, 10 or more "
-                "unless the examples may be known"
-            )
-        if self.similarity not in get_args(Similarity):
-            raise unknown_name(
-                f"similarity of {self.name}", str(self.similarity), get_args(Similarity)
-            )
-        if self.reference not in get_args(Reference):
-            raise unknown_name(
-                f"reference of {self.name}", str(self.reference), get_args(Reference)
-            )
+        number(self.name, "lam", self.lam, least=0, most=1)
+        number(self.name, "temperature", self.temperature, above=0)
+        unless = ", 10 or more unless the examples may be known"
+        count(self.name, "min_per_component", self.min_per_component, least=1, otherwise=unless)
+        choice(self.name, "similarity", self.similarity, get_args(Similarity))
+        choice(self.name, "reference", self.reference, get_args(Reference))
 
     @property
     def adapter_options(self) -> Mapping[str, Any]:
@@ -237,10 +222,6 @@ class CELoRA(Method):
                 starts.append((scale[:, :, None, None] * eye).to(cohort.updates))
         moves = [core - start for core, start in zip(cores, starts, strict=True)]
         return cosine_similarity(moves).cpu().numpy()
-
-
-def _number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
 
 
 def _missing(clients: tuple[str, ...], told: Mapping[str, object]) -> tuple[str, ...]:

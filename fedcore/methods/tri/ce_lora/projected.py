@@ -9,7 +9,8 @@ from typing import Any, ClassVar, Literal, get_args
 import torch
 from torch import Tensor
 
-from fedcore.errors import FedcoreError, unknown_name
+from fedcore.checks import choice
+from fedcore.errors import FedcoreError
 from fedcore.methods.base import Aggregate, Broadcast, ClientPlan, Family, Traits, Upload
 from fedcore.methods.shared.factor_pairs import PairGroup, check_cores, pair_groups
 from fedcore.methods.shared.linear import LinearMethod
@@ -68,8 +69,7 @@ class CELoRAProjected(LinearMethod):
     )
 
     def __post_init__(self) -> None:
-        if self.init not in get_args(Init):
-            raise unknown_name(f"init of {self.name}", str(self.init), get_args(Init))
+        choice(self.name, "init", self.init, get_args(Init))
 
     @property
     def adapter_options(self) -> Mapping[str, Any]:
