@@ -22,7 +22,7 @@ from fedcore.merging.sources import (
     shared_problem,
 )
 from fedcore.methods.base import Aggregate, Broadcast, Method
-from fedcore.methods.catalog import METHODS
+from fedcore.methods.registry import method_classes
 from fedcore_kernels import KernelInputError
 from fedcore_kernels.layout import FactorLayout
 
@@ -58,7 +58,7 @@ def usable_methods(family: str | None = None, *, previous: bool = True) -> list[
     """
     return [
         method
-        for method in METHODS
+        for method in method_classes()
         if method.history != "rounds"
         and family in (None, method.family)
         and (previous or method.history != "previous")

@@ -1,7 +1,8 @@
 """Aggregation methods: each a client half and a server half in one file of its name."""
 
 from fedcore.methods.base import Aggregate, Broadcast, ClientPlan, Method, Traits, Upload
-from fedcore.methods.catalog import METHODS, create_method, describe_methods, find_method
+from fedcore.methods.catalog import METHODS
+from fedcore.methods.registry import create_method, describe_methods, find_method, register
 
 __all__ = [
     "METHODS",
@@ -14,4 +15,5 @@ __all__ = [
     "create_method",
     "describe_methods",
     "find_method",
+    "register",
 ]

@@ -189,7 +189,7 @@ class Aggregate:
 class Method(ABC):
     """An aggregation method: frozen hyper-parameters and two pure halves.
 
-    Subclasses are frozen dataclasses, one a file, and state their ``traits`` as data.
+    Subclasses are frozen dataclasses and state their ``traits`` as data.
     """
 
     name: ClassVar[str]

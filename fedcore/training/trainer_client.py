@@ -25,7 +25,7 @@ from fedcore.data.validation import check_row, check_weight, digest
 from fedcore.errors import FedcoreError, missing_extra
 from fedcore.methods import create_method
 from fedcore.methods.base import Broadcast, Method, Upload
-from fedcore.methods.catalog import options_of
+from fedcore.methods.registry import options_of
 from fedcore.training.binding import ModelBinding
 from fedcore.training.live_adapter import live_adapter
 from fedcore.training.residual import FrozenResidual

@@ -23,7 +23,7 @@ from fedcore.errors import FedcoreError
 from fedcore.federation.state import ServerState, latest_state, read_state, write_state
 from fedcore.methods import METHODS, create_method
 from fedcore.methods.base import Broadcast, Method
-from fedcore.methods.catalog import options_of
+from fedcore.methods.registry import options_of
 
 Weighting = Literal["examples", "uniform"]
 

@@ -26,6 +26,7 @@ from fedcore.methods.base import (
     Traits,
     Upload,
 )
+from fedcore.methods.registry import method_classes
 from fedcore.methods.shared.factor_pairs import check_whole_upload, pair_groups
 from fedcore_kernels import product_gram
 from fedcore_kernels.layout import FactorLayout
@@ -286,11 +287,8 @@ class RobustMethod(Method):
 
 def possible_hosts() -> tuple[Method, ...]:
     """LoRA methods whose clients send both factors in every round, as they are created by name."""
-    # The catalog imports the rules; they look into it once they are used.
-    from fedcore.methods.catalog import METHODS
-
     found = []
-    for method in METHODS:
+    for method in method_classes():
         if issubclass(method, RobustMethod) or method.family != "lora":
             continue
         host = method()
