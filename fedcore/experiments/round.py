@@ -75,7 +75,7 @@ def train_clients(
     builder = CohortBuilder(sent, sampled, round=t, dtype=state.row.dtype)
     shadow = (
         CohortBuilder(read, sampled, round=t, dtype=state.row.dtype)
-        if method.uploads == "statistics"
+        if method.capabilities.uploads == "statistics"
         else None
     )
     losses: dict[str, float] = {}
@@ -155,7 +155,7 @@ def run_round(bench: Workbench, state: ServerState, observer: Observer) -> Serve
     started = perf_counter()
     modules = []
     # A personalised method has no common product that could miss the mean.
-    if recipe.evaluation.diagnostics and not method.traits.personalised:
+    if recipe.evaluation.diagnostics and not method.capabilities.personalised:
         factors = method.completed(trained.factors or trained.cohort, previous)
         found = diagnose(factors, result, previous, method.family, bench.offset)
         modules = [asdict(diagnosis) for diagnosis in found]
@@ -230,7 +230,7 @@ def _aggregate(bench: Workbench, cohort: Cohort, previous: Broadcast) -> Aggrega
 
 
 def _refuse_identical(bench: Workbench, cohort: Cohort) -> None:
-    linear = bench.method.traits.linear
+    linear = bench.method.capabilities.linear
     if linear or bench.recipe.round.allow_identical_uploads or not identical_rows(cohort.updates):
         return
     raise FedcoreError(

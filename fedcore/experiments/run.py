@@ -192,7 +192,7 @@ def _quality(measure: Measure, values: Mapping[str, Any], whose: str = "") -> fl
 
 def _client_qualities(bench: Workbench, measure: Measure, record: Mapping[str, Any]) -> list[float]:
     """Each client's quality on its own shard: of the global model, or of its own where alone."""
-    whose = "local_" if bench.method.population == "alone" else "global_"
+    whose = "local_" if bench.method.capabilities.population == "alone" else "global_"
     found = (_quality(measure, client, whose) for client in record["clients"])
     return [quality for quality in found if quality is not None]
 

@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 from fedcore.data.cohort import Cohort
-from fedcore.methods.base import Aggregate, Broadcast, ClientPlan, Family, Method, Traits, unchanged
+from fedcore.methods.base import (
+    Aggregate,
+    Broadcast,
+    Capabilities,
+    ClientPlan,
+    Description,
+    Family,
+    Method,
+    unchanged,
+)
 from fedcore.methods.shared.linear import LinearMethod
 
 
@@ -19,16 +28,14 @@ class LocalOnly(Method):
     """
 
     name: ClassVar[str] = "local_only"
-    summary: ClassVar[str] = "every client alone, nothing exchanged"
-    paper: ClassVar[str] = "baseline"
     family: ClassVar[Family] = "lora"
-    population: ClassVar[Literal["clients", "alone", "pooled"]] = "alone"
-    traits: ClassVar[Traits] = Traits(
+    capabilities: ClassVar[Capabilities] = Capabilities(
+        linear=True, mixed_ranks=True, personalised=True, population="alone"
+    )
+    description: ClassVar[Description] = Description(
+        summary="every client alone, nothing exchanged",
+        paper="baseline",
         exact="no global model",
-        linear=True,
-        mixed_ranks=True,
-        personalised=True,
-        streaming=True,
         uplink="0",
         downlink="0",
         server_cost="0",
@@ -49,15 +56,12 @@ class HeadOnly(LinearMethod):
     """FedAvg of the head over a frozen model: what adapters must beat to be worth their traffic."""
 
     name: ClassVar[str] = "head_only"
-    summary: ClassVar[str] = "no adapter, FedAvg of the head"
-    paper: ClassVar[str] = "baseline"
     family: ClassVar[Family] = "none"
-    traits: ClassVar[Traits] = Traits(
+    capabilities: ClassVar[Capabilities] = Capabilities(always_exact=True, linear=True)
+    description: ClassVar[Description] = Description(
+        summary="no adapter, FedAvg of the head",
+        paper="baseline",
         exact="yes",
-        linear=True,
-        mixed_ranks=False,
-        personalised=False,
-        streaming=True,
         uplink="0",
         downlink="0",
         server_cost="0",
@@ -74,16 +78,14 @@ class Centralised(LinearMethod):
 
     name: ClassVar[str] = "centralised"
     aliases: ClassVar[tuple[str, ...]] = ("centralized", "pooled")
-    summary: ClassVar[str] = "one client with all the data"
-    paper: ClassVar[str] = "baseline"
     family: ClassVar[Family] = "lora"
-    population: ClassVar[Literal["clients", "alone", "pooled"]] = "pooled"
-    traits: ClassVar[Traits] = Traits(
+    capabilities: ClassVar[Capabilities] = Capabilities(
+        always_exact=True, linear=True, population="pooled"
+    )
+    description: ClassVar[Description] = Description(
+        summary="one client with all the data",
+        paper="baseline",
         exact="yes",
-        linear=True,
-        mixed_ranks=False,
-        personalised=False,
-        streaming=True,
         uplink="0",
         downlink="0",
         server_cost="0",

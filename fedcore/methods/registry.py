@@ -86,21 +86,26 @@ def options_of(method: Method) -> dict[str, Any]:
 
 
 def describe_methods() -> list[dict[str, Any]]:
-    """One flat record per method: name, aliases, source, traits and traffic."""
+    """One flat record per method: name, aliases, source, promises and traffic."""
     return [
         {
             "name": method.name,
             "aliases": ", ".join(method.aliases),
-            "summary": method.summary,
-            "paper": method.paper,
+            "summary": method.description.summary,
+            "paper": method.description.paper,
             "adapter": method.family,
-            **{field.name: getattr(method.traits, field.name) for field in fields(method.traits)},
+            "exact": method.description.exact,
+            "linear": method.capabilities.linear,
+            "mixed_ranks": method.capabilities.mixed_ranks,
+            "personalised": method.capabilities.personalised,
+            "uplink": method.description.uplink,
+            "downlink": method.description.downlink,
+            "server_cost": method.description.server_cost,
+            "privacy_note": method.description.privacy_note,
         }
-        for method in method_classes()
+        for method in default_methods()
     ]
 
 
 def _by_name() -> dict[str, type[Method]]:
-    return {
-        name: method for method in method_classes() for name in (method.name, *method.aliases)
-    }
+    return {name: method for method in method_classes() for name in (method.name, *method.aliases)}

@@ -265,7 +265,7 @@ class FederatedClient(TrainerCallback):  # type: ignore[misc,unused-ignore]
             self.upload_layout,
             self._outline,
             Path(folder),
-            factors=method.uploads == "factors",
+            factors=method.capabilities.uploads == "factors",
         )
 
     def _current(self) -> _Round:
@@ -292,7 +292,7 @@ class FederatedClient(TrainerCallback):  # type: ignore[misc,unused-ignore]
                 f"source is no folder with {BROADCAST_FILE}; pass method and round to "
                 "FederatedClient, which it would say"
             )
-        if self._method.updates_base and round > 0:
+        if self._method.capabilities.updates_base and round > 0:
             raise FedcoreError(
                 f"{self._method.name} updates base weights, and source is an adapter without them; "
                 f"pass a folder with {BROADCAST_FILE}"

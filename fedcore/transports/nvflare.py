@@ -24,7 +24,7 @@ from fedcore.errors import FedcoreError, missing_extra
 from fedcore.federation.state import ServerState, latest_state, read_state, write_state
 from fedcore.methods import create_method
 from fedcore.methods.base import Broadcast
-from fedcore.transports.folders import check_usable
+from fedcore.methods.requirements import KEEPS_BASE, ONE_BROADCAST, refuse
 
 try:
     from nvflare.app_common.abstract.fl_model import FLModel, ParamsType
@@ -80,12 +80,8 @@ class FedLoRAAggregator(ModelAggregator):  # type: ignore[misc,unused-ignore]
         if on_invalid not in ("raise", "drop"):
             raise FedcoreError(f"on_invalid is {on_invalid!r}; pass 'raise' or 'drop'")
         self._method = create_method(method, **(options or {}))
-        check_usable(self._method)
-        if self._method.updates_base:
-            raise FedcoreError(
-                f"{self._method.name} updates base weights, which NVFlare's one model does not "
-                "hold; use another method, or another engine"
-            )
+        needs = (*ONE_BROADCAST, KEEPS_BASE)
+        refuse(self._method, needs, "a job of NVFlare", ", or another engine")
         self._start = read_adapter(adapter)
         if self._start.family != self._method.family:
             raise FedcoreError(
@@ -134,7 +130,7 @@ class FedLoRAAggregator(ModelAggregator):  # type: ignore[misc,unused-ignore]
                 builder.row(client).copy_(row)
                 builder.receive(client, weight)
         cohort = builder.finish(self.on_invalid)
-        if not method.traits.linear and identical_rows(cohort.updates):
+        if not method.capabilities.linear and identical_rows(cohort.updates):
             raise FedcoreError(
                 f"round {t}: all {len(cohort)} uploads are the same bits, which {method.name} "
                 "cannot aggregate usefully; clients did not train"

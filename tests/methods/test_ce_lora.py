@@ -317,7 +317,7 @@ def test_statistics_are_told_once_and_only_of_large_classes():
     assert shared["counts"].tolist() == [20]
     assert torch.equal(told["means"], shared["means"])
     assert method(min_per_component=30).statistics(features, labels, seed=7) == {}
-    assert type(method()).wants_features
+    assert method().capabilities.wants_features
 
 
 def test_private_bases_make_the_mean_depend_on_the_gauge():
@@ -425,7 +425,7 @@ def test_a_sum_is_not_enough():
             for v in (0, -1.0, inf, nan, "1", True, None)
         ),
         *(
-            ({"min_per_component": v}, "min_per_component is .*; pass an integer from 1")
+            ({"min_per_component": v}, "min_per_component is .*; pass an integer of 1 or more, and")
             for v in (0, -3, 2.0, True)
         ),
         ({"similarity": "cosin"}, "unknown similarity of ce_lora 'cosin'; did you mean cosine"),

@@ -174,7 +174,7 @@ def test_what_a_cut_costs_is_in_its_traits_and_not_called_exact():
     enough = method(residual_rank=6).aggregate(case.cohort, case.previous)
     cut = method(residual_rank=5).aggregate(case.cohort, case.previous)
     assert (len(whole.flags), len(enough.flags), len(cut.flags)) == (0, 0, 1)
-    assert "residual_rank" in method().traits.exact
+    assert "residual_rank" in method().description.exact
     for module in case.cohort.layout.modules:
         target = mean_update(case.cohort, module)
         for result, low, high in ((whole, 0, 1e-14), (enough, 0, 1e-14), (cut, 1e-3, 1)):
@@ -196,7 +196,7 @@ def test_behind_a_sum_only_aggregator_the_residual_would_vanish():
         torch.testing.assert_close(missing, covariance(case.cohort, module).norm())
         assert float(missing) > 0.3 * float(target.norm())
     assert identical_rows(overwritten.updates)
-    assert not method().traits.linear
+    assert not method().capabilities.linear
     with pytest.raises(FedcoreError, match="fedex needs every upload"):
         method().from_mean(plain.row, layout, case.previous)
 
@@ -214,7 +214,7 @@ def test_every_client_can_recover_every_upload():
         for n in range(3):
             sent = factors(layout, case.cohort.updates[n], module)[1]
             torch.testing.assert_close(found[n] / shares[n].sqrt(), sent)
-    assert "recover" in method().traits.privacy_note
+    assert "recover" in method().description.privacy_note
 
 
 def test_a_client_without_weight_is_not_part_of_the_residual():

@@ -16,11 +16,11 @@ from fedcore.methods.base import (
     EMPTY_ROUND,
     Aggregate,
     Broadcast,
+    Capabilities,
+    Description,
     Family,
-    History,
     Method,
     StepReport,
-    Traits,
     checked_ranks,
     unchanged,
 )
@@ -57,18 +57,15 @@ class FlorgTruncated(Method):
 
     name: ClassVar[str] = "florg.truncated"
     aliases: ClassVar[tuple[str, ...]] = ("florg", "FLoRG")
-    summary: ClassVar[str] = "Gram adapter, best rank-r Gram, Procrustes-aligned"
-    paper: ClassVar[str] = _SOURCE
     family: ClassVar[Family] = "gram"
-    history: ClassVar[History] = "alignment"
-    any_rank: ClassVar[bool] = True
     variant: ClassVar[Literal["truncated", "sketched"]] = "truncated"
-    traits: ClassVar[Traits] = Traits(
+    capabilities: ClassVar[Capabilities] = Capabilities(
+        mixed_ranks=True, history="alignment", any_rank=True
+    )
+    description: ClassVar[Description] = Description(
+        summary="Gram adapter, best rank-r Gram, Procrustes-aligned",
+        paper=_SOURCE,
         exact="when rank Q <= r, otherwise the best rank r",
-        linear=False,
-        mixed_ranks=True,
-        personalised=False,
-        streaming=False,
         uplink="r k",
         downlink="r k",
         server_cost="m^2 k + 9 m^3 + 4 r m k, m = N r",
@@ -140,17 +137,13 @@ class FlorgSketched(FlorgTruncated):
 
     name: ClassVar[str] = "florg.sketched"
     aliases: ClassVar[tuple[str, ...]] = ()
-    summary: ClassVar[str] = "Gram adapter, the paper's rectangular Procrustes (a Nystrom step)"
-    history: ClassVar[History] = "previous"
-    any_rank: ClassVar[bool] = False
     variant: ClassVar[Literal["truncated", "sketched"]] = "sketched"
-    traits: ClassVar[Traits] = Traits(
+    # The whitened upload form is linear; this is the batch form, which needs every factor.
+    capabilities: ClassVar[Capabilities] = Capabilities(mixed_ranks=True, history="previous")
+    description: ClassVar[Description] = Description(
+        summary="Gram adapter, the paper's rectangular Procrustes (a Nystrom step)",
+        paper=_SOURCE,
         exact="when rank Q <= r, otherwise the Nystrom approximation",
-        # The whitened upload form is linear; this is the batch form, which needs every factor.
-        linear=False,
-        mixed_ranks=True,
-        personalised=False,
-        streaming=False,
         uplink="r k",
         downlink="r k",
         server_cost="4 r m k, m = N r",
@@ -167,16 +160,12 @@ class FlorgAvgA(LinearMethod):
 
     name: ClassVar[str] = "florg.avg_a"
     aliases: ClassVar[tuple[str, ...]] = ("avg_a",)
-    summary: ClassVar[str] = "Gram adapter, FedAvg of A: FLoRG's honest baseline"
-    paper: ClassVar[str] = "baseline"
     family: ClassVar[Family] = "gram"
-    history: ClassVar[History] = "none"
-    traits: ClassVar[Traits] = Traits(
+    capabilities: ClassVar[Capabilities] = Capabilities(linear=True, history="none")
+    description: ClassVar[Description] = Description(
+        summary="Gram adapter, FedAvg of A: FLoRG's honest baseline",
+        paper="baseline",
         exact="no: misses the covariance of A",
-        linear=True,
-        mixed_ranks=False,
-        personalised=False,
-        streaming=True,
         uplink="r k",
         downlink="r k",
         server_cost="2 N r k",

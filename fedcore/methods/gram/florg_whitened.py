@@ -4,14 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from fedcore.checks import number
 from fedcore.errors import FedcoreError
-from fedcore.methods.base import Aggregate, Broadcast, Family, StepReport, Traits, Upload
+from fedcore.methods.base import (
+    Aggregate,
+    Broadcast,
+    Capabilities,
+    Description,
+    Family,
+    StepReport,
+    Upload,
+)
 from fedcore.methods.shared.linear import LinearMethod
 from fedcore_kernels import whitened_basis, whitened_step, whitened_upload
 from fedcore_kernels.layout import FactorLayout, SlotGroup
@@ -70,16 +78,14 @@ class FlorgWhitened(LinearMethod):
     eps_rel: float = EPS_REL
 
     name: ClassVar[str] = "florg.whitened"
-    summary: ClassVar[str] = "Gram adapter, the sketched step from a secure or streaming sum"
-    paper: ClassVar[str] = "arXiv 2602.17095"
     family: ClassVar[Family] = "gram"
-    uploads: ClassVar[Literal["factors", "statistics"]] = "statistics"
-    traits: ClassVar[Traits] = Traits(
+    capabilities: ClassVar[Capabilities] = Capabilities(
+        linear=True, mixed_ranks=True, uploads="statistics"
+    )
+    description: ClassVar[Description] = Description(
+        summary="Gram adapter, the sketched step from a secure or streaming sum",
+        paper="arXiv 2602.17095",
         exact="when rank Q <= r, otherwise the Nystrom approximation",
-        linear=True,
-        mixed_ranks=True,
-        personalised=False,
-        streaming=True,
         uplink="r k",
         downlink="r k, or r k + r^2 with the basis",
         server_cost="2 N r k + 6 r^2 k",

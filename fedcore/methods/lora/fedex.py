@@ -12,16 +12,15 @@ from torch import Tensor
 from fedcore.checks import count
 from fedcore.data.cohort import Cohort
 from fedcore.data.low_rank import LowRank
-from fedcore.errors import FedcoreError
 from fedcore.methods.base import (
     EMPTY_ROUND,
     Aggregate,
     Broadcast,
+    Capabilities,
+    Description,
     Family,
-    History,
     Method,
     StepReport,
-    Traits,
     unchanged,
 )
 from fedcore.methods.shared.factor_pairs import check_whole_upload, pair_groups
@@ -114,17 +113,12 @@ class FedEx(Method):
 
     name: ClassVar[str] = "fedex"
     aliases: ClassVar[tuple[str, ...]] = ("FedEx-LoRA", "fedex-lora")
-    summary: ClassVar[str] = "FedAvg, with its error added to the base weights"
-    paper: ClassVar[str] = "arXiv 2410.09432"
     family: ClassVar[Family] = "lora"
-    updates_base: ClassVar[bool] = True
-    history: ClassVar[History] = "none"
-    traits: ClassVar[Traits] = Traits(
+    capabilities: ClassVar[Capabilities] = Capabilities(updates_base=True, history="none")
+    description: ClassVar[Description] = Description(
+        summary="FedAvg, with its error added to the base weights",
+        paper="arXiv 2410.09432",
         exact="yes; with residual_rank when the covariance has no higher rank",
-        linear=False,
-        mixed_ranks=False,
-        personalised=False,
-        streaming=False,
         uplink="r (d_in + d_out)",
         downlink="N r (d_in + d_out)",
         server_cost="7 N r (d_in + d_out)",
@@ -136,17 +130,6 @@ class FedEx(Method):
         if self.residual_rank is not None:
             remedy = ", or None for all of it"
             count(self.name, "residual_rank", self.residual_rank, least=1, otherwise=remedy)
-
-    def check_cohort(self, cohort: Cohort) -> None:
-        """Refuse mixed ranks.
-
-        Raises:
-            FedcoreError: naming the client and its ranks.
-        """
-        try:
-            super().check_cohort(cohort)
-        except FedcoreError as error:
-            raise FedcoreError(f"{error}; flora is exact with them") from None
 
     def aggregate(self, cohort: Cohort, previous: Broadcast) -> Aggregate:
         """The mean of everything, and the covariance of the factors as the residual.

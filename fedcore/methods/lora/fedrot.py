@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fedcore.checks import choice, number
 from fedcore.errors import FedcoreError
-from fedcore.methods.base import Broadcast, Family, Traits, Upload
+from fedcore.methods.base import Broadcast, Capabilities, Description, Family, Upload
 from fedcore.methods.shared.factor_pairs import pair_groups
 from fedcore.methods.shared.linear import LinearMethod
 from fedcore_kernels import rotate, rotations
@@ -63,15 +63,12 @@ class FedRot(LinearMethod):
 
     name: ClassVar[str] = "fedrot"
     aliases: ClassVar[tuple[str, ...]] = ("FedRot-LoRA",)
-    summary: ClassVar[str] = "factors turned towards the last broadcast, then averaged"
-    paper: ClassVar[str] = "arXiv 2602.23638"
     family: ClassVar[Family] = "lora"
-    traits: ClassVar[Traits] = Traits(
+    capabilities: ClassVar[Capabilities] = Capabilities(linear=True)
+    description: ClassVar[Description] = Description(
+        summary="factors turned towards the last broadcast, then averaged",
+        paper="arXiv 2602.23638",
         exact="no: misses the covariance of the turned factors",
-        linear=True,
-        mixed_ranks=False,
-        personalised=False,
-        streaming=True,
         uplink="r (d_in + d_out)",
         downlink="r (d_in + d_out)",
         server_cost="2 N r (d_in + d_out)",

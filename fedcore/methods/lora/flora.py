@@ -16,11 +16,11 @@ from fedcore.methods.base import (
     EMPTY_ROUND,
     Aggregate,
     Broadcast,
+    Capabilities,
+    Description,
     Family,
-    History,
     Method,
     StepReport,
-    Traits,
     unchanged,
 )
 from fedcore.methods.shared.factor_pairs import (
@@ -64,18 +64,14 @@ class Flora(Method):
 
     name: ClassVar[str] = "flora"
     aliases: ClassVar[tuple[str, ...]] = ("FLoRA", "stacking")
-    summary: ClassVar[str] = "all factors stacked into the base weights, any client ranks"
-    paper: ClassVar[str] = "arXiv 2409.05976"
     family: ClassVar[Family] = "lora"
-    history: ClassVar[History] = "none"
-    restarts: ClassVar[bool] = True
-    updates_base: ClassVar[bool] = True
-    traits: ClassVar[Traits] = Traits(
+    capabilities: ClassVar[Capabilities] = Capabilities(
+        always_exact=True, mixed_ranks=True, restarts=True, updates_base=True, history="none"
+    )
+    description: ClassVar[Description] = Description(
+        summary="all factors stacked into the base weights, any client ranks",
+        paper="arXiv 2409.05976",
         exact="yes",
-        linear=False,
-        mixed_ranks=True,
-        personalised=False,
-        streaming=False,
         uplink="r (d_in + d_out)",
         downlink="m (d_in + d_out), m = sum of the clients' ranks",
         server_cost="m d_out",

@@ -14,11 +14,11 @@ from fedcore.methods.base import (
     EMPTY_ROUND,
     Aggregate,
     Broadcast,
+    Capabilities,
+    Description,
     Family,
-    History,
     Method,
     StepReport,
-    Traits,
     unchanged,
 )
 from fedcore.methods.shared.factor_pairs import (
@@ -68,18 +68,14 @@ class Florist(Method):
 
     name: ClassVar[str] = "florist"
     aliases: ClassVar[tuple[str, ...]] = ("FLoRIST",)
-    summary: ClassVar[str] = "leading directions of the mean update into the base weights"
-    paper: ClassVar[str] = "arXiv 2506.09199"
     family: ClassVar[Family] = "lora"
-    history: ClassVar[History] = "none"
-    restarts: ClassVar[bool] = True
-    updates_base: ClassVar[bool] = True
-    traits: ClassVar[Traits] = Traits(
+    capabilities: ClassVar[Capabilities] = Capabilities(
+        mixed_ranks=True, restarts=True, updates_base=True, history="none"
+    )
+    description: ClassVar[Description] = Description(
+        summary="leading directions of the mean update into the base weights",
+        paper="arXiv 2506.09199",
         exact="when tau = 1, otherwise the best rank p",
-        linear=False,
-        mixed_ranks=True,
-        personalised=False,
-        streaming=False,
         uplink="r (d_in + d_out)",
         downlink="p (d_in + d_out), p by energy",
         server_cost="4 (d_in + d_out) m^2 + 24 m^3 + 2 (d_in + d_out) m p, m = N r",

@@ -15,11 +15,11 @@ from fedcore.methods.base import (
     EMPTY_ROUND,
     Aggregate,
     Broadcast,
+    Capabilities,
+    Description,
     Family,
-    History,
     Method,
     StepReport,
-    Traits,
     unchanged,
 )
 from fedcore.methods.shared.factor_pairs import check_whole_upload, pair_groups
@@ -56,16 +56,12 @@ class LoRAFair(Method):
 
     name: ClassVar[str] = "lora_fair"
     aliases: ClassVar[tuple[str, ...]] = ("LoRA-FAIR",)
-    summary: ClassVar[str] = "FedAvg of A, and the least-squares B for it"
-    paper: ClassVar[str] = "arXiv 2411.14961"
     family: ClassVar[Family] = "lora"
-    history: ClassVar[History] = "none"
-    traits: ClassVar[Traits] = Traits(
+    capabilities: ClassVar[Capabilities] = Capabilities(history="none")
+    description: ClassVar[Description] = Description(
+        summary="FedAvg of A, and the least-squares B for it",
+        paper="arXiv 2411.14961",
         exact="no: the least-squares B for the mean A",
-        linear=False,
-        mixed_ranks=False,
-        personalised=False,
-        streaming=False,
         uplink="r (d_in + d_out)",
         downlink="r (d_in + d_out)",
         server_cost="2 N r (r + 1) (d_in + d_out)",

@@ -16,11 +16,11 @@ from fedcore.methods.base import (
     EMPTY_ROUND,
     Aggregate,
     Broadcast,
+    Capabilities,
+    Description,
     Family,
-    History,
     Method,
     StepReport,
-    Traits,
     checked_ranks,
     unchanged,
 )
@@ -68,17 +68,14 @@ class ProductSvd(Method):
 
     name: ClassVar[str] = "product_svd"
     aliases: ClassVar[tuple[str, ...]] = ("flexlora", "FlexLoRA")
-    summary: ClassVar[str] = "best rank r of the mean product, any client ranks"
-    paper: ClassVar[str] = "arXiv 2402.11505"
     family: ClassVar[Family] = "lora"
-    history: ClassVar[History] = "alignment"
-    any_rank: ClassVar[bool] = True
-    traits: ClassVar[Traits] = Traits(
+    capabilities: ClassVar[Capabilities] = Capabilities(
+        mixed_ranks=True, history="alignment", any_rank=True
+    )
+    description: ClassVar[Description] = Description(
+        summary="best rank r of the mean product, any client ranks",
+        paper="arXiv 2402.11505",
         exact="when rank M <= r, otherwise the best rank r",
-        linear=False,
-        mixed_ranks=True,
-        personalised=False,
-        streaming=False,
         uplink="r (d_in + d_out)",
         downlink="r (d_in + d_out)",
         server_cost="4 (d_in + d_out) m^2 + 24 m^3 + 2 (d_in + d_out) m r, m = N r",

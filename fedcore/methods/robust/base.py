@@ -17,19 +17,19 @@ from fedcore.errors import FedcoreError, unknown_name
 from fedcore.methods.base import (
     Aggregate,
     Broadcast,
+    Capabilities,
     ClientPlan,
     Decision,
+    Description,
     Family,
-    History,
     Method,
     Rule,
-    Traits,
     Upload,
 )
 from fedcore.methods.registry import method_classes
+from fedcore.methods.requirements import EXCHANGES, ONE_MODEL, SENDS_FACTORS, meets, of_family
 from fedcore.methods.shared.factor_pairs import check_whole_upload, pair_groups
-from fedcore_kernels import product_gram
-from fedcore_kernels.layout import FactorLayout
+from fedcore_kernels import FactorLayout, product_gram
 
 
 def follow(cohort: Cohort, decision: Decision) -> Cohort:
@@ -108,19 +108,6 @@ def distances(gram: Tensor) -> Tensor:
     return torch.where(gaps > NOISE * size, gaps, 0.0).sqrt()
 
 
-TRAITS = Traits(
-    exact="no: unusual clients count less, or not at all",
-    linear=False,
-    mixed_ranks=True,
-    personalised=False,
-    streaming=False,
-    uplink="as the host",
-    downlink="as the host",
-    server_cost="(d_in + d_out) m^2 + N^2, m = N r, and the host",
-)
-"""Of every rule with its default host; an instance has its own host's."""
-
-
 @dataclass(frozen=True)
 class RobustMethod(Method):
     """A rule over the inner products of the clients' updates, in front of a ``host``.
@@ -145,30 +132,34 @@ class RobustMethod(Method):
     weight_cap: float | None = None
 
     family: ClassVar[Family] = "lora"
-    # As the default host; an instance has its own host's, as it has its traits.
-    history: ClassVar[History] = "none"
-    any_rank: ClassVar[bool] = True
-    traits: ClassVar[Traits] = TRAITS
+    summary: ClassVar[str]
+    paper: ClassVar[str]
 
     def __post_init__(self) -> None:
         if self.weight_cap is not None:
             number(self.name, "weight_cap", self.weight_cap, above=0, otherwise=", or None")
-        host = self.inner()
-        own = replace(
-            type(self).traits,
-            mixed_ranks=host.traits.mixed_ranks,
-            uplink=host.traits.uplink,
-            downlink=host.traits.downlink,
-            privacy_note=host.traits.privacy_note,
-        )
-        # Facts of the class elsewhere; here they are those of the host that was chosen.
-        object.__setattr__(self, "traits", own)
-        object.__setattr__(self, "restarts", host.restarts)
-        object.__setattr__(self, "updates_base", host.updates_base)
-        object.__setattr__(self, "any_rank", host.any_rank)
+        self.inner()
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """The host's, but that the rule needs every upload and may leave some out."""
+        host = self.inner().capabilities
         # Hosts have their default options, with which none aligns to an earlier state.
-        aligned = host.history == "alignment"
-        object.__setattr__(self, "history", "none" if aligned else host.history)
+        history = "none" if host.history == "alignment" else host.history
+        return replace(host, always_exact=False, linear=False, history=history)
+
+    @property
+    def description(self) -> Description:
+        """The rule's, with what the host lets clients see of each other."""
+        return Description(
+            summary=self.summary,
+            paper=self.paper,
+            exact="no: unusual clients count less, or not at all",
+            uplink="as the host",
+            downlink="as the host",
+            server_cost="(d_in + d_out) m^2 + N^2, m = N r, and the host",
+            privacy_note=self.inner().description.privacy_note,
+        )
 
     @property
     def rule(self) -> Rule:
@@ -287,16 +278,13 @@ class RobustMethod(Method):
 
 def possible_hosts() -> tuple[Method, ...]:
     """LoRA methods whose clients send both factors in every round, as they are created by name."""
-    found = []
-    for method in method_classes():
-        if issubclass(method, RobustMethod) or method.family != "lora":
-            continue
-        host = method()
-        sends_both = all(host.plan(t).sends == {"A", "B"} for t in range(2))
-        common = host.population == "clients" and not host.traits.personalised
-        if sends_both and common and host.uploads == "factors":
-            found.append(host)
-    return tuple(found)
+    others = (kind() for kind in method_classes() if not issubclass(kind, RobustMethod))
+    needs = (of_family("lora"), EXCHANGES, ONE_MODEL, SENDS_FACTORS)
+    return tuple(host for host in others if meets(host, needs) and _sends_both(host))
+
+
+def _sends_both(method: Method) -> bool:
+    return all(method.plan(round).sends == {"A", "B"} for round in range(2))
 
 
 def median(values: Tensor) -> Tensor:

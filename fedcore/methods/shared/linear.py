@@ -54,7 +54,7 @@ class LinearMethod(Method):
     """
 
     def aggregate(self, cohort: Cohort, previous: Broadcast) -> Aggregate:
-        """:meth:`from_mean` of ``sum_n w_n upload_n``.
+        """:meth:`from_mean` of ``sum_n w_n upload_n``, of the :meth:`completed` cohort.
 
         Raises:
             FedcoreError: clients of different ranks where the method needs equal ones.
@@ -62,9 +62,13 @@ class LinearMethod(Method):
         self.check_cohort(cohort)
         if not len(cohort):
             return unchanged(previous, EMPTY_ROUND)
-        return self.from_mean(
-            weighted_mean(cohort.updates, cohort.weights), cohort.layout, previous
-        )
+        full = self.completed(cohort, previous)
+        return self.from_mean(weighted_mean(full.updates, full.weights), full.layout, previous)
+
+    def completed(self, cohort: Cohort, previous: Broadcast) -> Cohort:
+        """Clients of lower rank leave the rows that they lack as they are."""
+        rows_of_factors = self.capabilities.mixed_ranks and self.capabilities.uploads == "factors"
+        return with_held_rows(cohort, previous) if rows_of_factors else cohort
 
     def from_mean(self, mean: Tensor, layout: FactorLayout, previous: Broadcast) -> Aggregate:
         """The mean itself, in the slots of the upload; the rest as it was.

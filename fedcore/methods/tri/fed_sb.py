@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_args
 
 from fedcore.checks import choice
-from fedcore.methods.base import ClientPlan, Family, Traits
+from fedcore.methods.base import Capabilities, ClientPlan, Description, Family
 from fedcore.methods.shared.linear import LinearMethod
 
 Init = Literal["random", "xs"]
@@ -48,15 +48,12 @@ class FedSB(LinearMethod):
 
     name: ClassVar[str] = "fed_sb"
     aliases: ClassVar[tuple[str, ...]] = ("fedsb", "Fed-SB")
-    summary: ClassVar[str] = "common frozen bases, the r x r core averaged"
-    paper: ClassVar[str] = "arXiv 2502.15436"
     family: ClassVar[Family] = "tri"
-    traits: ClassVar[Traits] = Traits(
+    capabilities: ClassVar[Capabilities] = Capabilities(always_exact=True, linear=True)
+    description: ClassVar[Description] = Description(
+        summary="common frozen bases, the r x r core averaged",
+        paper="arXiv 2502.15436",
         exact="yes",
-        linear=True,
-        mixed_ranks=False,
-        personalised=False,
-        streaming=True,
         uplink="r^2",
         downlink="r^2",
         server_cost="2 N r^2",

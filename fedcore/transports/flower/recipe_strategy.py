@@ -89,14 +89,15 @@ class RecipeStrategy(FedLoRA):
         started = perf_counter()
         modules: list[Any] = []
         previous = Broadcast(before.layout, before.row)
-        factors = self.method.uploads == "factors" and not self.method.traits.personalised
+        able = self.method.capabilities
+        factors = able.uploads == "factors" and not able.personalised
         if bench.recipe.evaluation.diagnostics and factors:
             cohort = self.method.completed(received.cohort, previous)
             found = diagnose(cohort, result, previous, self.method.family, bench.offset)
             modules = [asdict(diagnosis) for diagnosis in found]
         seconds["diagnose"] = perf_counter() - started
         started = perf_counter()
-        shared = not self.method.traits.personalised
+        shared = not self.method.capabilities.personalised
         outcome = score(bench, after) if shared and evaluates(bench, before.round) else Score()
         seconds["evaluate"] = perf_counter() - started
         told = [_told(received, k) for k in ("train-loss", "local-accuracy", "local-loss")]

@@ -27,6 +27,7 @@ from fedcore.experiments.client_models import HELD
 from fedcore.federation.state import ServerState, begin, save
 from fedcore.methods import create_method
 from fedcore.methods.base import Aggregate, Broadcast, Method
+from fedcore.methods.requirements import EXCHANGES, refuse
 from fedcore.transports.flower.messages import (
     BROADCAST,
     PERSONAL,
@@ -109,7 +110,7 @@ def receive(
             failed[who.client] = f"its node sent an error: {message.error.reason}"
             continue
         reported.append(who.client)
-        whole = method.uploads == "statistics"
+        whole = method.capabilities.uploads == "statistics"
         try:
             found = _read(message, wire, state, method, who, weight_key)
         except FedcoreError as error:
@@ -133,7 +134,7 @@ def receive(
         if told:
             statistics[who.client] = told
     cohort = builder.finish(on_invalid)
-    if not method.traits.linear and not allow_identical and identical_rows(cohort.updates):
+    if not method.capabilities.linear and not allow_identical and identical_rows(cohort.updates):
         raise FedcoreError(
             f"round {t}: all {len(cohort)} uploads are the same bits, which {method.name} cannot "
             "aggregate usefully; clients did not train, or a sum-only aggregator replaced their "
@@ -167,7 +168,7 @@ def _read(
     # A factor that nobody trains may come along as it was, as PEFT's state dicts have it.
     frozen = method.frozen_layout(layout, state.round)
     held = tensors_from_row(layout.gather(who.start, frozen), frozen, who.ranks)
-    ranks = None if method.uploads == "statistics" else who.ranks
+    ranks = None if method.capabilities.uploads == "statistics" else who.ranks
     sent = method.upload_layout(layout, state.round)
     row = wire.unpack(from_arrays(next(iter(records.values()))), sent, ranks, held)
     told = content.array_records.get(TOLD)
@@ -272,7 +273,7 @@ def download(
         trains=",".join(sorted(plan.trains)),
         sends=",".join(sorted(plan.sends)),
         whole=everything,
-        tell=method.wants_features and not told,
+        tell=method.capabilities.wants_features and not told,
     )
     told_config = ConfigRecord(dict(config))
     order.write(told_config)
@@ -286,7 +287,7 @@ def download(
         content[PERSONAL] = to_arrays(personal)
     if state.residual and (everything or state.stale_residual(client)):
         content[RESIDUAL] = to_arrays(packed(state.residual))
-    if method.uploads == "statistics" and ranks is not None:
+    if method.capabilities.uploads == "statistics" and ranks is not None:
         content[BROADCAST] = to_arrays(wire.pack(state.row, layout))
     return Download(content, row)
 
@@ -336,8 +337,7 @@ class FedLoRA(FedAvg):
     ) -> None:
         super().__init__(**fedavg)
         self.method = create_method(method) if isinstance(method, str) else method
-        if self.method.population != "clients":
-            raise FedcoreError(f"{self.method.name} exchanges nothing, so a server has no part")
+        refuse(self.method, (EXCHANGES,), "FedLoRA")
         if on_invalid not in ("raise", "drop"):
             raise FedcoreError(f"on_invalid is {on_invalid!r}; pass 'raise' or 'drop'")
         if send not in ("all", "changed"):
@@ -376,7 +376,7 @@ class FedLoRA(FedAvg):
 
     def summary(self) -> None:
         """Log the method and FedAvg's configuration."""
-        log(INFO, "\t├──> Method: %s (%s)", self.method.name, self.method.summary)
+        log(INFO, "\t├──> Method: %s (%s)", self.method.name, self.method.description.summary)
         super().summary()
 
     def start(
@@ -464,7 +464,7 @@ class FedLoRA(FedAvg):
         ]
         if not names:
             return
-        if not self.method.traits.linear:
+        if not self.method.capabilities.linear:
             raise FedcoreError(
                 f"a wrapper changed what {self.method.name} returned; its result is no mean of the "
                 "uploads, so noise that fits a mean promises nothing: use a linear method"

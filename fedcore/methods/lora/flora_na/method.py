@@ -17,11 +17,11 @@ from fedcore.methods.base import (
     EMPTY_ROUND,
     Aggregate,
     Broadcast,
+    Capabilities,
+    Description,
     Family,
-    History,
     Method,
     StepReport,
-    Traits,
     unchanged,
 )
 from fedcore.methods.lora.flora_na.objective import PairObjective, exact_objective
@@ -208,16 +208,12 @@ class FloraNA(Method):
 
     name: ClassVar[str] = "flora_na"
     aliases: ClassVar[tuple[str, ...]] = ("FLoRA-NA",)
-    summary: ClassVar[str] = "combinations of the factors nearest to the mean product"
-    paper: ClassVar[str] = "arXiv 2509.26399"
     family: ClassVar[Family] = "lora"
-    history: ClassVar[History] = "none"
-    traits: ClassVar[Traits] = Traits(
+    capabilities: ClassVar[Capabilities] = Capabilities(history="none")
+    description: ClassVar[Description] = Description(
+        summary="combinations of the factors nearest to the mean product",
+        paper="arXiv 2509.26399",
         exact="when clients are equal, or a factor is common up to scale",
-        linear=False,
-        mixed_ranks=False,
-        personalised=False,
-        streaming=False,
         uplink="r (d_in + d_out)",
         downlink="r (d_in + d_out)",
         server_cost="(d_in + d_out) m^2 + N^3 r^2 + sweeps (N^2 r^2 + N^3), m = N r",

@@ -16,10 +16,11 @@ from fedcore.methods.base import (
     EMPTY_ROUND,
     Aggregate,
     Broadcast,
+    Capabilities,
     ClientPlan,
+    Description,
     Family,
     Method,
-    Traits,
     unchanged,
 )
 from fedcore.methods.shared.factor_pairs import check_cores
@@ -35,7 +36,6 @@ from fedcore.methods.tri.ce_lora.similarity import (
     data_similarity,
 )
 from fedcore_kernels import weighted_mean
-from fedcore_kernels.layout import FactorLayout
 
 Similarity = Literal["cosine", "cka"]
 Reference = Literal["identity", "previous_mean"]
@@ -107,16 +107,12 @@ class CELoRA(Method):
 
     name: ClassVar[str] = "ce_lora"
     aliases: ClassVar[tuple[str, ...]] = ("CE-LoRA",)
-    summary: ClassVar[str] = "cores mixed for each client by likeness of data and model"
-    paper: ClassVar[str] = "arXiv 2503.23869"
     family: ClassVar[Family] = "tri"
-    wants_features: ClassVar[bool] = True
-    traits: ClassVar[Traits] = Traits(
+    capabilities: ClassVar[Capabilities] = Capabilities(personalised=True, wants_features=True)
+    description: ClassVar[Description] = Description(
+        summary="cores mixed for each client by likeness of data and model",
+        paper="arXiv 2503.23869",
         exact="no: the mean of cores over private bases",
-        linear=False,
-        mixed_ranks=False,
-        personalised=True,
-        streaming=False,
         uplink="r^2, and once the mixtures of the classes",
         downlink="r^2, its own for each client",
         server_cost="N^2 r^2, and N^2 transport problems",
@@ -126,7 +122,7 @@ class CELoRA(Method):
     def __post_init__(self) -> None:
         number(self.name, "lam", self.lam, least=0, most=1)
         number(self.name, "temperature", self.temperature, above=0)
-        unless = ", 10 or more unless the examples may be known"
+        unless = ", and 10 or more unless the examples may be known"
         count(self.name, "min_per_component", self.min_per_component, least=1, otherwise=unless)
         choice(self.name, "similarity", self.similarity, get_args(Similarity))
         choice(self.name, "reference", self.reference, get_args(Reference))
@@ -138,11 +134,9 @@ class CELoRA(Method):
 
     def plan(self, round: int) -> ClientPlan:
         """Train everything, send ``R``: with ``B = 0`` at the start ``R`` alone has no gradient."""
-        return ClientPlan(trains=frozenset("ABR"), sends=frozenset("R"), sends_dense=False)
-
-    def private_layout(self, broadcast: FactorLayout, round: int) -> FactorLayout:
-        """Everything: a client goes on from its own bases, norms and head, and from its own mix."""
-        return broadcast
+        # A client resumes from its own bases, norms and head, and from its own mix of the cores.
+        everything = frozenset("ABR")
+        return ClientPlan(everything, frozenset("R"), sends_dense=False, private=everything)
 
     def statistics(self, features: Tensor, labels: Tensor, seed: int) -> Mapping[str, Tensor]:
         """The client's classes as mixtures; nothing where all are below ``min_per_component``.
