@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -25,7 +25,8 @@ from fedcore.methods.base import (
     unchanged,
 )
 from fedcore.methods.shared.linear import LinearMethod
-from fedcore_kernels import FlorgRound, florg_round, truncated_step
+from fedcore.methods.shared.reports import rank_flags, steps_of
+from fedcore_kernels import florg_round, truncated_step
 
 _SOURCE = "arXiv 2602.17095"
 
@@ -95,13 +96,13 @@ class FlorgTruncated(Method):
             variant=self.variant,
             align=self.align,
         )
-        steps = _reports(result)
-        lost = [
-            f"{module}: rank {step.rank} of {layout.by_name[f'{module}.A'].rows} kept"
-            for module, step in steps.items()
-            if step.rank < layout.by_name[f"{module}.A"].rows
-        ]
-        return Aggregate(result.row.to(previous.row.dtype), layout, steps, tuple(lost))
+        steps: dict[str, StepReport] = {}
+        flags: list[str] = []
+        for group, step in result.steps.items():
+            reports = steps_of(group.modules, step.rank, step.condition, step.gap)
+            steps |= reports
+            flags += rank_flags(layout, reports)
+        return Aggregate(result.row.to(previous.row.dtype), layout, steps, tuple(flags))
 
     def for_client(self, state: Broadcast, held: Broadcast, ranks: Sequence[int]) -> Tensor:
         """The best Gram of the client's ranks, aligned with the leading rows of ``held``.
@@ -170,15 +171,3 @@ class FlorgAvgA(LinearMethod):
         downlink="r k",
         server_cost="2 N r k",
     )
-
-
-def _reports(result: FlorgRound) -> Mapping[str, StepReport]:
-    reports = {}
-    for group, step in result.steps.items():
-        for j, module in enumerate(group.modules):
-            reports[module] = StepReport(
-                rank=int(step.rank[j]),
-                condition=float(step.condition[j]),
-                gap=float(step.gap[j]),
-            )
-    return reports

@@ -21,10 +21,16 @@ from fedcore.methods.base import (
     Upload,
 )
 from fedcore.methods.shared.linear import LinearMethod
-from fedcore_kernels import whitened_basis, whitened_step, whitened_upload
-from fedcore_kernels.layout import FactorLayout, SlotGroup
-from fedcore_kernels.spectra import column_signs
-from fedcore_kernels.steps import EPS_REL
+from fedcore.methods.shared.reports import rank_flags, steps_of
+from fedcore_kernels import (
+    EPS_REL,
+    FactorLayout,
+    SlotGroup,
+    column_signs,
+    whitened_basis,
+    whitened_step,
+    whitened_upload,
+)
 
 # A wire of fp32 or of 2^22 levels leaves less than 1e-4; one client in a hundred with a basis of
 # its own, or a row of the other sign, leaves more.
@@ -134,18 +140,9 @@ class FlorgWhitened(LinearMethod):
             target = previous.layout.by_name
             for module, factor in zip(group.modules, found.factor, strict=True):
                 previous.layout.view(row, target[f"{module}.A"]).copy_(factor)
-            reports = zip(
-                found.rank.tolist(), found.condition.tolist(), found.gap.tolist(), strict=True
-            )
-            steps |= {
-                module: StepReport(*report)
-                for module, report in zip(group.modules, reports, strict=True)
-            }
-            flags += [
-                f"{module}: rank {steps[module].rank} of {group.rows} kept"
-                for module in group.modules
-                if steps[module].rank < group.rows
-            ]
+            reports = steps_of(group.modules, found.rank, found.condition, found.gap)
+            steps |= reports
+            flags += rank_flags(layout, reports)
             flags += [
                 f"{module}: the uploads are not statistics of one basis (off by {gap:.1e})"
                 for module, gap in zip(group.modules, _asymmetry(total @ basis.mT), strict=True)

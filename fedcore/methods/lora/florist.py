@@ -27,9 +27,8 @@ from fedcore.methods.shared.factor_pairs import (
     pair_groups,
     with_dense_means,
 )
-from fedcore_kernels import product_svd
-from fedcore_kernels.product_svd import energy_rank, tail_and_gap
-from fedcore_kernels.steps import spread
+from fedcore.methods.shared.reports import steps_of
+from fedcore_kernels import energy_rank, product_svd, spread, tail_and_gap
 
 
 @dataclass(frozen=True)
@@ -112,10 +111,9 @@ class Florist(Method):
             ranks = torch.minimum(wanted, found.rank)
             tail, gap = tail_and_gap(found.values, ranks)
             kept = 1 - (tail / torch.linalg.vector_norm(found.values, dim=-1)).square()
-            condition = spread(found.values, ranks)
+            steps |= steps_of(group.modules, ranks, spread(found.values, ranks), gap)
             for j, module in enumerate(group.modules):
-                rank = int(ranks[j])
-                steps[module] = StepReport(rank, float(condition[j]), float(gap[j]))
+                rank = steps[module].rank
                 if rank < wanted[j]:
                     short[module] = float(kept[j])
                 if rank:

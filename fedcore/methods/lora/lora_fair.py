@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import inf, nan
+from math import inf
 from typing import ClassVar
 
 import torch
@@ -23,8 +23,8 @@ from fedcore.methods.base import (
     unchanged,
 )
 from fedcore.methods.shared.factor_pairs import check_whole_upload, pair_groups
-from fedcore_kernels import apply_cores, cross_gram, eigh_small, weighted_mean
-from fedcore_kernels.steps import EPS_REL
+from fedcore.methods.shared.reports import rank_flags, steps_of
+from fedcore_kernels import EPS_REL, apply_cores, cross_gram, eigh_small, weighted_mean
 
 
 @dataclass(frozen=True)
@@ -95,17 +95,8 @@ class LoRAFair(Method):
             eye = torch.eye(group.rank, dtype=gram.dtype, device=gram.device)
             cores = shares[:, None, None] * (eye + inverse[:, None] @ gaps)
             group.write(row, apply_cores(cores.transpose(1, 2), outer), mean)
-            reports = zip(rank.tolist(), condition.tolist(), strict=True)
-            steps |= {
-                module: StepReport(*report, gap=nan)
-                for module, report in zip(group.modules, reports, strict=True)
-            }
-        flags = tuple(
-            f"{module}: the mean A has rank {steps[module].rank} of "
-            f"{layout.by_name[f'{module}.A'].rows}"
-            for module in layout.modules
-            if steps[module].rank < layout.by_name[f"{module}.A"].rows
-        )
+            steps |= steps_of(group.modules, rank, condition)
+        flags = rank_flags(layout, steps, "the mean A has rank {} of {}")
         return Aggregate(row.to(previous.row.dtype), layout, steps, flags)
 
 

@@ -30,9 +30,8 @@ from fedcore.methods.shared.factor_pairs import (
     pair_groups,
     with_dense_means,
 )
-from fedcore_kernels import procrustes, product_svd
-from fedcore_kernels.product_svd import Split
-from fedcore_kernels.steps import spread
+from fedcore.methods.shared.reports import rank_flags, steps_of
+from fedcore_kernels import Split, procrustes, product_svd, spread
 
 
 @dataclass(frozen=True)
@@ -104,13 +103,7 @@ class ProductSvd(Method):
         for group in pair_groups(cohort.layout):
             outer, inner = group.stacks(cohort.updates)
             steps |= self._write(row, group, outer, inner, cohort.weights, previous.row)
-        flags = tuple(
-            f"{module}: rank {steps[module].rank} of {cohort.layout.by_name[f'{module}.A'].rows} "
-            "kept"
-            for module in cohort.layout.modules
-            if steps[module].rank < cohort.layout.by_name[f"{module}.A"].rows
-        )
-        return Aggregate(row, cohort.layout, steps, flags)
+        return Aggregate(row, cohort.layout, steps, rank_flags(cohort.layout, steps))
 
     def for_client(self, state: Broadcast, held: Broadcast, ranks: Sequence[int]) -> Tensor:
         """The global row as a client of lower ranks receives it: the best approximation of them.
@@ -148,13 +141,8 @@ class ProductSvd(Method):
         if self.align:
             factors = _turned(factors, group.stacks(held), group.kept)
         group.write(row, *factors)
-        reports = zip(
-            found.rank.tolist(),
-            spread(found.values, found.rank).tolist(),
-            found.gap.tolist(),
-            strict=True,
-        )
-        return dict(zip(group.modules, (StepReport(*report) for report in reports), strict=True))
+        condition = spread(found.values, found.rank)
+        return steps_of(group.modules, found.rank, condition, found.gap)
 
 
 def _turned(
