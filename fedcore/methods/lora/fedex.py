@@ -23,7 +23,8 @@ from fedcore.methods.base import (
     StepReport,
     unchanged,
 )
-from fedcore.methods.shared.factor_pairs import check_whole_upload, pair_groups
+from fedcore.methods.shared.factor_pairs import pair_groups
+from fedcore.methods.shared.uploads import check_whole_upload
 from fedcore_kernels import product_svd, weighted_mean
 from fedcore_kernels.rows import joint_copies
 from fedcore_kernels.steps import EPS_REL, spread

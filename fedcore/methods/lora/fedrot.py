@@ -13,8 +13,7 @@ from fedcore.errors import FedcoreError
 from fedcore.methods.base import Broadcast, Capabilities, Description, Family, Upload
 from fedcore.methods.shared.factor_pairs import pair_groups
 from fedcore.methods.shared.linear import LinearMethod
-from fedcore_kernels import rotate, rotations
-from fedcore_kernels.layout import FactorLayout
+from fedcore_kernels import FactorLayout, rotate, rotations
 
 Reference = Literal["alternate", "both"]
 

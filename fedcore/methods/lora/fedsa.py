@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fedcore.methods.base import Aggregate, Broadcast, Capabilities, ClientPlan, Description, Family
 from fedcore.methods.shared.linear import LinearMethod
-from fedcore_kernels.layout import FactorLayout
+from fedcore_kernels import FactorLayout
 
 
 @dataclass(frozen=True)

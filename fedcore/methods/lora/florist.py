@@ -21,13 +21,9 @@ from fedcore.methods.base import (
     StepReport,
     unchanged,
 )
-from fedcore.methods.shared.factor_pairs import (
-    check_whole_upload,
-    fresh_adapter,
-    pair_groups,
-    with_dense_means,
-)
+from fedcore.methods.shared.factor_pairs import fresh_adapter, pair_groups
 from fedcore.methods.shared.reports import steps_of
+from fedcore.methods.shared.uploads import check_whole_upload, with_dense_means
 from fedcore_kernels import energy_rank, product_svd, spread, tail_and_gap
 
 

@@ -22,8 +22,9 @@ from fedcore.methods.base import (
     StepReport,
     unchanged,
 )
-from fedcore.methods.shared.factor_pairs import check_whole_upload, pair_groups
+from fedcore.methods.shared.factor_pairs import pair_groups
 from fedcore.methods.shared.reports import rank_flags, steps_of
+from fedcore.methods.shared.uploads import check_whole_upload
 from fedcore_kernels import EPS_REL, apply_cores, cross_gram, eigh_small, weighted_mean
 
 

@@ -24,13 +24,9 @@ from fedcore.methods.base import (
     checked_ranks,
     unchanged,
 )
-from fedcore.methods.shared.factor_pairs import (
-    PairGroup,
-    check_whole_upload,
-    pair_groups,
-    with_dense_means,
-)
+from fedcore.methods.shared.factor_pairs import PairGroup, pair_groups
 from fedcore.methods.shared.reports import rank_flags, steps_of
+from fedcore.methods.shared.uploads import check_whole_upload, with_dense_means
 from fedcore_kernels import Split, procrustes, product_svd, spread
 
 

@@ -28,7 +28,8 @@ from fedcore.methods.base import (
 )
 from fedcore.methods.registry import method_classes
 from fedcore.methods.requirements import EXCHANGES, ONE_MODEL, SENDS_FACTORS, meets, of_family
-from fedcore.methods.shared.factor_pairs import check_whole_upload, pair_groups
+from fedcore.methods.shared.factor_pairs import pair_groups
+from fedcore.methods.shared.uploads import check_whole_upload
 from fedcore_kernels import FactorLayout, product_gram
 
 

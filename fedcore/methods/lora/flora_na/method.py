@@ -26,7 +26,8 @@ from fedcore.methods.base import (
 )
 from fedcore.methods.lora.flora_na.objective import PairObjective, exact_objective
 from fedcore.methods.lora.flora_na.solver import Combination, nearest_combination
-from fedcore.methods.shared.factor_pairs import check_whole_upload, pair_groups, with_dense_means
+from fedcore.methods.shared.factor_pairs import pair_groups
+from fedcore.methods.shared.uploads import check_whole_upload, with_dense_means
 from fedcore_kernels import apply_cores, block_grams, procrustes, product_svd, rotate
 from fedcore_kernels.steps import spread
 

@@ -23,7 +23,7 @@ from fedcore.methods.base import (
     Method,
     unchanged,
 )
-from fedcore.methods.shared.factor_pairs import check_cores
+from fedcore.methods.shared.uploads import check_cores
 from fedcore.methods.tri.ce_lora.class_mixtures import (
     check_comparable,
     fit_class_mixtures,

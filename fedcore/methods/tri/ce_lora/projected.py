@@ -20,9 +20,10 @@ from fedcore.methods.base import (
     Family,
     Upload,
 )
-from fedcore.methods.shared.factor_pairs import PairGroup, check_cores, pair_groups
+from fedcore.methods.shared.factor_pairs import PairGroup, pair_groups
 from fedcore.methods.shared.linear import LinearMethod
-from fedcore_kernels.layout import FactorLayout
+from fedcore.methods.shared.uploads import check_cores
+from fedcore_kernels import FactorLayout
 
 Init = Literal["random", "xs"]
 
