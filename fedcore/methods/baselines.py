@@ -1,4 +1,4 @@
-"""Baseline: every client fine-tunes alone."""
+"""The baselines: a head alone, every client alone, one holder of all data."""
 
 from __future__ import annotations
 
@@ -17,6 +17,23 @@ from fedcore.methods.base import (
     unchanged,
 )
 from fedcore.methods.shared.linear import LinearMethod
+
+
+@dataclass(frozen=True)
+class HeadOnly(LinearMethod):
+    """FedAvg of the head over a frozen model: what adapters must beat to be worth their traffic."""
+
+    name: ClassVar[str] = "head_only"
+    family: ClassVar[Family] = "none"
+    capabilities: ClassVar[Capabilities] = Capabilities(always_exact=True, linear=True)
+    description: ClassVar[Description] = Description(
+        summary="no adapter, FedAvg of the head",
+        paper="baseline",
+        exact="yes",
+        uplink="0",
+        downlink="0",
+        server_cost="0",
+    )
 
 
 @dataclass(frozen=True)
@@ -52,27 +69,10 @@ class LocalOnly(Method):
 
 
 @dataclass(frozen=True)
-class HeadOnly(LinearMethod):
-    """FedAvg of the head over a frozen model: what adapters must beat to be worth their traffic."""
-
-    name: ClassVar[str] = "head_only"
-    family: ClassVar[Family] = "none"
-    capabilities: ClassVar[Capabilities] = Capabilities(always_exact=True, linear=True)
-    description: ClassVar[Description] = Description(
-        summary="no adapter, FedAvg of the head",
-        paper="baseline",
-        exact="yes",
-        uplink="0",
-        downlink="0",
-        server_cost="0",
-    )
-
-
-@dataclass(frozen=True)
 class Centralised(LinearMethod):
     """LoRA on the pooled data: what federation gives up for privacy.
 
-    One client holds everything and makes as many local steps a round as all clients together
+    One client holds everything and makes as many local steps per round as all clients together
     would. No traffic is counted.
     """
 

@@ -26,7 +26,7 @@ from tests.property.tri_rounds import (
     tri_product,
 )
 
-ALONE = ("no client told anything of its data: mixed by likeness of the models alone",)
+ALONE = ("no client sent data statistics: mixed by similarity of the models alone",)
 COUNTS = st.integers(1, 6)
 SEEDS = st.integers(0, 2**31)
 
@@ -269,8 +269,8 @@ def test_clients_without_statistics_are_compared_by_their_models():
     part = replace(whole, statistics=told)
     found = method(lam=1.0).mixing(part, previous)
     assert found.flags == (
-        "1 of 4 clients told nothing of their data, first c001: "
-        "compared by likeness of the models alone",
+        "1 of 4 clients sent no data statistics, first c001: "
+        "compared by similarity of the models alone",
     )
     mixtures = [read_class_mixtures(told[c], c) for c in ("c000", "c002", "c003")]
     model = cosine_similarity([cores - torch.eye(4, dtype=torch.float64)])

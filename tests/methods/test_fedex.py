@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from fedcore.data.validation import identical_rows
 from fedcore.errors import FedcoreError
 from fedcore.methods import create_method
-from fedcore.methods.lora.fedex import helmert_deviations
+from fedcore.methods.lora.fedex import weighted_deviations
 from tests.property.lora_rounds import LoraRound, lora_rounds, make_lora_round, pick
 from tests.reference.residuals import covariance, received, residual
 from tests.reference.updates import factors, mean_update
@@ -41,7 +41,7 @@ def test_deviations_are_the_rows_of_the_householder_reflection(weights, rank, wi
     random = torch.Generator().manual_seed(seed)
     clients = torch.randn(2, len(shares), rank, width, generator=random, dtype=torch.float64)
     before = clients.clone()
-    got = helmert_deviations(clients.flatten(1, 2), shares)
+    got = weighted_deviations(clients.flatten(1, 2), shares)
     mixed = torch.einsum("jn,n,lnrk->ljrk", reflection(shares), shares.sqrt(), clients)
     pivot = int(shares.argmax())
     rest = [n for n in range(len(shares)) if n != pivot]

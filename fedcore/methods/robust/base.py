@@ -1,12 +1,13 @@
-"""Robust rules: judge the clients' products, then let another method aggregate."""
+"""What all robust rules share: they judge the clients' products, then a host aggregates."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import wraps
 from math import inf
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,19 +19,42 @@ from fedcore.methods.base import (
     Aggregate,
     Broadcast,
     Capabilities,
-    ClientPlan,
     Decision,
     Description,
     Family,
     Method,
     Rule,
-    Upload,
 )
 from fedcore.methods.registry import method_classes
 from fedcore.methods.requirements import EXCHANGES, ONE_MODEL, SENDS_FACTORS, meets, of_family
 from fedcore.methods.shared.factor_pairs import pair_groups
 from fedcore.methods.shared.uploads import check_whole_upload
-from fedcore_kernels import FactorLayout, product_gram
+from fedcore_kernels import product_gram
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+NOISE = 64 * torch.finfo(torch.float64).eps
+"""A squared distance is a difference of squared norms; below this share of them it is rounding."""
+
+# Gram matrices of so many modules exist at a time.
+_GRAM_BYTES = 64 << 20
+
+
+def chosen(cohort: Cohort, kept: Tensor) -> Cohort:
+    """The clients that ``kept (N,)``, boolean, names; ``cohort`` itself where it names all."""
+    if bool(kept.all()):
+        return cohort
+    places = kept.nonzero()[:, 0]
+    on_device = places.to(cohort.updates.device)
+    return replace(
+        cohort,
+        updates=cohort.updates[on_device],
+        weights=cohort.weights[places],
+        client_ids=tuple(cohort.client_ids[n] for n in places.tolist()),
+        ranks=cohort.ranks[places],
+        scalings=cohort.scalings[places],
+    )
 
 
 def follow(cohort: Cohort, decision: Decision) -> Cohort:
@@ -52,29 +76,6 @@ def follow(cohort: Cohort, decision: Decision) -> Cohort:
         if slot.factor == "B":
             left.layout.view(updates, slot).mul_(scales.to(updates)[:, None, None])
     return replace(left, updates=updates)
-
-
-def chosen(cohort: Cohort, kept: Tensor) -> Cohort:
-    """The clients that ``kept (N,)``, boolean, names; ``cohort`` itself where it names all."""
-    if bool(kept.all()):
-        return cohort
-    places = kept.nonzero()[:, 0]
-    on_device = places.to(cohort.updates.device)
-    return replace(
-        cohort,
-        updates=cohort.updates[on_device],
-        weights=cohort.weights[places],
-        client_ids=tuple(cohort.client_ids[n] for n in places.tolist()),
-        ranks=cohort.ranks[places],
-        scalings=cohort.scalings[places],
-    )
-
-
-# Gram matrices of so many modules exist at a time.
-_GRAM_BYTES = 64 << 20
-
-NOISE = 64 * torch.finfo(torch.float64).eps
-"""A squared distance is a difference of squared norms; below this share of them it is rounding."""
 
 
 def cohort_gram(cohort: Cohort) -> Tensor:
@@ -109,6 +110,26 @@ def distances(gram: Tensor) -> Tensor:
     return torch.where(gaps > NOISE * size, gaps, 0.0).sqrt()
 
 
+def median(values: Tensor) -> Tensor:
+    """The median along the last axis, the mean of the middle two of an even number."""
+    return values.quantile(0.5, dim=-1)
+
+
+def _sends_both(method: Method) -> bool:
+    return all(method.plan(round).sends == {"A", "B"} for round in range(2))
+
+
+def _of_host(method: Callable[Concatenate[Any, _P], _R]) -> Callable[Concatenate[Any, _P], _R]:
+    """The host's method of the same name."""
+
+    @wraps(method)
+    def delegate(self: Any, *args: _P.args, **named: _P.kwargs) -> _R:
+        result: _R = getattr(self.inner(), method.__name__)(*args, **named)
+        return result
+
+    return delegate
+
+
 @dataclass(frozen=True)
 class RobustMethod(Method):
     """A rule over the inner products of the clients' updates, in front of a ``host``.
@@ -126,7 +147,7 @@ class RobustMethod(Method):
         weight_cap: reported weights above it count as it, because a client can report any number.
 
     Raises:
-        FedcoreError: ``host`` is none of those methods, or ``weight_cap`` is not above 0.
+        FedcoreError: ``host`` is not one of those methods, or ``weight_cap`` is not above 0.
     """
 
     host: str = "product_svd"
@@ -204,21 +225,21 @@ class RobustMethod(Method):
         finite = gram.diagonal().isfinite()
         if bool(finite.all()):
             self.check_clients(len(clients))
-            found = self.judge(clients, capped, gram)
-            return replace(found, flags=(*flags, *found.flags))
+            decision = self.judge(clients, capped, gram)
+            return replace(decision, flags=(*flags, *decision.flags))
         places = finite.nonzero()[:, 0]
         others = [clients[n] for n in places.tolist()]
-        gone = [clients[n] for n in (~finite).nonzero()[:, 0].tolist()]
+        overflowing = [clients[n] for n in (~finite).nonzero()[:, 0].tolist()]
         if not others:
             raise FedcoreError(f"{self.name}: the norm of every update overflows")
         self.check_clients(len(others))
         part = self.judge(others, capped[places], gram[places][:, places])
-        flags += [f"{client}: left out, the norm of its update overflows" for client in gone]
+        flags += [f"{client}: left out, the norm of its update overflows" for client in overflowing]
         scales = None
         if part.scales is not None:
             scales = torch.ones_like(capped).index_copy(0, places, part.scales)
-        kept = torch.zeros_like(capped).index_copy(0, places, part.weights)
-        return Decision(kept, scales, (*flags, *part.flags))
+        all_weights = torch.zeros_like(capped).index_copy(0, places, part.weights)
+        return Decision(all_weights, scales, (*flags, *part.flags))
 
     def inner(self) -> Method:
         """The host.
@@ -253,28 +274,12 @@ class RobustMethod(Method):
         result = host.aggregate(follow(present, decision), previous)
         return replace(result, flags=(*decision.flags, *result.flags))
 
-    @property
-    def adapter_options(self) -> Mapping[str, Any]:
-        """The host's."""
-        return self.inner().adapter_options
-
-    def plan(self, round: int) -> ClientPlan:
-        """The host's."""
-        return self.inner().plan(round)
-
-    def prepare_upload(
-        self, row: Tensor, layout: FactorLayout, broadcast: Broadcast, round: int
-    ) -> Upload:
-        """The host's."""
-        return self.inner().prepare_upload(row, layout, broadcast, round)
-
-    def completed(self, cohort: Cohort, previous: Broadcast) -> Cohort:
-        """The host's."""
-        return self.inner().completed(cohort, previous)
-
-    def for_client(self, state: Broadcast, held: Broadcast, ranks: Sequence[int]) -> Tensor:
-        """The host's."""
-        return self.inner().for_client(state, held, ranks)
+    # The client half, and what a client of lower rank starts from.
+    adapter_options = property(lambda self: self.inner().adapter_options)
+    plan = _of_host(Method.plan)
+    prepare_upload = _of_host(Method.prepare_upload)
+    completed = _of_host(Method.completed)
+    for_client = _of_host(Method.for_client)
 
 
 def possible_hosts() -> tuple[Method, ...]:
@@ -282,12 +287,3 @@ def possible_hosts() -> tuple[Method, ...]:
     others = (kind() for kind in method_classes() if not issubclass(kind, RobustMethod))
     needs = (of_family("lora"), EXCHANGES, ONE_MODEL, SENDS_FACTORS)
     return tuple(host for host in others if meets(host, needs) and _sends_both(host))
-
-
-def _sends_both(method: Method) -> bool:
-    return all(method.plan(round).sends == {"A", "B"} for round in range(2))
-
-
-def median(values: Tensor) -> Tensor:
-    """The median along the last axis, the mean of the middle two of an even number."""
-    return values.quantile(0.5, dim=-1)

@@ -1,4 +1,7 @@
-"""Multi-Krum on the clients' products."""
+"""The robust rules: norm clipping, Multi-Krum, distance from the medoid, geometric median.
+
+Each judges the clients by the inner products of their updates alone.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +23,38 @@ from fedcore.methods.robust.base import (
     norms,
 )
 
+# Distances that differ by less are equal: rounding of the Gram matrix reaches that far.
+_EQUAL = 1e-6
+
+# The largest change of a weight at which the geometric median has converged.
+_CONVERGED = 1e-9
+
+
+def medoid(gaps: Tensor) -> int:
+    """The first client ``i`` whose distances ``gaps[i]`` have the lowest median."""
+    middles = median(gaps)
+    return int((middles <= middles.min() * (1 + _EQUAL)).nonzero()[0])
+
+
+class _Fit(NamedTuple):
+    weights: Tensor
+    converged: bool
+
+
+def _weiszfeld(gram: Tensor, shares: Tensor, nu: float, sweeps: int) -> _Fit:
+    """``beta (N,)``, which sums to 1, from the Gram matrix ``(N, N)`` and ``w (N,)``."""
+    beta, squares = shares, gram.diagonal()
+    for _ in range(sweeps):
+        pull = gram @ beta
+        gaps = (squares - 2 * pull + beta @ pull).clamp(min=0).sqrt()
+        weighted = shares / gaps.clamp(min=nu)
+        updated = weighted / weighted.sum()
+        change = float((updated - beta).abs().max())
+        beta = updated
+        if change <= _CONVERGED:
+            return _Fit(beta, True)
+    return _Fit(beta, False)
+
 
 @dataclass(frozen=True)
 class RobustClip(RobustMethod):
@@ -39,7 +74,7 @@ class RobustClip(RobustMethod):
     Source: norm bounding, arXiv 1911.07963; taking it on products is ours.
 
     Raises:
-        FedcoreError: ``limit`` is no finite number above 0.
+        FedcoreError: ``limit`` is not a finite number above 0.
     """
 
     limit: float | None = None
@@ -86,7 +121,7 @@ class RobustKrum(RobustMethod):
     Source: Machine Learning with Adversaries, arXiv 1703.02757; taking it on products is ours.
 
     Raises:
-        FedcoreError: ``faulty`` is no integer from 0, or ``keep`` none from 1.
+        FedcoreError: ``faulty`` is not an integer from 0, or ``keep`` not one from 1.
     """
 
     faulty: int = 1
@@ -140,10 +175,6 @@ class RobustKrum(RobustMethod):
         return Decision(kept, flags=flags)
 
 
-# Distances that differ by less are equal: rounding of the Gram matrix reaches that far.
-_EQUAL = 1e-6
-
-
 @dataclass(frozen=True)
 class RobustMedian(RobustMethod):
     """Leave out clients that are unusually far from the most central one.
@@ -164,7 +195,7 @@ class RobustMedian(RobustMethod):
     Source: ours.
 
     Raises:
-        FedcoreError: ``cutoff`` is no finite number above 0.
+        FedcoreError: ``cutoff`` is not a finite number above 0.
     """
 
     cutoff: float = 3.0
@@ -197,21 +228,6 @@ class RobustMedian(RobustMethod):
         return Decision(weights * kept, flags=flags)
 
 
-def medoid(gaps: Tensor) -> int:
-    """The first client ``i`` whose distances ``gaps[i]`` have the lowest median."""
-    middles = median(gaps)
-    return int((middles <= middles.min() * (1 + _EQUAL)).nonzero()[0])
-
-
-# The largest change of a weight at which the fit has settled.
-_SETTLED = 1e-9
-
-
-class _Fit(NamedTuple):
-    weights: Tensor
-    settled: bool
-
-
 @dataclass(frozen=True)
 class RobustGeomedian(RobustMethod):
     """Weigh the clients as their geometric median does, then let the host aggregate.
@@ -227,13 +243,14 @@ class RobustGeomedian(RobustMethod):
     of the weight is faulty: reported weights matter here, and ``weight_cap`` bounds them.
 
     Clients that all stand at one distance keep their weights. A client whose share falls below
-    half of what it reported is flagged; so is a round whose weights have not settled to 1e-9
-    within ``sweeps``, which uses the last ones.
+    half of what it reported is flagged; so is a round whose weights have not converged to
+    1e-9 within ``sweeps``, which uses the last ones.
 
     Source: Robust Aggregation for Federated Learning, arXiv 1912.13445; products are ours.
 
     Raises:
-        FedcoreError: ``smoothing`` is no finite number above 0, or ``sweeps`` no integer from 1.
+        FedcoreError: ``smoothing`` is not a finite number above 0, or ``sweeps`` not an integer
+            from 1.
     """
 
     smoothing: float = 1e-6
@@ -260,21 +277,6 @@ class RobustGeomedian(RobustMethod):
             for client, new, old in zip(clients, fit.weights.tolist(), shares.tolist(), strict=True)
             if new < 0.5 * old
         ]
-        if not fit.settled:
-            flags.append(f"the weights have not settled after {self.sweeps} sweeps")
+        if not fit.converged:
+            flags.append(f"the weights have not converged after {self.sweeps} sweeps")
         return Decision(fit.weights, flags=tuple(flags))
-
-
-def _weiszfeld(gram: Tensor, shares: Tensor, nu: float, sweeps: int) -> _Fit:
-    """``beta (N,)``, which sums to 1, from the Gram matrix ``(N, N)`` and ``w (N,)``."""
-    beta, squares = shares, gram.diagonal()
-    for _ in range(sweeps):
-        pull = gram @ beta
-        gaps = (squares - 2 * pull + beta @ pull).clamp(min=0).sqrt()
-        found = shares / gaps.clamp(min=nu)
-        found = found / found.sum()
-        change = float((found - beta).abs().max())
-        beta = found
-        if change <= _SETTLED:
-            return _Fit(beta, True)
-    return _Fit(beta, False)

@@ -48,26 +48,38 @@ class Mixing(NamedTuple):
     flags: tuple[str, ...]
 
 
+def _missing(clients: tuple[str, ...], statistics: Mapping[str, object]) -> tuple[str, ...]:
+    """A flag where clients sent no statistics of their data."""
+    silent = [client for client in clients if client not in statistics]
+    if not silent:
+        return ()
+    if not statistics:
+        return ("no client sent data statistics: mixed by similarity of the models alone",)
+    return (
+        f"{len(silent)} of {len(clients)} clients sent no data statistics, first {silent[0]}: "
+        "compared by similarity of the models alone",
+    )
+
+
 @dataclass(frozen=True)
 class CELoRA(Method):
-    """Send the cores of ``s B_n R_n A_n`` alone and give each client the mean of those like it.
+    """Send the cores of ``s B_n R_n A_n`` alone and give each client a mean of similar ones.
 
-    With N participants, ``S_data`` from what they told of their data before their first round and
-    ``S_model`` from their cores,
+    With N participants, ``S_data`` from the statistics of their data that they sent before their
+    first round and ``S_model`` from their cores,
 
         S     = lam S_data + (1 - lam) S_model
         om_ij = exp(S_ij / temperature) / sum_j exp(S_ij / temperature),    j = i included
         R_i   = sum_j om_ij R_j                                             for every module
 
-    and client i goes on from ``R_i`` with its own ``A_i``, ``B_i``, norms and head. The global row
+    and client i resumes from ``R_i`` with its own ``A_i``, ``B_i``, norms and head. The global row
     takes the weighted mean of the cores, from which a new client starts.
 
-    *Data* (:mod:`.similarity`): ``S_data = exp(-D^2 / median D^2)``, with
-    ``D`` a transport distance between small Gaussian mixtures of each class's features. *Model*
-    (:mod:`.similarity`): the cosine of ``R_i - I`` and ``R_j - I``, or of the
-    differences to the last mean (``reference = "previous_mean"``); or CKA of the cores, which is
-    blind to sign and scale and saturated near the identity. A client without statistics is
-    compared by its model alone, which is flagged.
+    *Data* (:mod:`.similarity`): ``S_data = exp(-D^2 / median D^2)``, with ``D`` a transport
+    distance between small Gaussian mixtures of each class's features. *Model*: the cosine of
+    ``R_i - I`` and ``R_j - I``, or of the differences to the last mean (``reference =
+    "previous_mean"``); or CKA of the cores, which is blind to sign and scale and saturated near the
+    identity. A client without statistics is compared by its model alone, which is flagged.
 
     ``temperature``: from 0, everyone keeps its own core, to infinity, everyone gets the plain mean.
     Similarities differ by 1 at most between the same client and an unrelated one; at the default
@@ -82,7 +94,7 @@ class CELoRA(Method):
 
     Privacy: the statistics carry no guarantee of any kind. Features are neither clipped nor
     noised, means and variances describe real examples, and a component fitted to one to three
-    examples *is* those examples, hence ``min_per_component``. ``share_counts`` (off) also tells the
+    examples *is* those examples, hence ``min_per_component``. ``share_counts`` (off) also sends the
     label histogram; without it classes weigh the same.
 
     Cost: ``r^2`` numbers a module each way; the statistics once, ``G (1 + 2 D)`` numbers for the G
@@ -93,8 +105,8 @@ class CELoRA(Method):
     distance, similarities and temperature here are ours.
 
     Raises:
-        FedcoreError: ``lam`` is no number in [0, 1], ``temperature`` not a finite number above 0,
-            ``min_per_component`` no integer from 1, or a name is unknown.
+        FedcoreError: ``lam`` is not a number in [0, 1], ``temperature`` not a finite number above
+            0, ``min_per_component`` not an integer from 1, or a name is unknown.
     """
 
     lam: float = 0.5
@@ -141,7 +153,7 @@ class CELoRA(Method):
     def statistics(self, features: Tensor, labels: Tensor, seed: int) -> Mapping[str, Tensor]:
         """The client's classes as mixtures; nothing where all are below ``min_per_component``.
 
-        What is told is described at :func:`.fit_class_mixtures`.
+        What is sent is described at :func:`.fit_class_mixtures`.
         An engine may add ``"encoder"``, a uint8 digest of the encoder; differing ones are refused.
         """
         return fit_class_mixtures(
@@ -176,27 +188,31 @@ class CELoRA(Method):
         Raises:
             FedcoreError: statistics that are malformed or not comparable.
         """
-        likeness = self._model_similarity(cohort, previous)
-        told = {c: cohort.statistics[c] for c in cohort.client_ids if cohort.statistics.get(c)}
+        similarity = self._model_similarity(cohort, previous)
+        statistics = {
+            client: cohort.statistics[client]
+            for client in cohort.client_ids
+            if cohort.statistics.get(client)
+        }
         flags: tuple[str, ...] = ()
         if self.lam > 0:
-            flags = _missing(cohort.client_ids, told)
-            if told:
-                places = [n for n, c in enumerate(cohort.client_ids) if c in told]
-                mixtures = {c: read_class_mixtures(found, c) for c, found in told.items()}
+            flags = _missing(cohort.client_ids, statistics)
+            if statistics:
+                places = [n for n, client in enumerate(cohort.client_ids) if client in statistics]
+                mixtures = {c: read_class_mixtures(sent, c) for c, sent in statistics.items()}
                 check_comparable(mixtures)
-                near = data_similarity(client_distances(list(mixtures.values())))
+                of_data = data_similarity(client_distances(list(mixtures.values())))
                 both = np.ix_(places, places)
-                known = self.lam * near + (1 - self.lam) * likeness[both]
-                likeness = likeness.copy()
-                likeness[both] = known
+                combined = self.lam * of_data + (1 - self.lam) * similarity[both]
+                similarity = similarity.copy()
+                similarity[both] = combined
         # Relative to the row's largest, so that nothing overflows at a low temperature.
-        exponent = (likeness - likeness.max(axis=1, keepdims=True)) / self.temperature
-        found = np.exp(exponent)
+        exponent = (similarity - similarity.max(axis=1, keepdims=True)) / self.temperature
+        weights = np.exp(exponent)
         if self.weight_by_examples:
-            found = found * cohort.shares.cpu().numpy()
-        found = found / found.sum(axis=1, keepdims=True)
-        return Mixing(torch.from_numpy(found), flags)
+            weights = weights * cohort.shares.cpu().numpy()
+        weights = weights / weights.sum(axis=1, keepdims=True)
+        return Mixing(torch.from_numpy(weights), flags)
 
     def _model_similarity(self, cohort: Cohort, previous: Broadcast) -> np.ndarray:
         groups = cohort.layout.groups
@@ -216,15 +232,3 @@ class CELoRA(Method):
                 starts.append((scale[:, :, None, None] * eye).to(cohort.updates))
         moves = [core - start for core, start in zip(cores, starts, strict=True)]
         return cosine_similarity(moves).cpu().numpy()
-
-
-def _missing(clients: tuple[str, ...], told: Mapping[str, object]) -> tuple[str, ...]:
-    silent = [client for client in clients if client not in told]
-    if not silent:
-        return ()
-    if not told:
-        return ("no client told anything of its data: mixed by likeness of the models alone",)
-    return (
-        f"{len(silent)} of {len(clients)} clients told nothing of their data, first {silent[0]}: "
-        "compared by likeness of the models alone",
-    )
