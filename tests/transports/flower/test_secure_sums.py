@@ -121,7 +121,7 @@ def test_states_are_written_and_gone_on_from(tmp_path):
         ("product_svd", "product_svd needs every upload, and a sum shows the server their mean"),
         ("fedex", "fedex needs every upload"),
         ("local_only", "local_only exchanges nothing"),
-        ("florg.whitened", "clients of florg.whitened send what they compute"),
+        ("florg.whitened", "florg.whitened sends what its clients compute"),
         ("florg.avg_a", "adapter is of family 'lora'; florg.avg_a needs 'gram'"),
     ],
 )

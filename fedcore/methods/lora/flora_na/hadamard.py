@@ -11,6 +11,8 @@ which the Gram blocks of the factors no longer hold: every half-step reads W0 on
 r x r matrices ``A^ diag(E_o) A^^T`` of the rows o of W0, T those of its columns, and both are
 products of blocks of rows of E with the ``r (r + 1) / 2`` products of two rows of a factor.
 
+Nothing calls it yet: it waits until HiRA adapters can be trained.
+
 Source: the problem is FLoRA-NA's, arXiv 2509.26399; the weighted form and its solver are ours.
 """
 
@@ -138,8 +140,9 @@ def hadamard_combination(
     never above either; where W0 is constant the former is the answer. The gauge is that of
     :func:`~fedcore.methods.lora.flora_na.solver.nearest_combination`.
 
-    For whoever holds the base weights: it reads them twice a sweep, and no server step calls it.
-    Exact methods need no weighting, for an ``M`` met exactly is met in every norm.
+    Waits for HiRA: no adapter of that kind can be trained here yet, and no server step calls it. It
+    is for whoever holds the base weights, which it reads twice per sweep. Exact methods need no
+    weighting, for an ``M`` met exactly is met in every norm.
 
     Args:
         left: ``(N, r, d_out)`` ``B_n^T`` with its scale, floating point.
