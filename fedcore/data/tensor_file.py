@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from fedcore.checks import is_integer
+from fedcore.data.folders import open_regular
 from fedcore.errors import FedcoreError
 
 DTYPES: Mapping[str, torch.dtype] = {
@@ -75,7 +76,7 @@ class TensorFile:
                 empty tensor, or data that do not fill the file exactly and once.
         """
         try:
-            with path.open("rb", buffering=0) as file:
+            with open_regular(path) as file:
                 state = _state(file.fileno())
                 size = state[0]
                 if size > budget:
@@ -133,7 +134,7 @@ class TensorFile:
     def _bytes(self, spans: list[tuple[int, int]]) -> list[bytearray]:
         found = []
         try:
-            with self.path.open("rb", buffering=0) as file:
+            with open_regular(self.path) as file:
                 if _state(file.fileno()) != self._state:
                     raise FedcoreError(f"{self.label}: {self.path} changed while it was read")
                 for begin, end in spans:

@@ -73,14 +73,13 @@ def write_adapters(bench: Workbench, state: ServerState, folder: Path) -> list[P
     """
     if bench.method.family == "none":
         head = folder / "head"
-        head.mkdir(exist_ok=True)
         tensors = {s.name: state.layout.view(state.row, s).clone() for s in state.layout}
         write_tensors(tensors, head / "model.safetensors")
         return [head]
     if bench.method.capabilities.personalised:
         return [
             path
-            for client in sorted(state.private)
+            for client in sorted(state.simulated_clients)
             for path in _write(bench, client_row(bench, state, client), folder / "adapters", client)
         ]
     if state.residual:

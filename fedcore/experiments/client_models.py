@@ -8,31 +8,23 @@ from types import MappingProxyType
 from torch import Tensor
 
 from fedcore.experiments.setup import Workbench
+from fedcore.federation.downloads import start_row
 from fedcore.federation.state import ServerState
-from fedcore.methods.base import Broadcast
 from fedcore_kernels.layout import FactorLayout
 
 OWN = "row"
 """The private tensor that holds a personalised client's values, in the global layout."""
 
-HELD = "held"
-"""The private tensor that holds what a client of lower rank started its last round from."""
-
 
 def client_row(bench: Workbench, state: ServerState, client: str) -> Tensor:
     """The row ``(P,)`` that ``client`` starts ``state.round`` from.
 
-    The global row; for a client of lower rank the method's approximation of it; and in the slots
-    that a personalised method leaves to the client, the client's own values once it has any.
+    What the server sends it, with the client's own values in the slots that a personalised method
+    leaves to the client, once it has any.
     """
-    layout, own = state.layout, state.private.get(client, {})
-    row = state.row
-    ranks = bench.ranks.get(client)
-    if ranks is not None:
-        held = Broadcast(layout, own.get(HELD, state.row))
-        wanted = [ranks[module] for module in layout.modules]
-        row = bench.method.for_client(Broadcast(layout, state.row), held, wanted)
-    return with_own(bench, layout, row, own, state.round)
+    row = start_row(state, bench.method, client, bench.ranks.get(client))
+    memory = state.simulated_clients.get(client, {})
+    return with_own(bench, state.layout, row, memory, state.round)
 
 
 def with_own(

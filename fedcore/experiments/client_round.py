@@ -12,7 +12,7 @@ from torch import Tensor
 from fedcore.data.codecs import Codec, codec_error, find_codec
 from fedcore.data.seeding import derive_seed
 from fedcore.data.validation import digest
-from fedcore.experiments.client_models import HELD, OWN
+from fedcore.experiments.client_models import OWN
 from fedcore.experiments.evaluation import evaluates
 from fedcore.experiments.observer import Observer
 from fedcore.experiments.privacy import SPENT, steps_after
@@ -84,8 +84,6 @@ def take_turn(
         kept[SPENT] = steps_after(own, result.steps)
     if method.capabilities.personalised:
         kept[OWN] = bench.binding.read()
-    if client in bench.ranks:
-        kept[HELD] = start
     trained = bench.binding.read(read)
     upload = method.prepare_upload(trained, read, broadcast, round)
     codec = find_codec(recipe.round.codec)

@@ -231,8 +231,8 @@ def aggregate_securely(method: Method, cohort: Cohort, previous: Broadcast, seed
     """The method's result from masked uploads.
 
     Every client masks its row, the server adds up what arrives, and :meth:`Method.from_mean` is all
-    that sees the outcome. Clients that did not report are no part of the cohort: the round is that
-    of the others.
+    that sees the outcome. Clients that did not report are not in the cohort: the round is that of
+    the others, and one without any keeps the global state.
 
     Args:
         seed: of masks and stochastic rounding.
@@ -241,6 +241,8 @@ def aggregate_securely(method: Method, cohort: Cohort, previous: Broadcast, seed
         FedcoreError: fewer than two clients, whose sum would hide nothing; weights that are no
             whole numbers; a method that needs more than the mean.
     """
+    if not len(cohort):
+        return method.aggregate(cohort, previous)
     # What a client of lower rank lacks it fills in itself: it holds the broadcast.
     full = method.completed(cohort, previous)
     total = SecureSum(full.layout, full.client_ids, cohort.round, seed)

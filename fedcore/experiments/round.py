@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from statistics import fmean
 from time import perf_counter
 from typing import Any
@@ -13,9 +14,8 @@ from torch import Tensor
 
 from fedcore.data.cohort import Cohort, CohortBuilder
 from fedcore.data.seeding import derive_seed
-from fedcore.data.validation import digest, identical_rows
-from fedcore.errors import FedcoreError
-from fedcore.experiments.client_models import client_row, personalised
+from fedcore.data.validation import digest
+from fedcore.experiments.client_models import personalised, with_own
 from fedcore.experiments.client_round import constants, drops_out, local_settings, take_turn
 from fedcore.experiments.evaluation import Score, evaluates, score
 from fedcore.experiments.observer import Observer
@@ -30,61 +30,55 @@ from fedcore.experiments.record import ClientReports, nullable, round_record
 from fedcore.experiments.setup import Workbench
 from fedcore.experiments.traffic import NOTHING, added, downlink, uplink
 from fedcore.federation.diagnostics import diagnose
+from fedcore.federation.downloads import lower_rank_starts
+from fedcore.federation.server_round import Aggregation, OpenRound
 from fedcore.federation.state import ServerState
-from fedcore.methods.base import Aggregate, Broadcast
 
 
 @dataclass(frozen=True)
 class Trained:
-    """What local training left.
+    """What local training left besides the uploads.
 
     Attributes:
-        cohort: the uploads.
-        factors: the same clients' trained factors where the uploads are something else, for the
+        factors: the clients' trained factors where the uploads are something else, for the
             diagnosis; only an engine that holds all clients has them.
         losses, local_accuracy, local_loss: by client, before aggregation: over its training steps,
             and on its held-out shard.
-        private: client id to what stays with it.
-        reported: the clients that sent an upload.
-        flags: those of the uploads, each with its client's name.
+        clients: client id to what stays with it.
         upload_error: what the codec lost of each client's upload, ``||row - decoded|| / ||row||``.
     """
 
-    cohort: Cohort
     factors: Cohort | None
     losses: Mapping[str, float]
     local_accuracy: Mapping[str, float]
     local_loss: Mapping[str, float]
-    private: Mapping[str, Mapping[str, Tensor]]
-    reported: tuple[str, ...]
-    flags: tuple[str, ...]
+    clients: Mapping[str, Mapping[str, Tensor]]
     upload_error: Mapping[str, float]
 
 
 def train_clients(
-    bench: Workbench, state: ServerState, sampled: tuple[str, ...], observer: Observer
+    bench: Workbench,
+    opened: OpenRound,
+    sampled: tuple[str, ...],
+    starts: Mapping[str, Tensor],
+    observer: Observer,
 ) -> Trained:
-    """Every sampled client's turn, in the order given; ``state`` is not changed.
+    """Train every sampled client, in the order given, and hand its upload to the round.
 
-    Raises:
-        FedcoreError: an upload is invalid and the recipe says to raise.
+    Args:
+        starts: client id to the row that it starts from, where its rank is lower.
     """
-    method, layout, t = bench.method, state.layout, state.round
-    sent, read = method.upload_layout(layout, t), method.read_layout(layout, t)
-    frozen = method.frozen_layout(layout, t)
-    builder = CohortBuilder(sent, sampled, round=t, dtype=state.row.dtype)
-    shadow = (
-        CohortBuilder(read, sampled, round=t, dtype=state.row.dtype)
-        if method.capabilities.uploads == "statistics"
-        else None
-    )
+    method, state = bench.method, opened.state
+    layout, t = state.layout, state.round
+    shadow = None
+    if method.capabilities.uploads == "statistics":
+        read = method.read_layout(layout, t)
+        shadow = CohortBuilder(read, sampled, round=t, dtype=state.row.dtype)
     losses: dict[str, float] = {}
     lost: dict[str, float] = {}
     accuracy: dict[str, float] = {}
     held_out_loss: dict[str, float] = {}
-    private = {client: dict(tensors) for client, tensors in state.private.items()}
-    reported: list[str] = []
-    flags: list[str] = []
+    clients = {client: dict(tensors) for client, tensors in state.simulated_clients.items()}
     local = local_settings(bench)
     observer.round_started(
         t, len(sampled), sum(local.count_steps(len(bench.training_indices(c))) for c in sampled)
@@ -94,44 +88,33 @@ def train_clients(
         if drops_out(bench, t, client):
             continue
         observer.client_started(client)
-        start = client_row(bench, state, client)
-        own = private.get(client, {})
-        turn = take_turn(bench, Broadcast(layout, state.row), t, client, start, own, observer)
+        memory = clients.get(client, {})
+        start = with_own(bench, layout, starts.get(client, state.row), memory, t)
+        turn = take_turn(bench, opened.previous, t, client, start, memory, observer)
         losses[client] = turn.loss
         if turn.accuracy is not None:
             accuracy[client] = turn.accuracy
         if turn.held_out_loss is not None:
             held_out_loss[client] = turn.held_out_loss
         if turn.kept:
-            private[client] = dict(turn.kept)
-        reported.append(client)
+            clients[client] = dict(turn.kept)
         lost[client] = turn.upload_error
-        flags += [f"{client}: {flag}" for flag in turn.flags]
-        builder.row(client).copy_(turn.upload)
-        builder.receive(
+        ranks, frozen = bench.ranks.get(client), opened.frozen
+        opened.receive(
             client,
+            turn.upload,
             turn.weight,
             round=t,
             frozen=turn.frozen,
             expected_frozen=digest(layout.gather(start, frozen), frozen, constants(bench)),
-            ranks=bench.ranks.get(client) if shadow is None else None,
+            ranks=ranks if shadow is None else None,
+            flags=turn.flags,
         )
         if shadow is not None:
             shadow.row(client).copy_(turn.trained)
-            shadow.receive(client, turn.weight, round=t, ranks=bench.ranks.get(client))
-    cohort = builder.finish(bench.recipe.round.on_invalid)
-    told = {c: bench.statistics[c] for c in cohort.client_ids if c in bench.statistics}
-    return Trained(
-        replace(cohort, statistics=told),
-        shadow.finish("drop") if shadow is not None else None,
-        losses,
-        accuracy,
-        held_out_loss,
-        private,
-        tuple(reported),
-        tuple(flags),
-        lost,
-    )
+            shadow.receive(client, turn.weight, round=t, ranks=ranks)
+    factors = None if shadow is None else shadow.finish("drop")
+    return Trained(factors, losses, accuracy, held_out_loss, clients, lost)
 
 
 def run_round(bench: Workbench, state: ServerState, observer: Observer) -> ServerState:
@@ -144,30 +127,38 @@ def run_round(bench: Workbench, state: ServerState, observer: Observer) -> Serve
     sampled = sample_clients(bench, t)
     down = downlink(bench, state, sampled)
     started = perf_counter()
-    trained = train_clients(bench, state, sampled, observer)
-    _refuse_identical(bench, trained.cohort)
+    starts = lower_rank_starts(state, method, sampled, bench.ranks)
+    opened = OpenRound(
+        method,
+        state,
+        sampled,
+        on_invalid=recipe.round.on_invalid,
+        allow_identical_uploads=recipe.round.allow_identical_uploads,
+        starts=starts,
+        statistics=bench.statistics,
+    )
+    trained = train_clients(bench, opened, sampled, starts, observer)
     seconds = {"train": perf_counter() - started}
 
     started = perf_counter()
-    previous = Broadcast(state.layout, state.row)
-    result = _aggregate(bench, trained.cohort, previous)
+    closed = opened.close(_aggregation(bench))
     seconds["aggregate"] = perf_counter() - started
     started = perf_counter()
     modules = []
     # A personalised method has no common product that could miss the mean.
     if recipe.evaluation.diagnostics and not method.capabilities.personalised:
-        factors = method.completed(trained.factors or trained.cohort, previous)
-        found = diagnose(factors, result, previous, method.family, bench.offset)
+        factors = method.completed(trained.factors or closed.cohort, opened.previous)
+        found = diagnose(factors, closed.result, opened.previous, method.family, bench.offset)
         modules = [asdict(diagnosis) for diagnosis in found]
     seconds["diagnose"] = perf_counter() - started
 
     started = perf_counter()
-    private = personalised(bench, state, trained.private, result.personal)
-    after = state.advanced(result.row, result.changed, sampled, private, result.residual)
+    clients = personalised(bench, state, trained.clients, closed.result.personal)
+    after = replace(closed.state, simulated_clients=clients)
     outcome = score(bench, after) if evaluates(bench, t) else Score()
     seconds["evaluate"] = perf_counter() - started
 
-    up = uplink(bench, state, trained.cohort.layout, trained.reported)
+    up = uplink(bench, state, opened.layout, closed.reported)
     after = replace(after, traffic=added(state.traffic, up, down))
     record = round_record(
         bench,
@@ -175,15 +166,15 @@ def run_round(bench: Workbench, state: ServerState, observer: Observer) -> Serve
         outcome,
         ClientReports(trained.losses, trained.local_accuracy, trained.local_loss),
         sampled=sampled,
-        dropped={d.client_id: d.reason for d in trained.cohort.dropped},
-        flags=[*trained.flags, *result.flags],
+        dropped={d.client_id: d.reason for d in closed.cohort.dropped},
+        flags=closed.flags,
         up=up,
         down=down,
         seconds=seconds,
         modules=modules,
         upload_error=fmean(trained.upload_error.values()) if trained.upload_error else None,
     )
-    privacy = privacy_record(recipe, bench.held, private)
+    privacy = privacy_record(recipe, bench.held, clients)
     if privacy is not None:
         record["privacy"] = privacy
     central = central_record(recipe, t + 1)
@@ -221,20 +212,11 @@ def sample_clients(bench: Workbench, round: int) -> tuple[str, ...]:
     return tuple(sorted(everyone[i] for i in chosen.tolist()))
 
 
-def _aggregate(bench: Workbench, cohort: Cohort, previous: Broadcast) -> Aggregate:
-    if bench.recipe.privacy.central.noise_multiplier is not None:
-        return aggregate_centrally(bench.recipe, bench.method, cohort, previous)
-    if not bench.recipe.round.secure_sum or not len(cohort):
-        return bench.method.aggregate(cohort, previous)
-    return aggregate_securely(bench.method, cohort, previous, bench.recipe.seed)
-
-
-def _refuse_identical(bench: Workbench, cohort: Cohort) -> None:
-    linear = bench.method.capabilities.linear
-    if linear or bench.recipe.round.allow_identical_uploads or not identical_rows(cohort.updates):
-        return
-    raise FedcoreError(
-        f"round {cohort.round}: all {len(cohort)} uploads are the same bits, which "
-        f"{bench.method.name} cannot aggregate usefully; clients did not train, or a sum-only "
-        "aggregator replaced their uploads (round.allow_identical_uploads = true accepts it)"
-    )
+def _aggregation(bench: Workbench) -> Aggregation:
+    """The method's server half, behind the noise or the secure sum that the recipe asks for."""
+    recipe, method = bench.recipe, bench.method
+    if recipe.privacy.central.noise_multiplier is not None:
+        return partial(aggregate_centrally, recipe, method)
+    if recipe.round.secure_sum:
+        return partial(aggregate_securely, method, seed=recipe.seed)
+    return method.aggregate

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,12 +11,32 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedcore.data.folders import OWN_LIMIT, delete_file, read_object, replace_folder, write_text
 from fedcore.data.low_rank import LowRank, accumulated, packed, unpacked
-from fedcore.data.peft_files import read_tensors, write_tensors, write_text
+from fedcore.data.peft_files import read_tensors, write_tensors
 from fedcore.errors import FedcoreError
 from fedcore_kernels.layout import FactorLayout
 
-Private = Mapping[str, Mapping[str, Tensor]]
+PerClient = Mapping[str, Mapping[str, Tensor]]
+"""Client id to named tensors."""
+
+_RESUMABLE_STATES = 2
+
+HELD = "held"
+"""What a client of lower rank started its last round from, ``(P,)``."""
+
+PERSONAL_PREFIX, TOLD_PREFIX = "personal:", "told:"
+"""Rows of a client's own that it has not received yet, and what it sent of its data once."""
+
+_FIELDS = {
+    "round": int,
+    "layout": list,
+    "has_private": bool,
+    "versions": dict,
+    "client_versions": dict,
+    "traffic": dict,
+    "record": dict,
+}
 
 
 @dataclass(frozen=True)
@@ -29,8 +47,11 @@ class ServerState:
         round: rounds completed, which is the index of the next one.
         layout: the layout of the global row.
         row: ``(P,)`` the global adapter and dense tensors.
-        private: client id to named tensors that never leave the client (optimiser state, private
-            factors); the local engine keeps them here so that a run can be resumed.
+        simulated_clients: what clients that this process simulates keep to themselves (optimiser
+            state, factors of their own), so that a run can be resumed; empty in a deployment.
+        held_for_clients: what the server holds for a client: the start of its last round where its
+            rank is lower (:data:`HELD`), values of its own that wait for it, what it sent of its
+            data.
         residual: module to the low-rank update of its base weight that the rounds so far add up to.
         residual_sizes: numbers in the increment of each round that had one, by round.
         versions: slot name to the round that last changed it; clients download what is newer than
@@ -43,7 +64,8 @@ class ServerState:
     round: int
     layout: FactorLayout
     row: Tensor
-    private: Private = field(default_factory=dict)
+    simulated_clients: PerClient = field(default_factory=dict)
+    held_for_clients: PerClient = field(default_factory=dict)
     residual: Mapping[str, LowRank] = field(default_factory=dict)
     residual_sizes: Mapping[int, int] = field(default_factory=dict)
     versions: Mapping[str, int] = field(default_factory=dict)
@@ -69,53 +91,97 @@ class ServerState:
         self,
         row: Tensor,
         changed: FactorLayout,
-        cohort: tuple[str, ...],
-        private: Private,
+        *,
+        reported: Sequence[str] = (),
+        silent: Sequence[str] = (),
         residual: Mapping[str, LowRank] | None = None,
+        held_for_clients: PerClient | None = None,
+        record: Mapping[str, Any] | None = None,
     ) -> ServerState:
-        """The state one round later: ``changed`` slots are new, ``cohort`` saw this state.
+        """The state one round later.
 
-        ``residual`` is the increment of the base weights, if any.
+        Args:
+            row: ``(P,)`` the next global row.
+            changed: its slots that are new.
+            reported: clients that replied, so they hold the state that this round started from.
+            silent: clients that took part and did not reply: what they hold is unknown, so they
+                download everything the next time.
+            residual: the increment of the base weights, if any.
+            held_for_clients: in place of what the server held so far.
+            record: what was measured in the round.
         """
         increment = residual or {}
         size = sum(part.numel for part in increment.values())
         sizes = {**self.residual_sizes, **({self.round: size} if size else {})}
         versions = {**self.versions, **{slot.name: self.round for slot in changed}}
-        seen = {**self.client_versions, **dict.fromkeys(cohort, self.round - 1)}
+        seen = {client: v for client, v in self.client_versions.items() if client not in silent}
+        seen |= dict.fromkeys(reported, self.round - 1)
         return replace(
             self,
             round=self.round + 1,
             row=row,
-            private=private,
+            held_for_clients=(
+                self.held_for_clients if held_for_clients is None else held_for_clients
+            ),
             residual=accumulated(self.residual, increment),
             residual_sizes=sizes,
             versions=versions,
             client_versions=seen,
+            record=self.record if record is None else record,
         )
 
 
+def statistics_of(state: ServerState, client: str) -> dict[str, Tensor]:
+    """What ``client`` sent of its data in an earlier round, by name."""
+    return _with_prefix(state, client, TOLD_PREFIX)
+
+
+def personal_of(state: ServerState, client: str) -> dict[str, Tensor]:
+    """Values of its own that wait for ``client``, by the names that its transport gave them."""
+    return _with_prefix(state, client, PERSONAL_PREFIX)
+
+
+def _with_prefix(state: ServerState, client: str, prefix: str) -> dict[str, Tensor]:
+    held = state.held_for_clients.get(client, {})
+    return {
+        name.removeprefix(prefix): tensor
+        for name, tensor in held.items()
+        if name.startswith(prefix)
+    }
+
+
 def write_state(state: ServerState, folder: Path) -> Path:
-    """Write ``state`` as ``folder/round-NNNN``; the folder appears whole or not at all."""
+    """Write ``state`` as ``folder/round-NNNN``; the folder appears whole or not at all.
+
+    Raises:
+        FedcoreError: it cannot be written; what was there before is still there.
+    """
     target = folder / f"round-{state.round:04d}"
-    temporary = folder / f".round-{state.round:04d}.{os.getpid()}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    write_tensors({"row": state.row}, temporary / "server.safetensors")
-    if state.residual:
-        write_tensors(packed(state.residual), temporary / "residual.safetensors")
-    if state.private:
-        flat = {
-            f"{client}/{name}": tensor
-            for client, named in sorted(state.private.items())
-            for name, tensor in named.items()
-        }
-        write_tensors(flat, temporary / "clients.safetensors")
-    about = {
+    # A run that was killed after its last write and resumed writes an equal state again.
+    with replace_folder(target) as new:
+        write_tensors({"row": state.row}, new / "server.safetensors")
+        if state.residual:
+            write_tensors(packed(state.residual), new / "residual.safetensors")
+        clients = _by_client(state)
+        if clients:
+            flat = {
+                f"{client}/{name}": tensor
+                for client, named in sorted(clients.items())
+                for name, tensor in named.items()
+            }
+            write_tensors(flat, new / "clients.safetensors")
+        write_text(json.dumps(_about(state), sort_keys=True) + "\n", new / "state.json")
+    return target
+
+
+def _about(state: ServerState) -> dict[str, Any]:
+    """What ``state.json`` says."""
+    return {
         "round": state.round,
         "layout": [
             [slot.module, slot.factor, slot.rows, slot.width, slot.shape] for slot in state.layout
         ],
-        "has_private": bool(state.private),
+        "has_private": bool(state.simulated_clients or state.held_for_clients),
         "residual_modules": sorted(state.residual),
         "residual_sizes": [[round, size] for round, size in sorted(state.residual_sizes.items())],
         "versions": dict(state.versions),
@@ -123,13 +189,16 @@ def write_state(state: ServerState, folder: Path) -> Path:
         "traffic": dict(state.traffic),
         "record": dict(state.record),
     }
-    write_text(json.dumps(about, sort_keys=True) + "\n", temporary / "state.json")
-    _sync_folder(temporary)
-    # A folder left by a run that was killed after the rename is complete and equal: replace it.
-    shutil.rmtree(target, ignore_errors=True)
-    os.replace(temporary, target)
-    _sync_folder(folder)
-    return target
+
+
+def read_about(folder: Path) -> dict[str, Any]:
+    """What ``state.json`` of a state says, its record among it.
+
+    Raises:
+        FedcoreError: it is missing or malformed, naming it.
+    """
+    # A loss that diverged is a measured value: it may be NaN.
+    return read_object(folder / "state.json", "state", _FIELDS, limit=OWN_LIMIT, finite=False)
 
 
 def read_state(folder: Path) -> ServerState:
@@ -138,19 +207,20 @@ def read_state(folder: Path) -> ServerState:
     Raises:
         FedcoreError: a file is missing or malformed, naming it.
     """
-    about_file = folder / "state.json"
     try:
-        about = json.loads(about_file.read_text(encoding="utf-8"))
+        about = read_about(folder)
         layout = FactorLayout.build(
             [(m, f, rows, width) for m, f, rows, width, shape in about["layout"] if shape is None],
             [(m, tuple(shape)) for m, _, _, _, shape in about["layout"] if shape is not None],
         )
         row = read_tensors(folder / "server.safetensors", "state")["row"]
-        private: dict[str, dict[str, Tensor]] = {}
+        simulated: dict[str, dict[str, Tensor]] = {}
+        held: dict[str, dict[str, Tensor]] = {}
         if about["has_private"]:
             for key, tensor in read_tensors(folder / "clients.safetensors", "state").items():
                 client, _, name = key.partition("/")
-                private.setdefault(client, {})[name] = tensor
+                part = held if _is_held(name) else simulated
+                part.setdefault(client, {})[name] = tensor
         # States of runs without one were written before there was a residual.
         residual_modules = about.get("residual_modules", [])
         parts = read_tensors(folder / "residual.safetensors", "state") if residual_modules else {}
@@ -158,7 +228,8 @@ def read_state(folder: Path) -> ServerState:
             round=about["round"],
             layout=layout,
             row=row,
-            private=private,
+            simulated_clients=simulated,
+            held_for_clients=held,
             residual=unpacked(parts),
             residual_sizes=dict(about.get("residual_sizes", [])),
             versions=about["versions"],
@@ -179,26 +250,25 @@ def latest_state(folder: Path) -> Path | None:
     return found[-1] if found else None
 
 
-def prune_private(folder: Path, keep: int) -> None:
-    """Delete the clients' private tensors of all but the newest ``keep`` states.
+def prune_clients(folder: Path, keep: int) -> None:
+    """Delete the clients' tensors of all but the newest ``keep`` states.
 
     The global row of every round stays; only the newest states can be resumed from.
     """
     for path in sorted(folder.glob("round-*"))[:-keep]:
-        (path / "clients.safetensors").unlink(missing_ok=True)
+        delete_file(path / "clients.safetensors")
 
 
-def _sync_folder(folder: Path) -> None:
-    if os.name != "posix":
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def _by_client(state: ServerState) -> dict[str, dict[str, Tensor]]:
+    """Both kinds of tensors by client, as one file holds them: their names tell them apart."""
+    clients = {client: dict(named) for client, named in state.simulated_clients.items()}
+    for client, named in state.held_for_clients.items():
+        clients.setdefault(client, {}).update(named)
+    return clients
 
 
-_RESUMABLE_STATES = 2
+def _is_held(name: str) -> bool:
+    return name == HELD or name.startswith((PERSONAL_PREFIX, TOLD_PREFIX))
 
 
 def begin(folder: Path | None, resume: bool, fresh: ServerState) -> ServerState:
@@ -212,20 +282,34 @@ def begin(folder: Path | None, resume: bool, fresh: ServerState) -> ServerState:
         if resume:
             raise FedcoreError("resume needs checkpoint_dir, the folder to resume from")
         return fresh
-    newest = latest_state(folder)
-    if newest is None:
+    if latest_state(folder) is None:
         save(fresh, folder)
         return fresh
     if not resume:
         raise FedcoreError(f"{folder} holds states already; pass resume=True or another folder")
-    found = read_state(newest)
-    if found.layout != fresh.layout:
-        raise FedcoreError(f"the state in {newest} is of another adapter than initial_arrays")
-    return found
+    return newest_or(fresh, folder)
+
+
+def newest_or(fresh: ServerState, folder: Path | None) -> ServerState:
+    """The newest state in ``folder``; ``fresh`` where there is none.
+
+    Raises:
+        FedcoreError: the state is damaged, or of another adapter than ``fresh``.
+    """
+    newest = None if folder is None else latest_state(folder)
+    if newest is None:
+        return fresh
+    state = read_state(newest)
+    if state.layout != fresh.layout:
+        raise FedcoreError(
+            f"the state in {newest} is of another adapter than the one that the run starts from; "
+            "pass that adapter or another folder"
+        )
+    return state
 
 
 def save(state: ServerState, folder: Path | None) -> None:
     """Write ``state``, whole or not at all; a folder of None keeps nothing."""
     if folder is not None:
         write_state(state, folder)
-        prune_private(folder, _RESUMABLE_STATES)
+        prune_clients(folder, _RESUMABLE_STATES)

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fedcore.data.adapter_state import AdapterState
-from fedcore.data.cohort import CohortBuilder
 from fedcore.data.exchange import (
     BROADCAST_FILE,
     UPLOAD_FILE,
@@ -18,11 +17,12 @@ from fedcore.data.exchange import (
     write_broadcast,
 )
 from fedcore.data.peft_files import read_adapter
-from fedcore.data.validation import OnInvalid, identical_rows
+from fedcore.data.validation import OnInvalid
 from fedcore.errors import FedcoreError
+from fedcore.federation.server_round import OpenRound
 from fedcore.federation.state import ServerState, latest_state, read_state, write_state
 from fedcore.methods import create_method
-from fedcore.methods.base import Broadcast, Method
+from fedcore.methods.base import Method
 from fedcore.methods.registry import options_of
 from fedcore.methods.requirements import ONE_BROADCAST, refuse
 
@@ -107,6 +107,7 @@ class FileServer:
         *,
         weighting: Weighting = "examples",
         on_invalid: OnInvalid = "raise",
+        allow_identical_uploads: bool = False,
     ) -> FileServer:
         """The server after one more round; this object stays as it is.
 
@@ -115,6 +116,7 @@ class FileServer:
             weighting: by the examples that clients report, or all alike.
             on_invalid: ``"raise"`` names the first bad client, ``"drop"`` leaves bad ones out; who
                 was dropped is in ``state.record``.
+            allow_identical_uploads: accept a round in which all uploads are identical.
 
         Raises:
             FedcoreError: naming client, tensor and value; the federation is then as it was.
@@ -122,49 +124,39 @@ class FileServer:
         if weighting not in ("examples", "uniform"):
             raise FedcoreError(f"weighting is {weighting!r}; pass 'examples' or 'uniform'")
         folders = _folders(uploads)
-        state, method, t = self.state, self.method, self.state.round
-        frozen = self.served.digest_of(method.frozen_layout(state.layout, t))
-        sent = method.upload_layout(state.layout, t)
-        builder = CohortBuilder(sent, list(folders), round=t, dtype=state.row.dtype)
-        flags: list[str] = []
+        method, t = self.method, self.state.round
+        opened = OpenRound(
+            method,
+            self.state,
+            list(folders),
+            on_invalid=on_invalid,
+            allow_identical_uploads=allow_identical_uploads,
+        )
+        frozen = self.served.digest_of(opened.frozen)
         for client in sorted(folders):
             try:
                 upload = read_upload(
                     folders[client],
-                    sent,
+                    opened.layout,
                     self.served.adapter,
                     factors=method.capabilities.uploads == "factors",
                     round=t,
                 )
             except FedcoreError as error:
-                builder.refuse(client, str(error))
+                opened.refuse(client, str(error))
                 continue
-            builder.row(client).copy_(upload.row)
-            builder.receive(
+            opened.receive(
                 client,
+                upload.row,
                 upload.examples if weighting == "examples" else 1.0,
                 round=upload.round,
                 frozen=upload.frozen,
                 expected_frozen=frozen,
+                flags=upload.flags,
             )
             if upload.started_from != self.served.identity:
-                builder.refuse(client, "it started from another broadcast than this server's")
-            flags += [f"{client}: {flag}" for flag in upload.flags]
-        cohort = builder.finish(on_invalid)
-        if not method.capabilities.linear and identical_rows(cohort.updates):
-            raise FedcoreError(
-                f"round {t}: all {len(cohort)} uploads are the same bits, which {method.name} "
-                "cannot aggregate usefully; clients did not train"
-            )
-        result = method.aggregate(cohort, Broadcast(state.layout, state.row))
-        after = state.advanced(result.row, result.changed, cohort.client_ids, {}, result.residual)
-        record = {
-            "round": t,
-            "clients": dict(zip(cohort.client_ids, cohort.weights.tolist(), strict=True)),
-            "dropped": [{"client": d.client_id, "reason": d.reason} for d in cohort.dropped],
-            "flags": [*flags, *result.flags],
-        }
-        after = replace(after, record=record)
+                opened.refuse(client, "it started from another broadcast than this server's")
+        after = opened.close().state
         return replace(self, state=after, served=_next(self.served, after))._written()
 
     def _written(self) -> FileServer:

@@ -7,7 +7,6 @@ that its clients started from; the controller's model is replaced by it whole (`
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,14 +15,13 @@ from torch import Tensor
 
 from fedcore.checks import is_number
 from fedcore.data.adapter_state import AdapterState
-from fedcore.data.cohort import CohortBuilder
 from fedcore.data.keyed_rows import row_from_tensors, tensors_from_row
 from fedcore.data.peft_files import read_adapter, write_adapter
-from fedcore.data.validation import OnInvalid, identical_rows
+from fedcore.data.validation import OnInvalid
 from fedcore.errors import FedcoreError, missing_extra
-from fedcore.federation.state import ServerState, latest_state, read_state, write_state
+from fedcore.federation.server_round import OpenRound
+from fedcore.federation.state import ServerState, newest_or, save
 from fedcore.methods import create_method
-from fedcore.methods.base import Broadcast
 from fedcore.methods.requirements import KEEPS_BASE, ONE_BROADCAST, refuse
 
 try:
@@ -55,7 +53,8 @@ class FedLoRAAggregator(ModelAggregator):  # type: ignore[misc,unused-ignore]
         weight_key: the entry of ``FLModel.meta`` that holds a client's weight.
         on_invalid: ``"raise"`` ends the job at the first invalid upload, ``"drop"`` leaves it out.
         checkpoints: folder for the state after every round, from which a job that is started again
-            goes on; give the controller that round as its ``start_round``.
+            resumes; give the controller that round as its ``start_round``.
+        allow_identical_uploads: accept a round in which all uploads are identical.
 
     Methods that send each client something of its own, or update base weights, are refused: an
     aggregator of NVFlare answers with one model of the adapter's tensors.
@@ -72,11 +71,13 @@ class FedLoRAAggregator(ModelAggregator):  # type: ignore[misc,unused-ignore]
         weight_key: str = NUM_STEPS,
         on_invalid: OnInvalid = "raise",
         checkpoints: str | None = None,
+        allow_identical_uploads: bool = False,
     ) -> None:
         super().__init__()
         # Jobs are written as the arguments of their components, found by these names.
         self.adapter, self.method, self.options = adapter, method, options
         self.weight_key, self.on_invalid, self.checkpoints = weight_key, on_invalid, checkpoints
+        self.allow_identical_uploads = allow_identical_uploads
         if on_invalid not in ("raise", "drop"):
             raise FedcoreError(f"on_invalid is {on_invalid!r}; pass 'raise' or 'drop'")
         self._method = create_method(method, **(options or {}))
@@ -121,31 +122,26 @@ class FedLoRAAggregator(ModelAggregator):  # type: ignore[misc,unused-ignore]
         """
         state, method, t = self._state, self._method, self._state.round
         received, self._received = self._received, {}
-        sent = method.upload_layout(state.layout, t)
-        builder = CohortBuilder(sent, list(received), round=t, dtype=state.row.dtype)
+        opened = OpenRound(
+            method,
+            state,
+            list(received),
+            on_invalid=self.on_invalid,
+            allow_identical_uploads=self.allow_identical_uploads,
+        )
         for client, (row, weight, problem, _) in sorted(received.items()):
             if row is None:
-                builder.refuse(client, problem)
+                opened.refuse(client, problem)
             else:
-                builder.row(client).copy_(row)
-                builder.receive(client, weight)
-        cohort = builder.finish(self.on_invalid)
-        if not method.capabilities.linear and identical_rows(cohort.updates):
-            raise FedcoreError(
-                f"round {t}: all {len(cohort)} uploads are the same bits, which {method.name} "
-                "cannot aggregate usefully; clients did not train"
-            )
-        result = method.aggregate(cohort, Broadcast(state.layout, state.row))
-        after = state.advanced(result.row, result.changed, cohort.client_ids, {})
-        dropped = [{"client": d.client_id, "reason": d.reason} for d in cohort.dropped]
-        record = {"round": t, "dropped": dropped, "flags": list(result.flags)}
-        self._state = replace(after, record=record)
-        for entry in dropped:
-            self.warning(f"round {t}: {entry['client']} was left out: {entry['reason']}")
-        for flag in result.flags:
+                opened.receive(client, row, weight)
+        closed = opened.close()
+        cohort, self._state = closed.cohort, closed.state
+        for drop in cohort.dropped:
+            self.warning(f"round {t}: {drop.client_id} was left out: {drop.reason}")
+        for flag in closed.flags:
             self.warning(f"round {t}: {flag}")
         if self.checkpoints is not None:
-            write_state(self._state, Path(self.checkpoints))
+            save(self._state, Path(self.checkpoints))
         weights = dict(zip(cohort.client_ids, cohort.weights.tolist(), strict=True))
         metrics = {client: received[client][3] for client in weights}
         return FLModel(
@@ -243,17 +239,16 @@ def reply(client: FederatedClient) -> Any:
 def _begin(start: AdapterState, checkpoints: str | None) -> ServerState:
     """The newest state in ``checkpoints``, or the one that ``start`` is."""
     layout = start.layout()
-    newest = None if checkpoints is None else latest_state(Path(checkpoints))
-    if newest is None:
-        return ServerState(round=0, layout=layout, row=start.to_row(layout))
-    state = read_state(newest)
-    if state.layout != layout:
-        raise FedcoreError(f"the state in {newest} is not of the adapter that the job starts from")
-    return state
+    fresh = ServerState(round=0, layout=layout, row=start.to_row(layout))
+    return newest_or(fresh, None if checkpoints is None else Path(checkpoints))
 
 
 def _arrays(adapter: AdapterState) -> dict[str, Any]:
-    return {key: tensor.float().numpy() for key, tensor in adapter.to_peft().items()}
+    # NumPy has fp64 and fp32; narrower formats travel as fp32.
+    return {
+        key: (tensor if tensor.dtype == torch.float64 else tensor.float()).numpy()
+        for key, tensor in adapter.to_peft().items()
+    }
 
 
 def _tensor(key: str, value: Any) -> Tensor:

@@ -19,7 +19,7 @@ def final(run):
 
 
 def own_rows(state):
-    return {client: named["row"] for client, named in state.private.items()}
+    return {client: named["row"] for client, named in state.simulated_clients.items()}
 
 
 def slot_of(state, row, module, factor):
@@ -73,7 +73,7 @@ def test_fedsa_clients_go_on_from_the_common_a_and_their_own_b(home, tmp_path, m
     start(tiny_recipe(home, **{"method.name": "fedsa"}), tmp_path / "run")
     for client in ("client-00", "client-03"):
         state, row = starts[1, client]
-        own = state.private[client]["row"]
+        own = state.simulated_clients[client]["row"]
         for module in state.layout.modules:
             assert torch.equal(
                 slot_of(state, row, module, "A"), slot_of(state, state.row, module, "A")

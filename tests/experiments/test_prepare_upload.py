@@ -109,9 +109,9 @@ def test_clients_turn_by_the_server_round_also_after_a_restart(
     assert turns == [turn for turn in per_round[1:] for _ in range(4)]
     whole, cut = final(tmp_path / "whole"), final(tmp_path / "cut")
     assert torch.equal(whole.row, cut.row)
-    for client, tensors in whole.private.items():
+    for client, tensors in whole.simulated_clients.items():
         for name, tensor in tensors.items():
-            assert torch.equal(tensor, cut.private[client][name]), (client, name)
+            assert torch.equal(tensor, cut.simulated_clients[client][name]), (client, name)
 
 
 def test_a_turn_changes_the_upload_and_nothing_the_client_keeps(home, tmp_path):
@@ -129,9 +129,9 @@ def test_a_turn_changes_the_upload_and_nothing_the_client_keeps(home, tmp_path):
     assert not torch.equal(plain.row, runs["turned"][0].row)
     # Round 0 turns nothing, so both runs train from the same state in round 1.
     turned, after = runs["turned"]
-    for client, tensors in plain.private.items():
+    for client, tensors in plain.simulated_clients.items():
         for name, tensor in tensors.items():
-            assert torch.equal(tensor, turned.private[client][name]), (client, name)
+            assert torch.equal(tensor, turned.simulated_clients[client][name]), (client, name)
     assert plain.traffic == turned.traffic
     assert record["train_loss"] == after["train_loss"]
     for one, other in zip(record["clients"], after["clients"], strict=True):

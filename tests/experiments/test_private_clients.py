@@ -142,9 +142,9 @@ def test_an_interrupted_run_ends_with_the_same_bits(settings, steps, home, tmp_p
     resume(tmp_path / "cut")
     whole, cut = last_state(tmp_path / "whole"), last_state(tmp_path / "cut")
     assert torch.equal(whole.row, cut.row)
-    for client, tensors in whole.private.items():
+    for client, tensors in whole.simulated_clients.items():
         for name, tensor in tensors.items():
-            assert torch.equal(tensor, cut.private[client][name]), (client, name)
+            assert torch.equal(tensor, cut.simulated_clients[client][name]), (client, name)
     spent = [[line.get("privacy") for line in lines(tmp_path / run)] for run in ("whole", "cut")]
     assert spent[0] == spent[1]
 
@@ -183,7 +183,7 @@ def test_more_noise_changes_the_model_and_no_noise_multiplier_leaves_it(home, tm
     }.items():
         summary = start(tiny_recipe(home, rounds=1, **settings), tmp_path / name)
         assert (summary["privacy"] is None) == (name in ("plain", "delta alone"))
-        assert (SPENT in last_state(tmp_path / name).private.get("client-00", {})) == (
+        assert (SPENT in last_state(tmp_path / name).simulated_clients.get("client-00", {})) == (
             summary["privacy"] is not None
         )
         rows[name] = last_state(tmp_path / name).row

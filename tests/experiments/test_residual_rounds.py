@@ -94,7 +94,7 @@ def test_clients_download_the_increments_that_they_missed_or_the_sum_if_smaller(
     nothing = layout.select((), dense=False)
     increment = {"m": LowRank(torch.ones(3, 6), torch.ones(3, 4))}
     for cohort in (("a", "b"), ("a",), ("a",)):
-        state = state.advanced(state.row, nothing, cohort, {}, increment)
+        state = state.advanced(state.row, nothing, reported=cohort, residual=increment)
     # a saw the states before rounds 0, 1 and 2, so it misses round 2's; b misses all three.
     assert state.stale_residual("a") == 3 * 10
     # Three increments of 30 numbers; their sum has rank 4, the smaller side: 40 numbers.

@@ -80,9 +80,9 @@ def test_an_interrupted_run_ends_with_the_same_bits(settings, steps, home, tmp_p
     whole, cut = final_rows(tmp_path / "whole"), final_rows(tmp_path / "cut")
     assert torch.equal(whole.row, cut.row)
     assert whole.traffic == cut.traffic
-    for client, tensors in whole.private.items():
+    for client, tensors in whole.simulated_clients.items():
         for name, tensor in tensors.items():
-            assert torch.equal(tensor, cut.private[client][name]), (client, name)
+            assert torch.equal(tensor, cut.simulated_clients[client][name]), (client, name)
     for file in (tmp_path / "whole").glob("adapter*/**/*.safetensors"):
         twin = tmp_path / "cut" / file.relative_to(tmp_path / "whole")
         assert file.read_bytes() == twin.read_bytes()
@@ -239,9 +239,9 @@ def test_the_order_in_which_clients_train_changes_nothing(method, home, tmp_path
     start(recipe, tmp_path / "backward")
     one, other = final_rows(tmp_path / "forward"), final_rows(tmp_path / "backward")
     assert torch.equal(one.row, other.row)
-    for client, tensors in one.private.items():
+    for client, tensors in one.simulated_clients.items():
         for name, tensor in tensors.items():
-            assert torch.equal(tensor, other.private[client][name])
+            assert torch.equal(tensor, other.simulated_clients[client][name])
 
 
 def test_rounds_without_any_client_keep_the_state(home, tmp_path):
@@ -327,7 +327,7 @@ def test_identical_uploads_are_refused_by_methods_they_would_fool(home, tmp_path
         return LocalResult(0.0, 0, {})
 
     monkeypatch.setattr(client_turn, "train_client", lazy)
-    with pytest.raises(FedcoreError, match="all 4 uploads are the same bits"):
+    with pytest.raises(FedcoreError, match="all 4 uploads are identical"):
         start(tiny_recipe(home), tmp_path / "a")
     start(tiny_recipe(home, **{"round.allow_identical_uploads": True}), tmp_path / "b")
     start(tiny_recipe(home, **{"method.name": "fedit"}), tmp_path / "c")

@@ -5,7 +5,7 @@ from fedcore.errors import FedcoreError
 from fedcore.federation.state import (
     ServerState,
     latest_state,
-    prune_private,
+    prune_clients,
     read_state,
     write_state,
 )
@@ -21,12 +21,18 @@ def make(round=0, **changes):
 
 def test_a_state_round_trips_to_the_bit(tmp_path):
     private = {"client-1": {"q.A/exp_avg": torch.randn(2, 5), "q.A/step": torch.tensor(3.0)}}
-    state = make(3, private=private, versions={"q.A": 2}, traffic={"up_head": 7})
-    state = state.advanced(state.row, LAYOUT.select("B"), ("client-1",), private)
+    held = {"client-1": {"held": torch.ones(4), "told:mean": torch.randn(3)}}
+    state = make(3, simulated_clients=private, versions={"q.A": 2}, traffic={"up_head": 7})
+    changed = LAYOUT.select("B")
+    state = state.advanced(state.row, changed, reported=("client-1",), held_for_clients=held)
     back = read_state(write_state(state, tmp_path))
     assert back.layout == state.layout
     assert torch.equal(back.row, state.row)
-    assert torch.equal(back.private["client-1"]["q.A/exp_avg"], private["client-1"]["q.A/exp_avg"])
+    # One file holds what clients keep and what the server holds for them; names tell them apart.
+    for part, expected in ((back.simulated_clients, private), (back.held_for_clients, held)):
+        assert part["client-1"].keys() == expected["client-1"].keys()
+        for name, tensor in expected["client-1"].items():
+            assert torch.equal(part["client-1"][name], tensor)
     assert (back.round, back.versions, back.client_versions, back.traffic) == (
         4,
         {"q.A": 2, "q.B": 3, "head": 3, "scale": 3},
@@ -65,8 +71,8 @@ def test_damaged_states_are_refused(tmp_path):
 
 def test_only_the_newest_states_keep_private_tensors(tmp_path):
     for round in range(4):
-        write_state(make(round, private={"c": {"x": torch.ones(1)}}), tmp_path)
-    prune_private(tmp_path, 2)
+        write_state(make(round, simulated_clients={"c": {"x": torch.ones(1)}}), tmp_path)
+    prune_clients(tmp_path, 2)
     kept = sorted(p.parent.name for p in tmp_path.glob("*/clients.safetensors"))
     assert kept == ["round-0002", "round-0003"]
     assert len(list(tmp_path.glob("*/server.safetensors"))) == 4
@@ -77,8 +83,8 @@ def test_a_client_downloads_what_changed_since_it_last_took_part():
     only_b = LAYOUT.select("B", dense=False)
     only_a = LAYOUT.select("A", dense=False)
     assert state.stale_for("x").numel == LAYOUT.numel
-    state = state.advanced(state.row, only_b, ("x", "y"), {})  # round 0: x, y
-    state = state.advanced(state.row, only_a, ("x",), {})  # round 1: x
+    state = state.advanced(state.row, only_b, reported=("x", "y"))  # round 0: x, y
+    state = state.advanced(state.row, only_a, reported=("x",))  # round 1: x
     assert {s.name for s in state.stale_for("x")} == {"q.A"}
     assert {s.name for s in state.stale_for("y")} == {"q.A", "q.B"}
     assert state.stale_for("z").numel == LAYOUT.numel

@@ -193,8 +193,10 @@ def test_identical_uploads_are_refused_where_they_mean_nothing_was_learnt(tmp_pa
     server = FileServer.create(tmp_path / "federation", start_of(gram_llama()), "florg")
     train_and_upload(gram_llama, server.broadcast, tmp_path, "site-1")
     one = tmp_path / "uploads-0" / "site-1"
-    with pytest.raises(FedcoreError, match="all 2 uploads are the same bits"):
+    with pytest.raises(FedcoreError, match="all 2 uploads are identical"):
         server.round({"a": one, "b": one})
+    accepted = server.round({"a": one, "b": one}, allow_identical_uploads=True)
+    assert accepted.state.round == 1
 
 
 def test_uniform_weighting_ignores_the_examples(rolora: tuple[FileServer, Path]) -> None:

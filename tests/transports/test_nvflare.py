@@ -294,7 +294,9 @@ def test_a_job_goes_on_from_its_checkpoints(start: Callable[[str], str], tmp_pat
     persistor = AdapterPersistor(folder, str(tmp_path / "final"), checkpoints=kept)
     served, wanted = persistor.load_model(None)["weights"], straight.global_params()
     assert all(np.array_equal(served[key], value) for key, value in wanted.items())
-    with pytest.raises(FedcoreError, match="is not of the adapter that the job starts from"):
+    with pytest.raises(
+        FedcoreError, match="is of another adapter than the one that the run starts from"
+    ):
         FedLoRAAggregator(start("florg"), "florg", checkpoints=kept)
 
 
@@ -448,3 +450,32 @@ def test_trainers_take_part(tmp_path: Path, start: Callable[[str], str]) -> None
             mean = (6 * replies[0].params[key] + 10 * replies[1].params[key]) / 16
             np.testing.assert_allclose(value, mean, rtol=1e-5, atol=1e-7)
             assert not np.array_equal(value, before[key])
+
+
+def test_identical_uploads_are_refused_unless_they_are_accepted(
+    start: Callable[[str], str],
+) -> None:
+    folder = start("florg")
+
+    def answer(**options: Any) -> Any:
+        aggregator = FedLoRAAggregator(folder, "florg", **options)
+        for client in WEIGHTS:
+            one = upload(aggregator, "site-1")
+            one.meta["client_name"] = client
+            aggregator.accept_model(one)
+        return aggregator.aggregate_model()
+
+    with pytest.raises(FedcoreError, match="all 2 uploads are identical"):
+        answer()
+    assert answer(allow_identical_uploads=True).current_round == 0
+
+
+def test_an_fp64_adapter_stays_fp64(tmp_path: Path) -> None:
+    adapter = live_adapter(lora_bert().double())
+    folder = str(write_adapter(adapter, tmp_path / "start"))
+    aggregator = FedLoRAAggregator(folder, "fedit")
+    assert aggregator.state.row.dtype == torch.float64
+    for client in WEIGHTS:
+        aggregator.accept_model(upload(aggregator, client))
+    answer = aggregator.aggregate_model()
+    assert {array.dtype for array in answer.params.values()} == {np.dtype("float64")}

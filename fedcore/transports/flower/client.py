@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fedcore.data.low_rank import LowRank, packed, unpacked
 from fedcore.errors import FedcoreError
-from fedcore.experiments.client_models import HELD, OWN, with_own
+from fedcore.experiments.client_models import OWN, with_own
 from fedcore.experiments.client_round import drops_out, take_turn
 from fedcore.experiments.observer import Observer
 from fedcore.experiments.privacy import check_local
@@ -144,9 +144,7 @@ def train(
         memory.own,
         Observer(),
     )
-    # What a client of lower rank started from is the server's to remember.
-    kept = {name: tensor for name, tensor in turn.kept.items() if name != HELD}
-    replace(memory, own=kept or memory.own).write(context.state, run)
+    replace(memory, own=turn.kept or memory.own).write(context.state, run)
     sent = bench.method.upload_layout(layout, order.round)
     whole = bench.method.capabilities.uploads == "statistics"
     tensors = wire.pack(turn.upload, sent, None if whole else ranks)
@@ -187,7 +185,9 @@ def _updated(
         raise FedcoreError(f"{client} holds nothing of this run and was sent a part of it")
     news = wire.unpack(tensors, part, bench.ranks.get(client))
     layout = wire.layout
-    row = torch.zeros(layout.size) if order.whole or memory.row is None else memory.row
+    row = memory.row
+    if row is None or order.whole:
+        row = torch.zeros(layout.size, dtype=news.dtype)
     row = layout.scatter(row, part, news)
     own = dict(memory.own)
     if PERSONAL in content.array_records:

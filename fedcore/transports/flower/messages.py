@@ -13,7 +13,11 @@ from torch import Tensor
 
 from fedcore.data.adapter_state import AdapterState
 from fedcore.data.keyed_rows import Ranks, row_from_tensors, slot_name, tensors_from_row
+from fedcore.data.low_rank import packed
 from fedcore.errors import FedcoreError
+from fedcore.federation.downloads import Download
+from fedcore.federation.state import ServerState, personal_of, statistics_of
+from fedcore.methods.base import Method
 from fedcore_kernels.layout import FactorLayout
 
 BF16_TAG = ":bf16"
@@ -176,7 +180,8 @@ class Wire:
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor]) -> tuple[Wire, Tensor]:
-        """The wire of the adapter ``tensors``, by PEFT's keys, and its row ``(P,)`` fp32.
+        """The wire of the adapter ``tensors``, by PEFT's keys, and its row ``(P,)``: fp64 where the
+        adapter is, otherwise fp32.
 
         Raises:
             FedcoreError: no tensor, integers, several adapter families, two keys of one meaning, a
@@ -185,7 +190,8 @@ class Wire:
         adapter = AdapterState.from_tensors(tensors)
         layout = adapter.layout()
         wire = cls(layout, adapter.keys, adapter.family, adapter.constants)
-        return wire, adapter.to_row(layout).float()
+        row = adapter.to_row(layout)
+        return wire, row if row.dtype == torch.float64 else row.float()
 
     def pack(
         self, row: Tensor, part: FactorLayout, ranks: Ranks | None = None
@@ -222,3 +228,109 @@ class Wire:
         if unknown:
             raise FedcoreError(f"{unknown[0]} is no tensor of the adapter")
         return self.layout.part(names)
+
+
+def broadcast_content(
+    state: ServerState,
+    method: Method,
+    wire: Wire,
+    client: str,
+    ranks: Ranks | None,
+    download: Download,
+    *,
+    config: ConfigRecord,
+    arrays_key: str,
+    config_key: str,
+) -> RecordDict:
+    """The content of the message that brings ``download`` to ``client``.
+
+    Args:
+        config: the user's; the round's configuration is added to a copy of it.
+        arrays_key, config_key: the names under which Flower's strategy sends its records.
+    """
+    part = download.part
+    tensors = wire.pack(state.layout.gather(download.start, part), part, ranks)
+    if not download.known:
+        tensors |= {wire.keys[name]: tensor for name, tensor in wire.constants.items()}
+    plan = method.plan(state.round)
+    order = Order(
+        round=state.round,
+        method=method.name,
+        trains=",".join(sorted(plan.trains)),
+        sends=",".join(sorted(plan.sends)),
+        whole=download.whole,
+        tell=method.capabilities.wants_features and not statistics_of(state, client),
+    )
+    round_config = ConfigRecord(dict(config))
+    order.write(round_config)
+    content = RecordDict({arrays_key: to_arrays(tensors), config_key: round_config})
+    personal = personal_of(state, client)
+    if personal:
+        content[PERSONAL] = to_arrays(personal)
+    if download.residual:
+        content[RESIDUAL] = to_arrays(packed(state.residual))
+    if method.capabilities.uploads == "statistics" and ranks is not None:
+        content[BROADCAST] = to_arrays(wire.pack(state.row, state.layout))
+    return content
+
+
+@dataclass(frozen=True)
+class ReplyContent:
+    """What a reply holds.
+
+    Attributes:
+        row: ``(P,)`` in the upload layout of the round.
+        weight: the client's.
+        reply: what it says of its upload.
+        statistics: what it says of its data, by name.
+    """
+
+    row: Tensor
+    weight: float
+    reply: Reply
+    statistics: Mapping[str, Tensor]
+
+
+def read_reply(
+    content: RecordDict,
+    wire: Wire,
+    layout: FactorLayout,
+    client: str,
+    ranks: Ranks | None,
+    *,
+    unchanged: Mapping[str, Tensor],
+    weight_key: str,
+) -> ReplyContent:
+    """One client's upload, a row of ``layout``; its values are not looked at.
+
+    Args:
+        unchanged: slot name to what may come along, if it is equal.
+        weight_key: the metric that holds the client's weight.
+
+    Raises:
+        FedcoreError: what is wrong with the reply.
+    """
+    reply = Reply.read(content)
+    if reply.client and reply.client != client:
+        raise FedcoreError(f"its reply is from {reply.client!r}")
+    records = {name: r for name, r in content.array_records.items() if name != TOLD}
+    if len(records) != 1:
+        raise FedcoreError(f"its reply has {len(records)} array records; one is needed")
+    row = wire.unpack(from_arrays(next(iter(records.values()))), layout, ranks, unchanged)
+    statistics = content.array_records.get(TOLD)
+    return ReplyContent(
+        row,
+        _weight(content, weight_key),
+        reply,
+        {} if statistics is None else from_arrays(statistics),
+    )
+
+
+def _weight(content: RecordDict, key: str) -> float:
+    for metrics in content.metric_records.values():
+        if key in metrics:
+            weight = metrics[key]
+            if isinstance(weight, int | float):
+                return float(weight)
+            raise FedcoreError(f"its {key} is {weight!r}; pass one number")
+    raise FedcoreError(f"its reply does not say {key}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from time import perf_counter, sleep
 from typing import Any
@@ -19,11 +20,12 @@ from fedcore.experiments.run_folder import RunFolder
 from fedcore.experiments.setup import Workbench
 from fedcore.experiments.traffic import added, downlink, uplink
 from fedcore.federation.diagnostics import diagnose
+from fedcore.federation.server_round import ClosedRound
 from fedcore.federation.state import ServerState
-from fedcore.methods.base import Aggregate, Broadcast
+from fedcore.methods.base import Broadcast
 from fedcore.transports.flower.client import METRICS
 from fedcore.transports.flower.messages import Reply
-from fedcore.transports.flower.strategy import FedLoRA, Received, wait_for_nodes
+from fedcore.transports.flower.strategy import FedLoRA, wait_for_nodes
 
 
 class RecipeStrategy(FedLoRA):
@@ -82,37 +84,37 @@ class RecipeStrategy(FedLoRA):
         """The recipe's."""
         return self._bench.ranks.get(client)
 
-    def record(self, after: ServerState, received: Received, result: Aggregate) -> dict[str, Any]:
+    def record(self, closed: ClosedRound, replies: Mapping[str, RecordDict]) -> dict[str, Any]:
         """The same record as a local run's, without times that a server cannot know."""
-        bench, before = self._bench, self.state
+        bench, before, cohort = self._bench, self.state, closed.cohort
         seconds = {"train": perf_counter() - self._began, "save": self._save_seconds}
         started = perf_counter()
         modules: list[Any] = []
-        previous = Broadcast(before.layout, before.row)
         able = self.method.capabilities
         factors = able.uploads == "factors" and not able.personalised
         if bench.recipe.evaluation.diagnostics and factors:
-            cohort = self.method.completed(received.cohort, previous)
-            found = diagnose(cohort, result, previous, self.method.family, bench.offset)
+            previous = Broadcast(before.layout, before.row)
+            complete = self.method.completed(cohort, previous)
+            found = diagnose(complete, closed.result, previous, self.method.family, bench.offset)
             modules = [asdict(diagnosis) for diagnosis in found]
         seconds["diagnose"] = perf_counter() - started
         started = perf_counter()
-        shared = not self.method.capabilities.personalised
-        outcome = score(bench, after) if shared and evaluates(bench, before.round) else Score()
+        measured = not able.personalised and evaluates(bench, before.round)
+        outcome = score(bench, closed.state) if measured else Score()
         seconds["evaluate"] = perf_counter() - started
-        told = [_told(received, k) for k in ("train-loss", "local-accuracy", "local-loss")]
+        names = ("train-loss", "local-accuracy", "local-loss")
         absent = set(self._sampled) - {who.client for who in self._asked.values()}
-        dropped = {d.client_id: d.reason for d in received.cohort.dropped}
+        dropped = {d.client_id: d.reason for d in cohort.dropped}
         dropped |= dict.fromkeys(absent, "no node of it is connected")
         return round_record(
             bench,
             before.round,
             outcome,
-            ClientReports(*told),
+            ClientReports(*(_reported(replies, name) for name in names)),
             sampled=self._sampled,
             dropped=dropped,
-            flags=[*received.flags, *result.flags],
-            up=uplink(bench, before, received.cohort.layout, received.reported),
+            flags=closed.flags,
+            up=uplink(bench, before, cohort.layout, closed.reported),
             down=downlink(bench, before, self._sampled),
             seconds=seconds,
             modules=modules,
@@ -172,12 +174,11 @@ class RecipeStrategy(FedLoRA):
             self._forget(name)
 
 
-def _told(received: Received, key: str) -> dict[str, float]:
-    """What the clients of the cohort say of their training, by name."""
-    found = {}
-    for client, message in zip(received.cohort.client_ids, received.contents, strict=True):
-        metrics = message.content.metric_records.get(METRICS, MetricRecord())
-        value = metrics.get(key)
+def _reported(replies: Mapping[str, RecordDict], name: str) -> dict[str, float]:
+    """What the clients of the cohort report of their training, by client."""
+    values = {}
+    for client, content in replies.items():
+        value = content.metric_records.get(METRICS, MetricRecord()).get(name)
         if isinstance(value, int | float):
-            found[client] = float(value)
-    return found
+            values[client] = float(value)
+    return values

@@ -42,9 +42,9 @@ from torch import Tensor
 
 from fedcore.data.keyed_rows import slot_name
 from fedcore.errors import FedcoreError
+from fedcore.federation.server_round import OpenRound
 from fedcore.federation.state import ServerState, begin, save
 from fedcore.methods import Method, create_method
-from fedcore.methods.base import Broadcast
 from fedcore.methods.requirements import SECURE_SUM, SENDS_FACTORS, refuse
 from fedcore.transports.flower.messages import Wire
 
@@ -128,8 +128,9 @@ class SecureFedLoRA(FedAvg):
                 f"round {t}: the uploads differ, so nobody summed them before the server saw them; "
                 "run SecureFedLoRA in DefaultWorkflow(fit_workflow=SecAggPlusWorkflow(...))"
             )
-        sent = self.method.upload_layout(state.layout, t)
-        names = [slot.name for slot in sent]
+        # Whose uploads are in the sum is not for the server to see, so nobody counts as up to date.
+        opened = OpenRound(self.method, state, ())
+        names = [slot.name for slot in opened.layout]
         if len(uploads[0]) != len(names):
             raise FedcoreError(
                 f"round {t}: the mean has {len(uploads[0])} tensors, not {len(names)}"
@@ -139,20 +140,16 @@ class SecureFedLoRA(FedAvg):
             for name, array in zip(names, uploads[0], strict=True)
         }
         try:
-            mean = self.wire.unpack(tensors, sent)
+            mean = self.wire.unpack(tensors, opened.layout)
         except FedcoreError as error:
             raise FedcoreError(f"round {t}: the mean does not fit: {error}") from None
-        if not torch.isfinite(mean).all():
-            raise FedcoreError(f"round {t}: the mean holds values that are not finite")
-        result = self.method.from_mean(mean, sent, Broadcast(state.layout, state.row))
-        after = state.advanced(result.row, result.changed, (), {}, result.residual)
-        record = {"round": t, "uploads": len(results), "flags": list(result.flags)}
-        self.state = replace(after, record=record)
+        after = opened.close_on_mean(mean).state
+        self.state = replace(after, record={**after.record, "uploads": len(results)})
         save(self.state, self._folder)
         metrics = {}
         if self.fit_metrics_aggregation_fn is not None:
-            told = [(result.num_examples, result.metrics) for _, result in results]
-            metrics = self.fit_metrics_aggregation_fn(told)
+            reports = [(result.num_examples, result.metrics) for _, result in results]
+            metrics = self.fit_metrics_aggregation_fn(reports)
         return self._parameters(), metrics
 
     def _parameters(self) -> Parameters:
@@ -204,7 +201,8 @@ def upload_arrays(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> N
         tensor = held[slot_name(key)].detach().cpu()
         if not torch.isfinite(tensor).all():
             raise FedcoreError(f"{key} holds values that are not finite")
-        found.append(tensor.float().numpy())
+        # NumPy has fp64 and fp32; narrower formats are summed as fp32.
+        found.append((tensor if tensor.dtype == torch.float64 else tensor.float()).numpy())
     return found
 
 

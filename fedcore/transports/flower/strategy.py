@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from logging import INFO, WARNING
 from pathlib import Path
 from time import sleep
@@ -17,26 +17,21 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Result
 from torch import Tensor
 
-from fedcore.data.cohort import Cohort, CohortBuilder
 from fedcore.data.keyed_rows import Ranks, tensors_from_row
-from fedcore.data.low_rank import packed
 from fedcore.data.seeding import derive_seed
-from fedcore.data.validation import Dropped, OnInvalid, digest, identical_rows
+from fedcore.data.validation import OnInvalid, digest
 from fedcore.errors import FedcoreError
-from fedcore.experiments.client_models import HELD
+from fedcore.federation.downloads import download
+from fedcore.federation.server_round import ClosedRound, OpenRound
 from fedcore.federation.state import ServerState, begin, save
 from fedcore.methods import create_method
-from fedcore.methods.base import Aggregate, Broadcast, Method
+from fedcore.methods.base import Method
 from fedcore.methods.requirements import EXCHANGES, refuse
 from fedcore.transports.flower.messages import (
-    BROADCAST,
-    PERSONAL,
-    RESIDUAL,
-    TOLD,
-    Order,
-    Reply,
     Wire,
+    broadcast_content,
     from_arrays,
+    read_reply,
     to_arrays,
 )
 from fedcore_kernels.layout import FactorLayout
@@ -49,142 +44,6 @@ class Asked:
     client: str
     ranks: Ranks | None
     start: Tensor
-
-
-@dataclass(frozen=True)
-class Received:
-    """What a round brought.
-
-    Attributes:
-        cohort: the valid uploads; its ``dropped`` tells of all others.
-        contents: the replies of the cohort's clients, in its order.
-        reported: every client that replied, with whatever.
-        flags: those of the uploads, each with its client's name.
-    """
-
-    cohort: Cohort
-    contents: tuple[Message, ...]
-    reported: tuple[str, ...]
-    flags: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class _Upload:
-    row: Tensor
-    weight: float
-    reply: Reply
-    told: Mapping[str, Tensor]
-
-
-def receive(
-    state: ServerState,
-    wire: Wire,
-    method: Method,
-    asked: Mapping[int, Asked],
-    replies: Sequence[Message],
-    *,
-    weight_key: str,
-    on_invalid: OnInvalid,
-    allow_identical: bool,
-) -> Received:
-    """Read, check and gather ``replies``; nodes that sent an error, or nothing, are left out.
-
-    Raises:
-        FedcoreError: an upload is invalid and ``on_invalid`` is ``"raise"``, or all uploads are the
-            same bits and the method needs them to differ.
-    """
-    layout, t = state.layout, state.round
-    sent, frozen = method.upload_layout(layout, t), method.frozen_layout(layout, t)
-    builder = CohortBuilder(sent, [who.client for who in asked.values()], round=t)
-    constants = [wire.constants[name] for name in sorted(wire.constants)]
-    contents: dict[str, Message] = {}
-    flags: list[str] = []
-    statistics: dict[str, dict[str, Tensor]] = {}
-    failed: dict[str, str] = {}
-    reported = []
-    for message in replies:
-        who = asked.get(message.metadata.src_node_id)
-        if who is None:
-            continue
-        if message.has_error():
-            failed[who.client] = f"its node sent an error: {message.error.reason}"
-            continue
-        reported.append(who.client)
-        whole = method.capabilities.uploads == "statistics"
-        try:
-            found = _read(message, wire, state, method, who, weight_key)
-        except FedcoreError as error:
-            builder.refuse(who.client, str(error))
-            continue
-        builder.row(who.client).copy_(found.row)
-        flags += [f"{who.client}: {flag}" for flag in found.reply.flags]
-        held = digest(layout.gather(who.start, frozen), frozen, constants)
-        builder.receive(
-            who.client,
-            found.weight,
-            round=found.reply.round if found.reply.round >= 0 else None,
-            frozen=found.reply.frozen or None,
-            expected_frozen=held if found.reply.frozen else None,
-            ranks=None if whole else who.ranks,
-        )
-        contents[who.client] = message
-        kept = state.private.get(who.client, {})
-        earlier = {n: v for n, v in kept.items() if n.startswith(TOLD_PREFIX)}
-        told = {n.removeprefix(TOLD_PREFIX): v for n, v in earlier.items()} | dict(found.told)
-        if told:
-            statistics[who.client] = told
-    cohort = builder.finish(on_invalid)
-    if not method.capabilities.linear and not allow_identical and identical_rows(cohort.updates):
-        raise FedcoreError(
-            f"round {t}: all {len(cohort)} uploads are the same bits, which {method.name} cannot "
-            "aggregate usefully; clients did not train, or a sum-only aggregator replaced their "
-            "uploads (allow_identical_uploads=True accepts it)"
-        )
-    dropped = [Dropped(d.client_id, failed.get(d.client_id, d.reason)) for d in cohort.dropped]
-    told_by = {client: statistics[client] for client in cohort.client_ids if client in statistics}
-    return Received(
-        cohort=replace(cohort, dropped=tuple(dropped), statistics=told_by),
-        contents=tuple(contents[client] for client in cohort.client_ids),
-        reported=tuple(reported),
-        flags=tuple(flags),
-    )
-
-
-def _read(
-    message: Message, wire: Wire, state: ServerState, method: Method, who: Asked, weight_key: str
-) -> _Upload:
-    """One reply's upload.
-
-    Raises:
-        FedcoreError: what is wrong with it; its values are not looked at.
-    """
-    content, layout = message.content, state.layout
-    reply = Reply.read(content)
-    if reply.client and reply.client != who.client:
-        raise FedcoreError(f"its reply is from {reply.client!r}")
-    records = {name: r for name, r in content.array_records.items() if name != TOLD}
-    if len(records) != 1:
-        raise FedcoreError(f"its reply has {len(records)} array records; one is needed")
-    # A factor that nobody trains may come along as it was, as PEFT's state dicts have it.
-    frozen = method.frozen_layout(layout, state.round)
-    held = tensors_from_row(layout.gather(who.start, frozen), frozen, who.ranks)
-    ranks = None if method.capabilities.uploads == "statistics" else who.ranks
-    sent = method.upload_layout(layout, state.round)
-    row = wire.unpack(from_arrays(next(iter(records.values()))), sent, ranks, held)
-    told = content.array_records.get(TOLD)
-    return _Upload(
-        row, _weight(content, weight_key), reply, from_arrays(told) if told is not None else {}
-    )
-
-
-def _weight(content: RecordDict, key: str) -> float:
-    for metrics in content.metric_records.values():
-        if key in metrics:
-            weight = metrics[key]
-            if isinstance(weight, int | float):
-                return float(weight)
-            raise FedcoreError(f"its {key} is {weight!r}; pass one number")
-    raise FedcoreError(f"its reply does not say {key}")
 
 
 def wait_for_nodes(grid: Grid, wanted: int, poll: float = 1.0) -> list[int]:
@@ -201,102 +60,6 @@ def sample_nodes(grid: Grid, fraction: float, least: int, available: int, seed: 
     generator = torch.Generator().manual_seed(derive_seed(seed, "sample"))
     chosen = torch.randperm(len(nodes), generator=generator)[:wanted]
     return sorted(nodes[i] for i in chosen.tolist())
-
-
-PERSONAL_PREFIX, TOLD_PREFIX = "personal:", "told:"
-"""How the server's state names what it keeps for a client: rows that it has not seen yet, and what
-it told of its data."""
-
-
-@dataclass(frozen=True)
-class Download:
-    """One client's message.
-
-    Attributes:
-        content: of the message.
-        start: ``(P,)`` the shared row that the client starts from.
-    """
-
-    content: RecordDict
-    start: Tensor
-
-
-def start_row(state: ServerState, method: Method, client: str, ranks: Ranks | None) -> Tensor:
-    """The global row ``(P,)``, or the method's approximation of it at the client's ``ranks``."""
-    if ranks is None:
-        return state.row
-    held = state.private.get(client, {}).get(HELD, state.row)
-    wanted = [ranks[module] for module in state.layout.modules]
-    return method.for_client(
-        Broadcast(state.layout, state.row), Broadcast(state.layout, held), wanted
-    )
-
-
-def download(
-    state: ServerState,
-    wire: Wire,
-    method: Method,
-    client: str,
-    ranks: Ranks | None,
-    *,
-    config: ConfigRecord,
-    arrays_key: str,
-    config_key: str,
-    whole: bool,
-) -> Download:
-    """The message's content for ``client``.
-
-    Args:
-        config: the user's; the order is added to a copy of it.
-        whole: send everything; otherwise what changed since the client last took part.
-    """
-    layout, own = state.layout, state.private.get(client, {})
-    row = start_row(state, method, client, ranks)
-    known = client in state.client_versions
-    held = own.get(HELD) if ranks is not None else None
-    everything = whole or not known or (ranks is not None and held is None)
-    if everything:
-        part = layout
-    elif held is not None:
-        # What a client of lower rank receives may differ in other slots than those that changed.
-        part = _differing(layout, row, held)
-    else:
-        part = state.stale_for(client)
-    tensors = wire.pack(layout.gather(row, part), part, ranks)
-    if whole or not known:
-        tensors |= {wire.keys[name]: tensor for name, tensor in wire.constants.items()}
-    told = any(name.startswith(TOLD_PREFIX) for name in own)
-    plan = method.plan(state.round)
-    order = Order(
-        round=state.round,
-        method=method.name,
-        trains=",".join(sorted(plan.trains)),
-        sends=",".join(sorted(plan.sends)),
-        whole=everything,
-        tell=method.capabilities.wants_features and not told,
-    )
-    told_config = ConfigRecord(dict(config))
-    order.write(told_config)
-    content = RecordDict({arrays_key: to_arrays(tensors), config_key: told_config})
-    personal = {
-        name.removeprefix(PERSONAL_PREFIX): tensor
-        for name, tensor in own.items()
-        if name.startswith(PERSONAL_PREFIX)
-    }
-    if personal:
-        content[PERSONAL] = to_arrays(personal)
-    if state.residual and (everything or state.stale_residual(client)):
-        content[RESIDUAL] = to_arrays(packed(state.residual))
-    if method.capabilities.uploads == "statistics" and ranks is not None:
-        content[BROADCAST] = to_arrays(wire.pack(state.row, layout))
-    return Download(content, row)
-
-
-def _differing(layout: FactorLayout, row: Tensor, held: Tensor) -> FactorLayout:
-    """The slots in which two rows differ."""
-    return layout.part(
-        s.name for s in layout if not torch.equal(layout.view(row, s), layout.view(held, s))
-    )
 
 
 class FedLoRA(FedAvg):
@@ -316,7 +79,7 @@ class FedLoRA(FedAvg):
         send: ``"all"`` sends the whole adapter every round, for clients that keep nothing;
             ``"changed"`` what is new since the client last took part.
         ranks: node id to the client's rank, where it is below that of the initial adapter.
-        allow_identical_uploads: accept a round in which all uploads are the same bits.
+        allow_identical_uploads: accept a round in which all uploads are identical.
         seed: of the draw of the nodes that take part.
         fedavg: FedAvg's own keyword arguments.
 
@@ -543,20 +306,20 @@ class FedLoRA(FedAvg):
         self, node: int, client: str, config: ConfigRecord, *, whole: bool, asks: bool
     ) -> RecordDict:
         ranks = self.ranks_of(node, client)
-        found = download(
+        found = download(self.state, self.method, client, ranks, everything=whole)
+        if asks:
+            self._asked[node] = Asked(client, ranks, found.start)
+        return broadcast_content(
             self.state,
-            self.wire,
             self.method,
+            self.wire,
             client,
             ranks,
+            found,
             config=config,
             arrays_key=self.arrayrecord_key,
             config_key=self.configrecord_key,
-            whole=whole,
         )
-        if asks:
-            self._asked[node] = Asked(client, ranks, found.start)
-        return found.content
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -569,82 +332,91 @@ class FedLoRA(FedAvg):
         """
         messages = list(replies)
         self._check_and_log_replies(messages, is_train=True, validate=False)
-        state = self.state
-        received = receive(
-            state,
-            self.wire,
-            self.method,
-            self._asked,
-            messages,
-            weight_key=self.weighted_by_key,
-            on_invalid=self.on_invalid,
-            allow_identical=self.allow_identical_uploads,
-        )
-        for drop in received.cohort.dropped:
+        opened, contents = self._received(messages)
+        closed = opened.close(name_personal=partial(self._pack_upload, opened.layout))
+        for drop in closed.cohort.dropped:
             log(WARNING, "round %s: %s: %s", server_round, drop.client_id, drop.reason)
-        result = self.method.aggregate(received.cohort, Broadcast(state.layout, state.row))
-        for flag in (*received.flags, *result.flags):
+        for flag in closed.flags:
             log(WARNING, "round %s: %s", server_round, flag)
-        after = state.advanced(
-            result.row,
-            result.changed,
-            received.reported,
-            self._private(received, result),
-            result.residual,
-        )
-        # A node that failed may have lost what it held: it gets everything the next time.
-        silent = {who.client for who in self._asked.values()} - set(received.reported)
-        versions = {c: v for c, v in after.client_versions.items() if c not in silent}
-        after = replace(after, client_versions=versions)
-        after = replace(after, record=self.record(after, received, result))
-        self._state = self.keep(after)
+        valid = {client: contents[client] for client in closed.cohort.client_ids}
+        self._state = self.keep(replace(closed.state, record=self.record(closed, valid)))
         metrics = None
-        if len(received.cohort):
-            metrics = self.train_metrics_aggr_fn(
-                [message.content for message in received.contents], self.weighted_by_key
-            )
+        if valid:
+            metrics = self.train_metrics_aggr_fn(list(valid.values()), self.weighted_by_key)
         return self.arrays(), metrics
+
+    def _received(self, replies: Iterable[Message]) -> tuple[OpenRound, dict[str, RecordDict]]:
+        """The round with all that came back, and the clients' replies by name."""
+        asked = self._asked
+        opened = OpenRound(
+            self.method,
+            self.state,
+            [who.client for who in asked.values()],
+            on_invalid=self.on_invalid,
+            allow_identical_uploads=self.allow_identical_uploads,
+            starts={who.client: who.start for who in asked.values() if who.ranks is not None},
+        )
+        constants = [self.wire.constants[name] for name in sorted(self.wire.constants)]
+        layout, frozen = self.state.layout, opened.frozen
+        contents: dict[str, RecordDict] = {}
+        for message in replies:
+            who = asked.get(message.metadata.src_node_id)
+            if who is None:
+                continue
+            if message.has_error():
+                reason = f"its node sent an error: {message.error.reason}"
+                opened.unreachable(who.client, reason)
+                continue
+            # A factor that nobody trains may come along as it was, as PEFT's state dicts have it.
+            unchanged = tensors_from_row(layout.gather(who.start, frozen), frozen, who.ranks)
+            ranks = None if self.method.capabilities.uploads == "statistics" else who.ranks
+            try:
+                upload = read_reply(
+                    message.content,
+                    self.wire,
+                    opened.layout,
+                    who.client,
+                    ranks,
+                    unchanged=unchanged,
+                    weight_key=self.weighted_by_key,
+                )
+            except FedcoreError as error:
+                opened.refuse(who.client, str(error))
+                continue
+            reply = upload.reply
+            held = digest(layout.gather(who.start, frozen), frozen, constants)
+            opened.receive(
+                who.client,
+                upload.row,
+                upload.weight,
+                round=reply.round if reply.round >= 0 else None,
+                frozen=reply.frozen or None,
+                expected_frozen=held if reply.frozen else None,
+                ranks=ranks,
+                flags=reply.flags,
+                statistics=upload.statistics,
+            )
+            contents[who.client] = message.content
+        return opened, contents
+
+    def _pack_upload(self, layout: FactorLayout, row: Tensor) -> dict[str, Tensor]:
+        return self.wire.pack(row.to(self.state.row.dtype), layout)
 
     def _forget(self, client: str) -> None:
         """Send everything to ``client`` the next time."""
         versions = {c: v for c, v in self.state.client_versions.items() if c != client}
         self._state = replace(self.state, client_versions=versions)
 
-    def record(self, after: ServerState, received: Received, result: Aggregate) -> dict[str, Any]:
-        """What is written about a round, as JSON."""
-        dropped = [{"client": d.client_id, "reason": d.reason} for d in received.cohort.dropped]
-        found = {
-            "round": after.round - 1,
-            "sampled": sorted(who.client for who in self._asked.values()),
-            "dropped": dropped,
-            "flags": [*received.flags, *result.flags],
-        }
-        json.dumps(found, allow_nan=False)
-        return found
+    def record(self, closed: ClosedRound, replies: Mapping[str, RecordDict]) -> dict[str, Any]:
+        """What is written about a round, as JSON.
+
+        Args:
+            replies: those of the cohort's clients, by name.
+        """
+        sampled = sorted(who.client for who in self._asked.values())
+        return {"sampled": sampled, **closed.record}
 
     def keep(self, after: ServerState) -> ServerState:
         """Save the state of a completed round, atomically, and return it as it was saved."""
         save(after, self._folder)
         return after
-
-    def _private(self, received: Received, result: Aggregate) -> dict[str, dict[str, Tensor]]:
-        """What the server keeps for its clients: low-rank starts, rows of their own, statistics."""
-        state = self.state
-        found = {client: dict(named) for client, named in state.private.items()}
-        for who in self._asked.values():
-            if who.client not in received.reported:
-                continue
-            own = found.setdefault(who.client, {})
-            # The client has merged these into its own values by now.
-            for name in [n for n in own if n.startswith(PERSONAL_PREFIX)]:
-                del own[name]
-            if who.ranks is not None:
-                own[HELD] = who.start
-        for client, told in received.cohort.statistics.items():
-            for name, tensor in told.items():
-                found[client][TOLD_PREFIX + name] = tensor
-        upload = self.method.upload_layout(state.layout, state.round)
-        for client, row in result.personal.items():
-            for key, tensor in self.wire.pack(row.to(state.row.dtype), upload).items():
-                found.setdefault(client, {})[PERSONAL_PREFIX + key] = tensor
-        return {client: named for client, named in found.items() if named}

@@ -92,11 +92,11 @@ def test_what_clients_keep_is_what_the_local_engine_keeps_for_them(home, tmp_pat
     for node, context in grid.contexts.items():
         client = f"client-{(1000 - node) // 7:02d}"
         own = Memory.read(context.state, "").own
-        assert own.keys() == local.private[client].keys()
+        assert own.keys() == local.simulated_clients[client].keys()
         for name, tensor in own.items():
-            assert torch.equal(tensor, local.private[client][name]), (client, name)
+            assert torch.equal(tensor, local.simulated_clients[client][name]), (client, name)
     # Nothing of it is on the server.
-    assert not strategy.state.private
+    assert not strategy.state.held_for_clients
 
 
 @pytest.mark.parametrize("ranks", [{}, {"adapter.rank": 4, "adapter.client_ranks": [4, 1, 2]}])

@@ -191,7 +191,8 @@ def test_clients_of_lower_rank_get_and_send_their_own():
     strategy = quiet("product_svd", ranks={2: 1})
     run(strategy, {2: client(2, seen)}, rounds=2)
     assert shapes == [(1, 6), (1, 6)]
-    assert strategy.state.private.keys() == {"node-2"}
+    assert strategy.state.held_for_clients.keys() == {"node-2"}
+    assert not strategy.state.simulated_clients
     with pytest.raises(FedcoreError, match=r"client node-2: .*shape \(4, 6\), \(1, 6\) was asked"):
         run(quiet("product_svd", ranks={2: 1}), {2: client(2, lambda t: trained(2, adapter(0)))})
 
@@ -249,7 +250,7 @@ def test_a_run_that_ends_early_goes_on_to_the_same_bits(method, tmp_path):
     assert not grid.sent
     assert from_arrays(again.arrays).keys() == SHAPES.keys()
     other = {k.replace("query", "value"): t for k, t in adapter(0).items()}
-    with pytest.raises(FedcoreError, match="of another adapter than initial_arrays"):
+    with pytest.raises(FedcoreError, match="of another adapter than the one"):
         run(quiet(method), rounds=4, initial=other, **options)
 
 
@@ -299,7 +300,7 @@ def keeper(node):
 
 def test_uploads_of_the_same_bits_are_refused_where_they_would_hide_a_sum():
     same = {n: client(1, weight=1.0) for n in (1, 2, 3)}
-    with pytest.raises(FedcoreError, match="all 3 uploads are the same bits"):
+    with pytest.raises(FedcoreError, match="all 3 uploads are identical"):
         run(quiet("fedex"), same)
     run(quiet("fedex", allow_identical_uploads=True), same)
     run(quiet("fedit"), same)
@@ -370,3 +371,19 @@ def plan_only(method):
         return {**tensors, A: adapter(0)[A]}
 
     return change
+
+
+def test_an_fp64_adapter_stays_fp64():
+    strategy = quiet()
+    start = adapter(0, dtype=torch.float64)
+    result, _ = run(strategy, rounds=2, initial=start)
+    assert strategy.state.row.dtype == torch.float64
+    expected = start
+    for _ in range(2):
+        parts = [trained(n, expected) for n in (1, 2, 3)]
+        expected = {
+            k: sum(n / 6 * p[k] for n, p in zip((1, 2, 3), parts, strict=True)) for k in start
+        }
+    for key, tensor in from_arrays(result.arrays).items():
+        assert tensor.dtype == torch.float64
+        torch.testing.assert_close(tensor, expected[key], rtol=1e-13, atol=1e-13)
