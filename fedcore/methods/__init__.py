@@ -10,7 +10,7 @@ from fedcore.methods.base import (
     Upload,
 )
 from fedcore.methods.catalog import METHODS
-from fedcore.methods.registry import create_method, describe_methods, find_method, register
+from fedcore.methods.registry import create_method, describe_methods, find_method, register_method
 
 __all__ = [
     "METHODS",
@@ -24,5 +24,5 @@ __all__ = [
     "create_method",
     "describe_methods",
     "find_method",
-    "register",
+    "register_method",
 ]

@@ -12,7 +12,7 @@ from pkgutil import walk_packages
 from types import ModuleType
 
 from fedcore.methods.base import Method
-from fedcore.methods.registry import register
+from fedcore.methods.registry import register_method
 
 _ROOMS = ("baselines", "gram", "lora", "robust", "tri")
 
@@ -49,5 +49,5 @@ def _shipped() -> list[type[Method]]:
     return sorted(found, key=lambda kind: (places.get(kind.name, len(places)), kind.name))
 
 
-METHODS: tuple[type[Method], ...] = tuple(register(method) for method in _shipped())
+METHODS: tuple[type[Method], ...] = tuple(register_method(method) for method in _shipped())
 """All methods that are shipped, in the order in which tables show them."""

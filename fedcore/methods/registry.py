@@ -18,7 +18,7 @@ _Class = TypeVar("_Class", bound=type[Method])
 _CLASSES: dict[str, type[Method]] = {}
 
 
-def register(method: _Class) -> _Class:
+def register_method(method: _Class) -> _Class:
     """Make ``method`` known by its name and aliases; returns it, so that it can decorate a class.
 
     Every option of it needs a default.

@@ -13,7 +13,7 @@ from fedcore.methods import (
     create_method,
     describe_methods,
     find_method,
-    register,
+    register_method,
     registry,
 )
 from fedcore.methods.registry import default_methods, options_of
@@ -116,8 +116,8 @@ def test_a_method_is_found_where_its_file_stands(path, tmp_path, monkeypatch):
 def test_a_method_of_another_package_is_made_known(own_registry):
     with pytest.raises(FedcoreError, match="unknown method 'foreign'"):
         create_method("foreign")
-    assert register(Foreign) is Foreign
-    register(Foreign)
+    assert register_method(Foreign) is Foreign
+    register_method(Foreign)
     method = create_method("strange", strict=True)
     assert method == Foreign(strict=True)
     assert create_method(method.name, **options_of(method)) == method
@@ -130,7 +130,7 @@ def test_a_method_of_another_package_is_made_known(own_registry):
 def test_a_name_is_given_once(taken, own_registry):
     clash = type("Clash", (Foreign,), {"aliases": (), **taken})
     with pytest.raises(FedcoreError, match=r"Clash: '(fedit|flexlora)' is the name of"):
-        register(clash)
+        register_method(clash)
     assert clash not in registry.method_classes()
 
 
