@@ -364,10 +364,10 @@ class Method(ABC):
             FedcoreError: a rank out of its range, another number of ranks than modules, or ranks
                 below the layout's where the method needs equal ones.
         """
-        kept = checked_ranks(state.layout, ranks)
+        rank_of = checked_ranks(state.layout, ranks)
         row = state.row.clone()
         for slot in state.layout.factor_slots:
-            rank = kept[slot.module]
+            rank = rank_of[slot.module]
             if rank < slot.rows:
                 if not self.capabilities.mixed_ranks:
                     raise FedcoreError(
@@ -435,13 +435,13 @@ def checked_ranks(layout: FactorLayout, ranks: Sequence[int]) -> dict[str, int]:
     modules = layout.modules
     if len(ranks) != len(modules):
         raise FedcoreError(f"ranks has {len(ranks)} entries; pass one for each of {modules}")
-    kept = dict(zip(modules, map(int, ranks), strict=True))
+    rank_of = dict(zip(modules, map(int, ranks), strict=True))
     for slot in layout.factor_slots:
-        if not 1 <= kept[slot.module] <= slot.rows:
+        if not 1 <= rank_of[slot.module] <= slot.rows:
             raise FedcoreError(
-                f"ranks asks for {kept[slot.module]} in {slot.module}; pass 1 to {slot.rows}"
+                f"ranks asks for {rank_of[slot.module]} in {slot.module}; pass 1 to {slot.rows}"
             )
-    return kept
+    return rank_of
 
 
 def unchanged(previous: Broadcast, reason: str) -> Aggregate:

@@ -36,7 +36,7 @@ def _modules(name: str) -> Iterator[ModuleType]:
 
 
 def _shipped() -> list[type[Method]]:
-    found = [
+    kinds = [
         kind
         for room in _ROOMS
         for module in _modules(f"{__package__}.{room}")
@@ -46,7 +46,7 @@ def _shipped() -> list[type[Method]]:
         if kind.__module__ == module.__name__ and not isabstract(kind)
     ]
     places = {name: place for place, name in enumerate(_ORDER)}
-    return sorted(found, key=lambda kind: (places.get(kind.name, len(places)), kind.name))
+    return sorted(kinds, key=lambda kind: (places.get(kind.name, len(places)), kind.name))
 
 
 METHODS: tuple[type[Method], ...] = tuple(register_method(method) for method in _shipped())

@@ -109,15 +109,15 @@ class FlorgTruncated(Method):
 
         Leading rows of the global factor would not be the best of their rank once it was turned.
         """
-        layout, kept = state.layout, checked_ranks(state.layout, ranks)
+        layout, rank_of = state.layout, checked_ranks(state.layout, ranks)
         row = state.row.clone()
         one = torch.ones(1, dtype=torch.float64)
         for group in layout.groups:
-            own, before, out = group.view(state.row), group.view(held.row), group.view(row)
-            for rank in {kept[module] for module in group.modules} - {group.rows}:
-                where = [j for j, module in enumerate(group.modules) if kept[module] == rank]
+            factors, before, out = group.view(state.row), group.view(held.row), group.view(row)
+            for rank in {rank_of[module] for module in group.modules} - {group.rows}:
+                where = [j for j, module in enumerate(group.modules) if rank_of[module] == rank]
                 step = truncated_step(
-                    own[None, where], one, before[where][:, :rank], rank, align=self.align
+                    factors[None, where], one, before[where][:, :rank], rank, align=self.align
                 )
                 out[where] = F.pad(step.factor, (0, 0, 0, group.rows - rank)).to(row.dtype)
         return row

@@ -119,8 +119,8 @@ class FlorgWhitened(LinearMethod):
         statistics = row.clone()
         for group in layout.groups:
             _, basis = _basis(group, broadcast)
-            found = whitened_upload(group.view(row), basis)
-            group.view(statistics).copy_(found * self.scale)
+            statistic = whitened_upload(group.view(row), basis)
+            group.view(statistics).copy_(statistic * self.scale)
         return Upload(statistics)
 
     def from_mean(self, mean: Tensor, layout: FactorLayout, previous: Broadcast) -> Aggregate:
@@ -136,11 +136,11 @@ class FlorgWhitened(LinearMethod):
         for group in layout.groups:
             mixing, basis = _basis(group, previous)
             total = group.view(mean).double() / self.scale
-            found = whitened_step(total, mixing, basis, self.eps_rel)
+            step = whitened_step(total, mixing, basis, self.eps_rel)
             target = previous.layout.by_name
-            for module, factor in zip(group.modules, found.factor, strict=True):
+            for module, factor in zip(group.modules, step.factor, strict=True):
                 previous.layout.view(row, target[f"{module}.A"]).copy_(factor)
-            reports = steps_of(group.modules, found.rank, found.condition, found.gap)
+            reports = steps_of(group.modules, step.rank, step.condition, step.gap)
             steps |= reports
             flags += rank_flags(layout, reports)
             flags += [
@@ -157,10 +157,10 @@ def _basis(group: SlotGroup, broadcast: Broadcast) -> tuple[Tensor, Tensor]:
     for module in group.modules:
         slot = layout.by_name.get(f"{module}.A")
         if slot is None or (slot.rows, slot.width) != (group.rows, group.width):
-            held = "missing from" if slot is None else f"{slot.rows} x {slot.width} in"
+            there = "missing from" if slot is None else f"{slot.rows} x {slot.width} in"
             raise FedcoreError(
                 f"florg.whitened: {module}.A of the upload is {group.rows} x {group.width}; it is "
-                f"{held} the broadcast"
+                f"{there} the broadcast"
             )
         if slot.rows > slot.width:
             raise FedcoreError(
@@ -181,5 +181,5 @@ def _asymmetry(core: Tensor) -> Iterable[float]:
     skew = torch.linalg.matrix_norm(core - core.mT) / 2
     negative = core.diagonal(dim1=-2, dim2=-1).clamp(max=0).norm(dim=-1)
     size = torch.linalg.matrix_norm(core)
-    found: list[float] = torch.where(size > 0, (skew + negative) / size, 0.0).tolist()
-    return found
+    asymmetry: list[float] = torch.where(size > 0, (skew + negative) / size, 0.0).tolist()
+    return asymmetry

@@ -103,11 +103,13 @@ class FedRot(LinearMethod):
         for group in pair_groups(layout):
             stacks, goals = group.stacks(row[None]), group.stacks(before)
             chosen = [g if f in used else None for f, g in zip("BA", goals, strict=True)]
-            found = rotations(stacks, chosen, self.strength)
-            outer, inner = (rotate(stack, found.rotation)[0] for stack in stacks)
+            fit = rotations(stacks, chosen, self.strength)
+            outer, inner = (rotate(stack, fit.rotation)[0] for stack in stacks)
             group.write(turned, outer, inner)
-            lost = found.singular[0].tolist()
-            unturned += [m for m, singular in zip(group.modules, lost, strict=True) if singular]
+            ambiguous = fit.singular[0].tolist()
+            unturned += [
+                m for m, singular in zip(group.modules, ambiguous, strict=True) if singular
+            ]
         if not unturned:
             return Upload(turned)
         count = f"{len(unturned)} of {len(layout.modules)} modules not turned"

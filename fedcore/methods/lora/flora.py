@@ -104,9 +104,9 @@ class Flora(Method):
         for group in pair_groups(layout):
             outer, inner = group.stacks(cohort.updates)
             for j, module in enumerate(group.modules):
-                own = ranks[:, columns[module]]
-                real = (torch.arange(group.rank) < own[:, None]).to(row.device)
-                weights = shares.repeat_interleave(own).to(row.device)[:, None]
+                real_ranks = ranks[:, columns[module]]
+                real = (torch.arange(group.rank) < real_ranks[:, None]).to(row.device)
+                weights = shares.repeat_interleave(real_ranks).to(row.device)[:, None]
                 residual[module] = LowRank(
                     (weights * outer[:, j][real]).to(row.dtype), inner[:, j][real].to(row.dtype)
                 )

@@ -102,18 +102,18 @@ class Florist(Method):
         short: dict[str, float] = {}
         for group in pair_groups(layout):
             outer, inner = group.stacks(cohort.updates)
-            found = product_svd(outer, inner, cohort.weights, self.max_rank)
-            wanted = energy_rank(found.values, self.tau)
-            ranks = torch.minimum(wanted, found.rank)
-            tail, gap = tail_and_gap(found.values, ranks)
-            kept = 1 - (tail / torch.linalg.vector_norm(found.values, dim=-1)).square()
-            steps |= steps_of(group.modules, ranks, spread(found.values, ranks), gap)
+            best = product_svd(outer, inner, cohort.weights, self.max_rank)
+            wanted = energy_rank(best.values, self.tau)
+            ranks = torch.minimum(wanted, best.rank)
+            tail, gap = tail_and_gap(best.values, ranks)
+            energy = 1 - (tail / torch.linalg.vector_norm(best.values, dim=-1)).square()
+            steps |= steps_of(group.modules, ranks, spread(best.values, ranks), gap)
             for j, module in enumerate(group.modules):
                 rank = steps[module].rank
                 if rank < wanted[j]:
-                    short[module] = float(kept[j])
+                    short[module] = float(energy[j])
                 if rank:
-                    sides = (side[j, :rank].to(row.dtype) for side in (found.left, found.right))
+                    sides = (side[j, :rank].to(row.dtype) for side in (best.left, best.right))
                     residual[module] = LowRank(*(side.clone() for side in sides))
         flags: tuple[str, ...] = ()
         if short:

@@ -109,9 +109,9 @@ def _ridge_inverse(gram: Tensor, lam: float) -> tuple[Tensor, Tensor, Tensor]:
     """
     values, vectors = eigh_small(gram)
     shifted = values + lam * gram.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True)
-    kept = (shifted > EPS_REL * shifted[:, :1]) & (shifted > 0)
-    inverse = torch.where(kept, shifted.reciprocal(), 0.0)
+    usable = (shifted > EPS_REL * shifted[:, :1]) & (shifted > 0)
+    inverse = torch.where(usable, shifted.reciprocal(), 0.0)
     rank = ((values > EPS_REL * values[:, :1]) & (values > 0)).sum(-1)
-    smallest = torch.where(kept, shifted, inf).amin(-1)
-    condition = torch.where(kept[:, 0], shifted[:, 0] / smallest, inf)
+    smallest = torch.where(usable, shifted, inf).amin(-1)
+    condition = torch.where(usable[:, 0], shifted[:, 0] / smallest, inf)
     return (vectors * inverse[:, None, :]) @ vectors.mT, rank, condition

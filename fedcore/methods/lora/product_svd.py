@@ -115,9 +115,9 @@ class ProductSvd(Method):
         Raises:
             FedcoreError: a rank out of its range, or another number of ranks than modules.
         """
-        layout, kept = state.layout, checked_ranks(state.layout, ranks)
+        layout, rank_of = state.layout, checked_ranks(state.layout, ranks)
         row = state.row.clone()
-        for group in pair_groups(layout, kept):
+        for group in pair_groups(layout, rank_of):
             outer, inner = group.stacks(state.row)
             self._write(row, group, outer[None], inner[None], torch.ones(1), held.row)
         return row
@@ -132,13 +132,13 @@ class ProductSvd(Method):
         held: Tensor,
     ) -> dict[str, StepReport]:
         """Put the factors of one group into ``row`` and report its modules."""
-        found = product_svd(outer, inner, weights, group.kept, split=self.split)
-        factors = found.left, found.right
+        best = product_svd(outer, inner, weights, group.kept, split=self.split)
+        factors = best.left, best.right
         if self.align:
             factors = _turned(factors, group.stacks(held), group.kept)
         group.write(row, *factors)
-        condition = spread(found.values, found.rank)
-        return steps_of(group.modules, found.rank, condition, found.gap)
+        condition = spread(best.values, best.rank)
+        return steps_of(group.modules, best.rank, condition, best.gap)
 
 
 def _turned(

@@ -164,15 +164,15 @@ class RobustKrum(RobustMethod):
         scores = nearest.sum(1)
         # Rows stand in the order of client ids, which a stable sort keeps among equals.
         order = scores.argsort(stable=True)
-        kept = torch.zeros_like(weights)
-        kept[order[:keep]] = weights[order[:keep]]
+        remaining = torch.zeros_like(weights)
+        remaining[order[:keep]] = weights[order[:keep]]
         worst = float(scores[order[keep - 1]])
         flags = tuple(
             f"{clients[n]}: left out, its score {scores[n]:.3g} is not among the "
             f"{keep} lowest, up to {worst:.3g}"
             for n in sorted(order[keep:].tolist())
         )
-        return Decision(kept, flags=flags)
+        return Decision(remaining, flags=flags)
 
 
 @dataclass(frozen=True)
@@ -219,13 +219,13 @@ class RobustMedian(RobustMethod):
         middle = float(median(others[centre]))
         deviation = float(median((others[centre] - middle).abs()))
         threshold = middle + self.cutoff * deviation
-        kept = gaps[centre] <= threshold * (1 + _EQUAL)
+        near = gaps[centre] <= threshold * (1 + _EQUAL)
         flags = tuple(
             f"{clients[n]}: left out, {gaps[centre, n]:.3g} from the most central client "
             f"{clients[centre]}, more than {threshold:.3g}"
-            for n in (~kept).nonzero()[:, 0].tolist()
+            for n in (~near).nonzero()[:, 0].tolist()
         )
-        return Decision(weights * kept, flags=flags)
+        return Decision(weights * near, flags=flags)
 
 
 @dataclass(frozen=True)

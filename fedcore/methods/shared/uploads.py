@@ -77,9 +77,9 @@ def with_broadcast_rows(cohort: Cohort, previous: Broadcast) -> Cohort:
         for slot in layout.factor_slots:
             if slot.module != module:
                 continue
-            held = previous.layout.view(previous.row, previous.layout.by_name[slot.name])
+            start = previous.layout.view(previous.row, previous.layout.by_name[slot.name])
             for n in (cohort.ranks[:, j] < slot.rows).nonzero()[:, 0].tolist():
                 rank = int(cohort.ranks[n, j])
-                layout.view(updates[n], slot)[rank:] = held[rank:].to(updates.dtype)
+                layout.view(updates[n], slot)[rank:] = start[rank:].to(updates.dtype)
             ranks[:, j] = slot.rows
     return replace(cohort, updates=updates, ranks=ranks)

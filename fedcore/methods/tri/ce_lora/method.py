@@ -220,8 +220,8 @@ class CELoRA(Method):
         if self.similarity == "cka":
             return cka_similarity(cores).cpu().numpy()
         if self.reference == "previous_mean":
-            held = previous.layout.gather(previous.row, cohort.layout).to(cohort.updates.dtype)
-            starts = [group.view(held) for group in groups]
+            mean = previous.layout.gather(previous.row, cohort.layout).to(cohort.updates.dtype)
+            starts = [group.view(mean) for group in groups]
         else:
             # Rows are R times the client's scaling, so what does not move is that times I.
             columns = {module: j for j, module in enumerate(cohort.layout.modules)}
