@@ -54,7 +54,7 @@ class FedRot(LinearMethod):
     Source: FedRot-LoRA, arXiv 2602.23638.
 
     Raises:
-        FedcoreError: ``strength`` is no number in [0, 1], or ``reference`` is unknown.
+        FedcoreError: ``strength`` is not a number in [0, 1], or ``reference`` is unknown.
     """
 
     strength: float = 0.5

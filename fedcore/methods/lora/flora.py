@@ -52,7 +52,7 @@ class Flora(Method):
     Source: FLoRA, arXiv 2409.05976.
 
     Raises:
-        FedcoreError: ``max_rank`` is no positive integer, or ``seed`` no integer.
+        FedcoreError: ``max_rank`` is not a positive integer, or ``seed`` not an integer.
     """
 
     max_rank: int | None = None

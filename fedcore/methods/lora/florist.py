@@ -53,8 +53,8 @@ class Florist(Method):
     core gives the same.
 
     Raises:
-        FedcoreError: ``tau`` is no number in (0, 1], ``max_rank`` no positive integer, or ``seed``
-            no integer.
+        FedcoreError: ``tau`` is not a number in (0, 1], ``max_rank`` not a positive integer, or
+            ``seed`` not an integer.
     """
 
     tau: float = 0.9
