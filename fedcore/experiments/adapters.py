@@ -46,7 +46,7 @@ def generation_sample(bench: Workbench, start: Tensor, state: ServerState) -> Sa
     bench.residual.load({})
     before = continued(start)
     bench.residual.load(state.residual)
-    own = bench.trainers[0] if bench.method.traits.personalised else None
+    own = bench.trainers[0] if bench.method.capabilities.personalised else None
     after = continued(state.row if own is None else client_row(bench, state, own))
     return Sample(
         domain=bench.label_names[int(bench.examples.labels[chosen])],
@@ -76,7 +76,7 @@ def write_adapters(bench: Workbench, state: ServerState, folder: Path) -> list[P
         tensors = {s.name: state.layout.view(state.row, s).clone() for s in state.layout}
         write_tensors(tensors, head / "model.safetensors")
         return [head]
-    if bench.method.traits.personalised:
+    if bench.method.capabilities.personalised:
         return [
             path
             for client in sorted(state.simulated_clients)

@@ -82,7 +82,7 @@ def take_turn(
     kept = {**result.state}
     if recipe.privacy.noise_multiplier is not None:
         kept[SPENT] = steps_after(own, result.steps)
-    if method.traits.personalised:
+    if method.capabilities.personalised:
         kept[OWN] = bench.binding.read()
     trained = bench.binding.read(read)
     upload = method.prepare_upload(trained, read, broadcast, round)
@@ -116,7 +116,7 @@ def _trained(
     dense = frozenset(slot.name for slot in layout.dense_slots)
     optimiser = recipe.optimiser.settings(method)
     # A method that starts a fresh adapter every round leaves nothing to go on with.
-    state = {} if method.restarts else own
+    state = {} if method.capabilities.restarts else own
     seed = derive_seed(recipe.seed, "train", round, client)
     indices, local = bench.training_indices(client), local_settings(bench)
     private = recipe.privacy.settings()

@@ -39,7 +39,7 @@ def evaluates(bench: Workbench, round: int) -> bool:
 def score(bench: Workbench, state: ServerState) -> Score:
     """The quality of ``state``: of its global model, or of every client's own."""
     bench.residual.load(state.residual)
-    if not bench.method.traits.personalised:
+    if not bench.method.capabilities.personalised:
         found = _evaluate_row(bench, state.row)
         return _score(
             found.accuracy, found.loss, {c: found.on(s) for c, s in bench.test_shards.items()}
@@ -50,7 +50,7 @@ def score(bench: Workbench, state: ServerState) -> Score:
         accuracies.append(found.accuracy)
         losses.append(found.loss)
         own[client] = found.on(bench.test_shards[client])
-    alone = bench.method.population == "alone"
+    alone = bench.method.capabilities.population == "alone"
     count = len(accuracies)
     return _score(sum(accuracies) / count, sum(losses) / count, {} if alone else own)
 

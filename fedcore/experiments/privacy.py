@@ -12,8 +12,8 @@ from torch import Tensor
 from fedcore.data.cohort import Cohort
 from fedcore.errors import FedcoreError
 from fedcore.federation.records import CentralPrivacySpent, PrivacySpent
-from fedcore.methods import METHODS
 from fedcore.methods.base import Aggregate, Broadcast, Method
+from fedcore.methods.requirements import NOISY_MEAN, SENDS_NO_STATISTICS, of_family, refuse
 from fedcore.privacy import SecureSum
 from fedcore.privacy.accounting import Spending, epsilon
 from fedcore.privacy.central import noisy_mean
@@ -43,12 +43,8 @@ def check_private(
     privacy = recipe.privacy
     if privacy.noise_multiplier is None:
         return
-    if method.wants_features:
-        able = [m.name for m in METHODS if not m.wants_features and m.family == method.family]
-        raise FedcoreError(
-            f"{method.name} sends statistics of the clients' examples, to which privacy adds no "
-            f"noise, so no epsilon would hold; these send what was trained alone: {', '.join(able)}"
-        )
+    needs = (SENDS_NO_STATISTICS, of_family(method.family))
+    refuse(method, needs, "privacy.noise_multiplier, which adds noise to what was trained alone")
     if recipe.training.autocast:
         raise FedcoreError(
             "training.autocast is true with privacy.noise_multiplier: per-sample gradients are "
@@ -145,12 +141,7 @@ def check_central(recipe: Recipe, method: Method, mixed_ranks: bool) -> None:
     central = recipe.privacy.central
     if central.noise_multiplier is None:
         return
-    if not _means_of_factors(method):
-        able = [m.name for m in METHODS if _means_of_factors(m)]
-        raise FedcoreError(
-            f"{method.name} does not follow from the mean of what its clients trained, to which "
-            f"privacy.central adds its noise; these do: {', '.join(able)}"
-        )
+    refuse(method, NOISY_MEAN, "privacy.central, which adds noise to the mean of what was trained")
     if recipe.round.secure_sum:
         raise FedcoreError(
             "round.secure_sum hides the single uploads that privacy.central has to cut; use one"
@@ -220,35 +211,11 @@ def _stream(recipe: Recipe, purpose: str, round: int) -> KeyedStream:
     return KeyedStream(seed, purpose, round)
 
 
-def _means_of_factors(method: Method | type[Method]) -> bool:
-    return (
-        method.traits.linear
-        and method.uploads == "factors"
-        and method.population == "clients"
-        and not method.wants_features
-    )
-
-
 def _epsilon(recipe: Recipe, rounds: int) -> float:
     privacy = recipe.privacy
     assert privacy.central.noise_multiplier is not None, "the caller has looked"
     spending = Spending(privacy.central.noise_multiplier, recipe.round.participation, rounds)
     return epsilon(spending, privacy.delta, privacy.accountant)
-
-
-def check_sums_suffice(method: Method) -> None:
-    """Refuse a method that needs more of its clients than the sum of what they send.
-
-    Raises:
-        FedcoreError: with the methods that can run behind secure aggregation.
-    """
-    if method.traits.linear and method.population == "clients":
-        return
-    able = [m.name for m in METHODS if m.traits.linear and m.population == "clients"]
-    raise FedcoreError(
-        f"{method.name} needs every upload and a secure sum shows the server their mean alone; "
-        f"these need no more than that: {', '.join(able)}"
-    )
 
 
 def aggregate_securely(method: Method, cohort: Cohort, previous: Broadcast, seed: int) -> Aggregate:

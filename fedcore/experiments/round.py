@@ -71,7 +71,7 @@ def train_clients(
     method, state = bench.method, opened.state
     layout, t = state.layout, state.round
     shadow = None
-    if method.uploads == "statistics":
+    if method.capabilities.uploads == "statistics":
         read = method.read_layout(layout, t)
         shadow = CohortBuilder(read, sampled, round=t, dtype=state.row.dtype)
     losses: dict[str, float] = {}
@@ -146,7 +146,7 @@ def run_round(bench: Workbench, state: ServerState, observer: Observer) -> Serve
     started = perf_counter()
     modules: list[ModuleDiagnosis] = []
     # A personalised method has no common product that could miss the mean.
-    if recipe.evaluation.diagnostics and not method.traits.personalised:
+    if recipe.evaluation.diagnostics and not method.capabilities.personalised:
         factors = method.completed(trained.factors or closed.cohort, opened.previous)
         modules = diagnose(factors, closed.result, opened.previous, method.family, bench.offset)
     seconds["diagnose"] = perf_counter() - started

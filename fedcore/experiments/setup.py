@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from fedcore.data.seeding import derive_seed
 from fedcore.errors import FedcoreError
 from fedcore.experiments.observer import Observer
-from fedcore.experiments.privacy import check_central, check_private, check_sums_suffice
+from fedcore.experiments.privacy import check_central, check_private
 from fedcore.experiments.trials import check_sources
 from fedcore.federation import records
-from fedcore.methods import METHODS, Method
+from fedcore.methods import Method
+from fedcore.methods.requirements import MIXED_RANKS, SECURE_SUM, of_family, refuse
 from fedcore.recipes import Recipe
 from fedcore.training.binding import ModelBinding
 from fedcore.training.datasets import (
@@ -82,7 +83,8 @@ class Workbench:
     @property
     def trainers(self) -> tuple[str, ...]:
         """Who trains: the clients, or the one holder of all data."""
-        return (POOLED,) if self.method.population == "pooled" else tuple(sorted(self.shards))
+        pooled = self.method.capabilities.population == "pooled"
+        return (POOLED,) if pooled else tuple(sorted(self.shards))
 
     def training_indices(self, client_id: str) -> Tensor:
         """The examples that ``client_id`` trains on."""
@@ -117,7 +119,7 @@ def build_workbench(recipe: Recipe, observer: Observer, shelf: Shelf | None = No
     shelf = shelf or Shelf()
     method, task = _seeded(recipe.method.create(), recipe), find_task(recipe.task)
     if recipe.round.secure_sum:
-        check_sums_suffice(method)
+        refuse(method, SECURE_SUM, "round.secure_sum")
     seed = recipe.seed
     observer.preparing(f"model {recipe.model.source}")
     dataset_key = (recipe.task, recipe.data, recipe.model.source, recipe.model.max_length)
@@ -158,12 +160,12 @@ def build_workbench(recipe: Recipe, observer: Observer, shelf: Shelf | None = No
     modules = binding.layout.modules
     ranks = client_ranks(recipe, method, ids, modules)
     held = {client: len(indices) for client, indices in shards.items()}
-    if method.population == "pooled":
+    if method.capabilities.population == "pooled":
         held = {POOLED: len(train)}
     check_private(recipe, method, held, mixed_ranks=bool(ranks))
     check_central(recipe, method, mixed_ranks=bool(ranks))
     statistics = {}
-    if method.wants_features:
+    if method.capabilities.wants_features:
         observer.preparing("what the clients tell of their data")
         statistics = _statistics(recipe, method, model, examples, shards)
     return Workbench(
@@ -210,12 +212,8 @@ def client_ranks(
     given = recipe.adapter.client_ranks
     if not given or all(rank == recipe.adapter.rank for rank in given):
         return {}
-    if not method.traits.mixed_ranks:
-        able = [m.name for m in METHODS if m.traits.mixed_ranks and m.family == method.family]
-        raise FedcoreError(
-            f"adapter.client_ranks is {list(given)}; {method.name} needs equal ranks, these take "
-            f"mixed ones: {', '.join(able)}"
-        )
+    needs = (MIXED_RANKS, of_family(method.family))
+    refuse(method, needs, f"adapter.client_ranks is {list(given)}")
     return {
         client: dict.fromkeys(modules, given[i % len(given)])
         for i, client in enumerate(sorted(ids))

@@ -29,10 +29,10 @@ def uplink(
     found = dict(NOTHING)
     rounds = bench.recipe.round
     codec = find_codec(rounds.codec)
-    if bench.method.population == "clients":
+    if bench.method.capabilities.population == "clients":
         for client in reported:
             # Statistics have the broadcast's shape whatever rank they were computed of.
-            whole = bench.method.uploads == "statistics"
+            whole = bench.method.capabilities.uploads == "statistics"
             ranks = None if whole else bench.ranks.get(client)
             masked = rounds.secure_sum
             _add(found, _masked(layout) if masked else _sizes(layout, ranks, codec))
@@ -48,7 +48,7 @@ def downlink(bench: Workbench, state: ServerState, sampled: Sequence[str]) -> di
     The way down is fp32. A residual counts as adapter traffic.
     """
     found, codec = dict(NOTHING), Fp32()
-    if bench.method.population == "clients":
+    if bench.method.capabilities.population == "clients":
         for client in sampled:
             _add(found, _sizes(state.stale_for(client), bench.ranks.get(client), codec))
             found["adapter"] += state.stale_residual(client) * torch.float32.itemsize

@@ -268,7 +268,7 @@ class Recipe(Section):
     def local_settings(self, method: Method) -> LocalSettings:
         """How much one trainer trains in a round; one holder of all data as much as everyone."""
         local = self.training.settings()
-        if method.population == "pooled" and local.steps is not None:
+        if method.capabilities.population == "pooled" and local.steps is not None:
             return replace(local, steps=local.steps * self.clients)
         return local
 

@@ -15,12 +15,14 @@ from fedcore.experiments.privacy import (
 from fedcore.experiments.run import resume, start
 from fedcore.experiments.setup import build_workbench
 from fedcore.federation.state import latest_state, read_state
-from fedcore.methods import METHODS
+from fedcore.methods.registry import default_methods
 from fedcore.privacy.accounting import Spending, epsilon
 from tests.experiments.jobs import tiny_recipe
 
 DELTA = 1e-3
 NOISY = {"privacy.noise_multiplier": 1.5, "privacy.delta": DELTA, "adapter.layers": [-1]}
+TELLING = [m.name for m in default_methods() if m.capabilities.wants_features]
+OTHERS = [m.name for m in default_methods() if m.name not in TELLING]
 
 
 class Stop(Observer):
@@ -43,7 +45,7 @@ def lines(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").open()]
 
 
-@pytest.mark.parametrize("method", [m.name for m in METHODS if not m.wants_features])
+@pytest.mark.parametrize("method", OTHERS)
 def test_every_other_method_trains_privately(method, home, tmp_path):
     # Krum with one faulty client needs five.
     settings = {"method.name": method, "clients": 5, "rounds": 1, "training.steps": 1}
@@ -56,7 +58,7 @@ def test_every_other_method_trains_privately(method, home, tmp_path):
         assert not torch.equal(before, after)
 
 
-@pytest.mark.parametrize("method", [m.name for m in METHODS if m.wants_features])
+@pytest.mark.parametrize("method", TELLING)
 def test_statistics_of_examples_are_not_sent_beside_it(method, home, tmp_path):
     with pytest.raises(FedcoreError, match="sends statistics of the clients' examples"):
         start(tiny_recipe(home, **NOISY, **{"method.name": method}), tmp_path / "run")

@@ -296,7 +296,7 @@ def test_uploads_that_are_not_what_was_broadcast_are_refused(name, options):
 def test_a_sum_of_uploads_is_not_enough(name, options):
     method = create_method(name, **options)
     case = make_lora_round("random", [1.0], SHAPES, 3)
-    assert not method.traits.linear
+    assert not method.capabilities.linear
     with pytest.raises(FedcoreError, match=f"{name} needs every upload"):
         method.from_mean(case.cohort.updates[0], case.cohort.layout, case.previous)
 

@@ -20,6 +20,7 @@ from fedcore.experiments.observer import Observer
 from fedcore.experiments.privacy import check_local
 from fedcore.experiments.run_folder import RunFolder
 from fedcore.experiments.setup import Workbench, build_workbench, client_ids
+from fedcore.methods.requirements import EXCHANGES, ONE_MODEL, refuse
 from fedcore.recipes import Recipe, parse_recipe, to_toml
 from fedcore.transports.flower.client import introduce, model_tensors, train
 from fedcore.transports.flower.messages import to_arrays
@@ -36,14 +37,8 @@ def check_recipe(recipe: Recipe) -> None:
         FedcoreError: naming the key and what to do.
     """
     method = recipe.method.create()
-    if method.population != "clients":
-        raise FedcoreError(f"{method.name} exchanges nothing; run it with engine = 'local'")
-    if method.traits.personalised:
-        raise FedcoreError(
-            f"{method.name} leaves each client a model of its own, which a server behind Flower's "
-            "messages never sees and so cannot evaluate or save; use FedLoRA in an app of your "
-            "own, or engine = 'local'"
-        )
+    otherwise = ", engine = 'local', or FedLoRA in an app of your own"
+    refuse(method, (EXCHANGES, ONE_MODEL), "the flower engine", otherwise)
     for key, is_set in (
         ("round.secure_sum", recipe.round.secure_sum),
         ("round.codec = 'int8'", recipe.round.codec == "int8"),

@@ -147,7 +147,7 @@ def train(
     )
     replace(memory, own=turn.kept or memory.own).write(context.state, run)
     sent = bench.method.upload_layout(layout, order.round)
-    whole = bench.method.uploads == "statistics"
+    whole = bench.method.capabilities.uploads == "statistics"
     tensors = wire.pack(turn.upload, sent, None if whole else ranks)
     if bench.recipe.round.codec == "bf16":
         # They are rounded already, so this changes their size alone.

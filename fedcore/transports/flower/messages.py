@@ -268,7 +268,7 @@ def broadcast_content(
         trains=",".join(sorted(plan.trains)),
         sends=",".join(sorted(plan.sends)),
         whole=download.whole,
-        tell=method.wants_features and not statistics_of(state, client),
+        tell=method.capabilities.wants_features and not statistics_of(state, client),
     )
     round_config = ConfigRecord(dict(config))
     order.write(round_config)
@@ -278,7 +278,7 @@ def broadcast_content(
         content[PERSONAL] = to_arrays(personal)
     if download.residual:
         content[RESIDUAL] = to_arrays(packed(state.residual))
-    if method.uploads == "statistics" and ranks is not None:
+    if method.capabilities.uploads == "statistics" and ranks is not None:
         content[BROADCAST] = to_arrays(wire.pack(state.row, state.layout))
     return content
 

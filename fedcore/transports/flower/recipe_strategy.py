@@ -91,15 +91,15 @@ class RecipeStrategy(FedLoRA):
         seconds = {"train": perf_counter() - self._began, "save": self._save_seconds}
         started = perf_counter()
         modules: list[ModuleDiagnosis] = []
-        factors = self.method.uploads == "factors" and not self.method.traits.personalised
+        able = self.method.capabilities
+        factors = able.uploads == "factors" and not able.personalised
         if bench.recipe.evaluation.diagnostics and factors:
             previous = Broadcast(before.layout, before.row)
             complete = self.method.completed(cohort, previous)
             modules = diagnose(complete, closed.result, previous, self.method.family, bench.offset)
         seconds["diagnose"] = perf_counter() - started
         started = perf_counter()
-        shared = not self.method.traits.personalised
-        measured = shared and evaluates(bench, before.round)
+        measured = not able.personalised and evaluates(bench, before.round)
         outcome = score(bench, closed.state) if measured else Score()
         seconds["evaluate"] = perf_counter() - started
         names = ("train-loss", "local-accuracy", "local-loss")

@@ -42,10 +42,10 @@ from torch import Tensor
 
 from fedcore.data.keyed_rows import slot_name
 from fedcore.errors import FedcoreError
-from fedcore.experiments.privacy import check_sums_suffice
 from fedcore.federation.server_round import OpenRound
 from fedcore.federation.state import ServerState, begin, save
 from fedcore.methods import Method, create_method
+from fedcore.methods.requirements import SECURE_SUM, SENDS_FACTORS, refuse
 from fedcore.transports.flower.messages import Wire
 
 _KEYS, _SENDS, _ROUND = "fedcore.keys", "fedcore.sends", "fedcore.round"
@@ -80,12 +80,8 @@ class SecureFedLoRA(FedAvg):
         **fedavg: Any,
     ) -> None:
         self.method = create_method(method) if isinstance(method, str) else method
-        check_sums_suffice(self.method)
-        if self.method.uploads != "factors":
-            raise FedcoreError(
-                f"clients of {self.method.name} send what they compute from the last broadcast, "
-                "not tensors of the adapter; use another method, or round.secure_sum of a recipe"
-            )
+        otherwise = ", or round.secure_sum of a recipe"
+        refuse(self.method, (*SECURE_SUM, SENDS_FACTORS), "Flower's secure aggregation", otherwise)
         self.wire, row = Wire.of(adapter)
         if self.wire.family != self.method.family:
             raise FedcoreError(

@@ -26,6 +26,7 @@ from fedcore.federation.server_round import ClosedRound, OpenRound
 from fedcore.federation.state import ServerState, begin, save
 from fedcore.methods import create_method
 from fedcore.methods.base import Method
+from fedcore.methods.requirements import EXCHANGES, refuse
 from fedcore.transports.flower.messages import (
     Wire,
     broadcast_content,
@@ -99,8 +100,7 @@ class FedLoRA(FedAvg):
     ) -> None:
         super().__init__(**fedavg)
         self.method = create_method(method) if isinstance(method, str) else method
-        if self.method.population != "clients":
-            raise FedcoreError(f"{self.method.name} exchanges nothing, so a server has no part")
+        refuse(self.method, (EXCHANGES,), "FedLoRA")
         if on_invalid not in ("raise", "drop"):
             raise FedcoreError(f"on_invalid is {on_invalid!r}; pass 'raise' or 'drop'")
         if send not in ("all", "changed"):
@@ -139,7 +139,7 @@ class FedLoRA(FedAvg):
 
     def summary(self) -> None:
         """Log the method and FedAvg's configuration."""
-        log(INFO, "\t├──> Method: %s (%s)", self.method.name, self.method.summary)
+        log(INFO, "\t├──> Method: %s (%s)", self.method.name, self.method.description.summary)
         super().summary()
 
     def start(
@@ -227,7 +227,7 @@ class FedLoRA(FedAvg):
         ]
         if not names:
             return
-        if not self.method.traits.linear:
+        if not self.method.capabilities.linear:
             raise FedcoreError(
                 f"a wrapper changed what {self.method.name} returned; its result is no mean of the "
                 "uploads, so noise that fits a mean promises nothing: use a linear method"
@@ -369,7 +369,7 @@ class FedLoRA(FedAvg):
                 continue
             # A factor that nobody trains may come along as it was, as PEFT's state dicts have it.
             unchanged = tensors_from_row(layout.gather(who.start, frozen), frozen, who.ranks)
-            ranks = None if self.method.uploads == "statistics" else who.ranks
+            ranks = None if self.method.capabilities.uploads == "statistics" else who.ranks
             try:
                 upload = read_reply(
                     message.content,

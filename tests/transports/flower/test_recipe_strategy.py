@@ -72,7 +72,7 @@ def test_the_same_adapter_as_the_local_engine_bit_for_bit(settings, home, tmp_pa
             assert torch.equal(one, other), module
     # The record is the same too, but for times and what a server behind messages does not see.
     unseen = {"seconds", "upload_error"}
-    if strategy.method.traits.personalised:
+    if strategy.method.capabilities.personalised:
         unseen |= {"accuracy", "loss", "clients", "modules"}
     if recipe.round.dropout:
         # A node that failed may have lost what it held, so it is sent everything again.
