@@ -45,7 +45,7 @@ from fedcore.data.validation import digest
 from fedcore.experiments.observer import Observer
 from fedcore.experiments.run import start
 from fedcore.experiments.run_folder import RunFolder
-from fedcore.experiments.setup import build_workbench
+from fedcore.experiments.setup import build_experiment
 from fedcore.merging import aggregate
 from fedcore.methods import METHODS, create_method
 from fedcore.methods.catalog import options_of
@@ -455,7 +455,7 @@ def _flower(folder: Path) -> Formats:
 
     for name, job in jobs.items():
         recipe = tiny_recipe(home, **{**common, **job})
-        bench = build_workbench(recipe, Observer())
+        bench = build_experiment(recipe, Observer())
         grid, replies = _listened(FakeGrid(recipe_nodes(bench)))
         run = RunFolder.create(folder / name, recipe)
         strategy = RecipeStrategy(bench, run)
