@@ -191,7 +191,7 @@ class KeyMap:
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor]) -> tuple[KeyMap, Tensor]:
-        """The key map of the adapter ``tensors``, by PEFT's keys, and its row ``(P,)``: fp64 where the
+        """The key map of ``tensors``, an adapter by PEFT's keys, and its row ``(P,)``: fp64 where the
         adapter is, otherwise fp32.
 
         Raises:
