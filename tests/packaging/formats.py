@@ -48,7 +48,7 @@ from fedcore.experiments.run_folder import RunFolder
 from fedcore.experiments.setup import build_experiment
 from fedcore.merging import aggregate
 from fedcore.methods import METHODS, create_method
-from fedcore.methods.catalog import options_of
+from fedcore.methods.registry import options_of
 from fedcore.methods.shared.factor_pairs import fresh_adapter
 from fedcore.privacy import KeyedStream, SecureSum
 from fedcore.recipes import Recipe, shipped_recipes, to_toml
