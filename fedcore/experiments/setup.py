@@ -75,7 +75,7 @@ class Experiment:
     test_shards: Mapping[str, Tensor]
     test: Tensor
     label_names: tuple[str, ...]
-    counts: records.Partition
+    counts: records.PartitionRecord
     residual: FrozenResidual
     ranks: Mapping[str, Mapping[str, int]]
     statistics: Mapping[str, Mapping[str, Tensor]]
@@ -183,7 +183,7 @@ def build_experiment(
         test_shards=test_shards,
         test=test,
         label_names=texts.label_names,
-        counts=records.Partition(
+        counts=records.PartitionRecord(
             client_ids=ids,
             label_names=tuple(texts.label_names),
             class_counts=_count(shards, examples, classes),

@@ -191,8 +191,9 @@ class KeyMap:
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor]) -> tuple[KeyMap, Tensor]:
-        """The key map of ``tensors``, an adapter by PEFT's keys, and its row ``(P,)``: fp64 where the
-        adapter is, otherwise fp32.
+        """The key map of an adapter ``tensors``, by PEFT's keys, and its row ``(P,)``.
+
+        The row is fp64 where the adapter is, otherwise fp32.
 
         Raises:
             FedcoreError: no tensor, integers, several adapter families, two keys of one meaning, a
