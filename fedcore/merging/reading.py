@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from fedcore.data.adapter_state import AdapterState
-from fedcore.data.cohort import SCALE_POWER, Cohort
-from fedcore.data.peft_keys import TRANSPOSED_FACTORS
+from fedcore.data.cohort import Cohort
+from fedcore.data.rows import absorb_scalings, tensor_in_row
 from fedcore.data.validation import check_row
 from fedcore.errors import FedcoreError
 from fedcore.merging.sources import Source
 from fedcore.methods.base import Method
-from fedcore_kernels.layout import FactorLayout, SlotGroup
+from fedcore_kernels.layout import FactorLayout
 
 DEFAULT_GROUP_BYTES = 64 << 20
 """Bytes of one group's rows, all adapters together."""
@@ -127,27 +127,14 @@ def fill_row(source: Source, group: ModuleGroup, out: Tensor) -> dict[str, Tenso
     """
     outline = source.outline
     found = source.read(slot.name for slot in group.layout)
-    for slots in group.layout.groups:
-        for module, view in zip(slots.modules, slots.view(out).unbind(), strict=True):
-            tensor = found[f"{module}.{slots.factor}"]
-            stored = tensor.T if slots.factor in TRANSPOSED_FACTORS else tensor
-            (view if len(stored) == slots.rows else view[: len(stored)]).copy_(stored)
-        _absorb(slots, out, outline)
+    for slot in group.layout:
+        view = tensor_in_row(out, group.layout, slot.name, source.ranks[slot.module])
+        view.copy_(found[slot.name])
+    absorb_scalings(out, group.layout, outline.family, outline.scaling)
     problem = check_row(out, group.layout)
     if problem:
         raise FedcoreError(f"{source.name}: {problem}")
     return found
-
-
-def _absorb(slots: SlotGroup, out: Tensor, outline: AdapterState) -> None:
-    """Multiply a group's factors by their share of the scalings."""
-    power = SCALE_POWER[outline.family].get(slots.factor, 0.0)
-    scales = [outline.scaling[module] ** power for module in slots.modules]
-    if len(set(scales)) > 1:
-        for view, scale in zip(slots.view(out).unbind(), scales, strict=True):
-            view.mul_(scale)
-    elif scales[0] != 1.0:
-        slots.view(out).mul_(scales[0])
 
 
 def cohorts(job: Job) -> Iterator[tuple[ModuleGroup, Cohort]]:

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from fedcore.data.adapter_state import AdapterState
 from fedcore.data.cohort import CohortBuilder
-from fedcore.data.keyed_rows import row_from_tensors, tensors_from_row
 from fedcore.data.peft_files import read_adapter, write_adapter
+from fedcore.data.rows import row_from_tensors, tensors_from_row
 from fedcore.data.validation import OnInvalid, identical_rows
 from fedcore.errors import FedcoreError, missing_extra
 from fedcore.federation.state import ServerState, latest_state, read_state, write_state

@@ -12,7 +12,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from torch import Tensor
 
 from fedcore.data.adapter_state import AdapterState
-from fedcore.data.keyed_rows import Ranks, row_from_tensors, slot_name, tensors_from_row
+from fedcore.data.rows import Ranks, row_from_tensors, slot_name, tensors_from_row
 from fedcore.errors import FedcoreError
 from fedcore_kernels.layout import FactorLayout
 

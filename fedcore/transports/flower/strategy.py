@@ -18,8 +18,8 @@ from flwr.serverapp.strategy import FedAvg, Result
 from torch import Tensor
 
 from fedcore.data.cohort import Cohort, CohortBuilder
-from fedcore.data.keyed_rows import Ranks, tensors_from_row
 from fedcore.data.low_rank import packed
+from fedcore.data.rows import Ranks, tensors_from_row
 from fedcore.data.seeding import derive_seed
 from fedcore.data.validation import Dropped, OnInvalid, digest, identical_rows
 from fedcore.errors import FedcoreError

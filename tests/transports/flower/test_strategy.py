@@ -105,14 +105,14 @@ BAD = {
     "nan": (changed(A, poisoned), r"query\.A holds 1 values that are not finite, such as nan"),
     "broadcast": (
         changed(A, lambda t: t[:1]),
-        r"lora_A.weight has shape \(1, 6\), \(4, 6\) was asked for",
+        r"lora_A.weight has shape \(1, 6\), expected \(4, 6\)",
     ),
     "rank": (
         changed(B, lambda t: t[:, :2]),
-        r"lora_B.weight has shape \(5, 2\), \(5, 4\) was asked for",
+        r"lora_B.weight has shape \(5, 2\), expected \(5, 4\)",
     ),
     "missing": (lambda t: {A: t[A], HEAD: t[HEAD]}, r"query\.B is missing"),
-    "extra": (lambda t: {**t, "other.weight": t[A]}, "other.weight was not asked for"),
+    "extra": (lambda t: {**t, "other.weight": t[A]}, "unexpected tensor other.weight"),
     "integers": (changed(HEAD, lambda t: t.long()), "head.weight has dtype torch.int64"),
     "twice": (
         lambda t: {**t, A.replace("weight", "default.weight"): t[A]},
