@@ -298,5 +298,5 @@ def test_the_old_name_of_the_list_of_methods_is_the_same_function():
     from fedcore import merging
 
     assert merging.usable_methods is methods_for_merging
-    with pytest.raises(AttributeError, match="'fedcore.merging' has no attribute 'nothing'"):
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
         _ = merging.nothing
