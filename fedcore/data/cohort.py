@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fedcore.data.adapter_state import AdapterState
 from fedcore.data.peft_files import read_adapter
-from fedcore.data.peft_keys import CORE
+from fedcore.data.rows import absorb_scalings, widest_layout
 from fedcore.data.validation import (
     Dropped,
     OnInvalid,
@@ -22,14 +22,6 @@ from fedcore.data.validation import (
 )
 from fedcore.errors import FedcoreError
 from fedcore_kernels.layout import FactorLayout
-
-SCALE_POWER: Mapping[str, Mapping[str, float]] = {
-    "lora": {"B": 1.0},
-    "gram": {"A": 0.5},
-    "tri": {"R": 1.0},
-    "none": {},
-}
-"""How a factor takes up its scaling: updates are ``s B A``, ``s left A^T A right``, ``s B R A``."""
 
 
 @dataclass(frozen=True)
@@ -101,12 +93,14 @@ class Cohort:
         """
         if not states:
             raise FedcoreError("no adapters were given")
-        chosen = _widest_layout(states) if layout is None else layout
+        if layout is None:
+            first = states[min(states)].layout()
+            layout = widest_layout(first, (state.ranks for state in states.values()))
         family = next(iter(states.values())).family
-        builder = CohortBuilder(chosen, sorted(states), round=round)
+        builder = CohortBuilder(layout, sorted(states), round=round)
         for client_id in sorted(states):
             state = states[client_id]
-            problem = check_state(state, chosen, mixed_ranks=True)
+            problem = check_state(state, layout, mixed_ranks=True)
             if state.family != family:
                 problem = f"its adapter is of family {state.family!r}, others are {family!r}"
             if problem:
@@ -188,7 +182,7 @@ class CohortBuilder:
             self._scalings[place, j] = relative
             self._ranks[place, j] = state.rank(module)
         scaling = dict(zip(self.layout.modules, self._scalings[place].tolist(), strict=True))
-        absorb(row, self.layout, state.family, scaling)
+        absorb_scalings(row, self.layout, state.family, scaling)
 
     def receive(
         self,
@@ -335,45 +329,3 @@ def gather(
     for client, reason in refused.items():
         builder.refuse(client, reason)
     return builder.finish(on_invalid)
-
-
-def absorb(
-    row: Tensor, layout: FactorLayout, family: str, scaling: Mapping[str, float], sign: int = 1
-) -> None:
-    """Multiply the factors of ``row`` in place by their share of each module's ``scaling``.
-
-    ``sign = -1`` divides instead, for the way down.
-    """
-    for slot in layout.factor_slots:
-        power = SCALE_POWER[family].get(slot.factor, 0.0)
-        scale = scaling[slot.module] ** (power * sign)
-        if scale != 1.0:
-            layout.view(row, slot).mul_(scale)
-
-
-def adapter_from_row(row: Tensor, layout: FactorLayout, like: AdapterState) -> AdapterState:
-    """A row of absorbed factors as an adapter with the scalings, ranks and keys of ``like``.
-
-    The way down: what a cohort of adapters absorbed is divided by the receiver's own scaling, so
-    that the adapter's update is the row's product.
-    """
-    own = row.clone()
-    absorb(own, layout, like.family, like.scaling, sign=-1)
-    return like.with_row(own, layout)
-
-
-def _widest_layout(states: Mapping[str, AdapterState]) -> FactorLayout:
-    """The first client's tensors, each factor at the largest rank that any client has."""
-    first = next(iter(dict(sorted(states.items())).values()))
-    ranks = {
-        module: max(s.rank(module) for s in states.values() if module in s.factors)
-        for module in first.factors
-    }
-    own = first.layout()
-    return FactorLayout.build(
-        [
-            (s.module, s.factor, ranks[s.module], ranks[s.module] if s.factor == CORE else s.width)
-            for s in own.factor_slots
-        ],
-        [(s.module, s.shape) for s in own.dense_slots if s.shape is not None],
-    )

@@ -32,7 +32,7 @@ from fedcore.training.partitions import Partition, assign_like, partition
 from fedcore.training.prefix import FrozenPrefix
 from fedcore.training.residual import FrozenResidual
 from fedcore.training.tasks import Task, find_task
-from fedcore.tuners.shared.attach import attach_adapter
+from fedcore.tuners.attach import attach_adapter
 
 POOLED = "everyone"
 """The one client of the centralised baseline."""

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from fedcore.checks import is_number
 from fedcore.data.adapter_state import AdapterState
-from fedcore.data.keyed_rows import row_from_tensors, tensors_from_row
 from fedcore.data.peft_files import read_adapter, write_adapter
+from fedcore.data.rows import row_from_tensors, tensors_from_row
 from fedcore.data.validation import OnInvalid
 from fedcore.errors import FedcoreError, missing_extra
 from fedcore.federation.server_round import OpenRound

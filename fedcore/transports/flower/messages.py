@@ -12,8 +12,8 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from torch import Tensor
 
 from fedcore.data.adapter_state import AdapterState
-from fedcore.data.keyed_rows import Ranks, row_from_tensors, slot_name, tensors_from_row
 from fedcore.data.low_rank import packed
+from fedcore.data.rows import Ranks, row_from_tensors, slot_name, tensors_from_row
 from fedcore.errors import FedcoreError
 from fedcore.federation.downloads import Download
 from fedcore.federation.state import ServerState, personal_of, statistics_of

@@ -40,7 +40,7 @@ from flwr.server.client_proxy import ClientProxy
 from flwr.server.strategy import FedAvg
 from torch import Tensor
 
-from fedcore.data.keyed_rows import slot_name
+from fedcore.data.rows import slot_name
 from fedcore.errors import FedcoreError
 from fedcore.federation.server_round import OpenRound
 from fedcore.federation.state import ServerState, begin, save

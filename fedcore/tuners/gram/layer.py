@@ -12,9 +12,8 @@ from torch import Tensor, nn
 from fedcore.data.adapter_state import declared_rank_and_scaling
 from fedcore.data.seeding import derive_seed
 from fedcore.tuners.gram.config import GramConfig
-from fedcore.tuners.shared.additive_layer import AdditiveLayer
-from fedcore.tuners.shared.containers import GramConstants, GramFactors
-from fedcore.tuners.shared.frames import (
+from fedcore.tuners.gram.factors import GramConstants, GramFactors
+from fedcore.tuners.gram.frames import (
     DenseFrame,
     Frame,
     FrameRecipe,
@@ -22,6 +21,7 @@ from fedcore.tuners.shared.frames import (
     check_same_frames,
     qr_frame,
 )
+from fedcore.tuners.shared.additive_layer import AdditiveLayer
 
 INIT_SCALE = 0.1
 """The rows of the initial ``A`` have about this norm unless ``init_std`` says otherwise."""
