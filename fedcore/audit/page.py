@@ -13,7 +13,7 @@ from fedcore.audit.attack import CONTROLS, PIXELS, Attempt, Audit
 from fedcore.audit.image_quality import PSNR_CEILING
 from fedcore.audit.network import UPLOADS
 from fedcore.audit.plots import nearness, picture_rows
-from fedcore.data.peft_files import write_bytes, write_text
+from fedcore.data.folders import write_files
 from fedcore.reports import markup
 from fedcore.reports.formatting import DASH, plural, scientific
 from fedcore.reports.grid import Column, Grid
@@ -143,8 +143,6 @@ def write_audit(audit: Audit, folder: str | Path) -> Path:
         The page's path. The page needs no other file and no network.
     """
     folder = Path(folder)
-    plots = folder / "plots"
-    plots.mkdir(parents=True, exist_ok=True)
     settings = audit.settings
     pictures = _pictures(audit)
     sentence = (
@@ -162,13 +160,15 @@ def write_audit(audit: Audit, folder: str | Path) -> Path:
         markup.notes(CAVEATS),
         markup.folded("Settings", json.dumps(vars(settings), indent=2)),
     ]
-    for shown in pictures:
-        write_bytes(to_png(shown.figure), plots / f"{shown.name}.png")
     found = {"settings": vars(settings), "rows": audit_rows(audit), "caveats": CAVEATS}
-    write_text(json.dumps(found, indent=2) + "\n", folder / "audit.json")
-    page = folder / "audit.html"
-    write_text(markup.document("What one upload shows", body), page)
-    return page
+    texts = {
+        "audit.html": markup.document("What one upload shows", body),
+        "audit.json": json.dumps(found, indent=2) + "\n",
+    }
+    files = {name: text.encode() for name, text in texts.items()}
+    plots = {f"plots/{shown.name}.png": to_png(shown.figure) for shown in pictures}
+    write_files(folder, {**files, **plots})
+    return folder / "audit.html"
 
 
 def _pictures(audit: Audit) -> list[markup.Picture]:

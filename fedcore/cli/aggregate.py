@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from math import isnan
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -87,10 +86,9 @@ def _weights(text: str | None) -> Any:
     if text is None:
         return None
     if Path(text).suffix == ".json":
-        try:
-            return json.loads(Path(text).read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
-            raise FedcoreError(f"--weights: cannot read {text}: {error}") from error
+        from fedcore.data.folders import read_json
+
+        return read_json(Path(text), "--weights")
     try:
         return [float(part) for part in text.split(",")]
     except ValueError:

@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 
 from fedcore.cli.progress import ProgressDisplay
-from fedcore.data.peft_files import write_text
+from fedcore.data.folders import write_files
 from fedcore.errors import FedcoreError
 from fedcore.experiments.trials import plan_trials
 from fedcore.federation.measures import measure_of
@@ -64,8 +64,11 @@ def compare(
             display.message(f"interrupted; repeat the command with --out {folder} to continue")
             raise typer.Exit(130) from None
     rows = comparison_rows(records, varied)
-    write_text(json.dumps(rows, indent=2) + "\n", folder / "comparison.json")
-    write_text(comparison_markdown(rows), folder / "comparison.md")
+    texts = {
+        "comparison.json": json.dumps(rows, indent=2) + "\n",
+        "comparison.md": comparison_markdown(rows),
+    }
+    write_files(folder, {name: text.encode() for name, text in texts.items()})
     page = write_comparison_page(records, folder / "comparison.html", varied)
     if json_:
         print(json.dumps(rows))

@@ -275,6 +275,68 @@ class CohortBuilder:
         return self._index[client_id]
 
 
+@dataclass(frozen=True)
+class UploadedRow:
+    """One client's upload as it arrived: its row, and what its checks need.
+
+    Attributes:
+        row: ``(P,)`` in the layout of the round's uploads.
+        weight: the client's weight, usually its number of examples.
+        round: the round the client trained for, None where it does not say.
+        frozen: digest of what the client must not have changed, None where it does not say.
+        expected_frozen: the server's digest of the same.
+        ranks: module to the client's rank, where its ranks are not the layout's.
+    """
+
+    row: Tensor
+    weight: float
+    round: int | None = None
+    frozen: str | None = None
+    expected_frozen: str | None = None
+    ranks: Mapping[str, int] | None = None
+
+
+def gather(
+    layout: FactorLayout,
+    clients: Sequence[str],
+    uploads: dict[str, UploadedRow],
+    refused: Mapping[str, str],
+    *,
+    round: int,
+    dtype: torch.dtype,
+    on_invalid: OnInvalid,
+) -> Cohort:
+    """The cohort of a round's ``uploads``, each checked.
+
+    Every upload is let go once it stands in the cohort's matrix, so that both together take one
+    row more than the matrix alone: ``uploads`` is empty afterwards.
+
+    Args:
+        clients: who takes part; those without an upload did not report.
+        uploads: by client id.
+        refused: client id to what the caller found wrong with its upload.
+        dtype: of the cohort's matrix.
+
+    Raises:
+        FedcoreError: as :meth:`CohortBuilder.finish`.
+    """
+    builder = CohortBuilder(layout, clients, round=round, dtype=dtype)
+    for client in sorted(uploads):
+        upload = uploads.pop(client)
+        builder.row(client).copy_(upload.row)
+        builder.receive(
+            client,
+            upload.weight,
+            round=upload.round,
+            frozen=upload.frozen,
+            expected_frozen=upload.expected_frozen,
+            ranks=upload.ranks,
+        )
+    for client, reason in refused.items():
+        builder.refuse(client, reason)
+    return builder.finish(on_invalid)
+
+
 def absorb(
     row: Tensor, layout: FactorLayout, family: str, scaling: Mapping[str, float], sign: int = 1
 ) -> None:

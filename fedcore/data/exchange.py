@@ -9,10 +9,7 @@ configuration, or ``statistics.safetensors`` where a method sends something else
 from __future__ import annotations
 
 import json
-import os
-import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -22,17 +19,16 @@ import torch
 from torch import Tensor
 
 from fedcore.data.adapter_state import AdapterState, declared_rank_and_scaling
+from fedcore.data.folders import read_object, replace_folder, write_text
 from fedcore.data.keyed_rows import row_from_tensors, tensors_from_row
 from fedcore.data.low_rank import LowRank, packed, unpacked
 from fedcore.data.peft_files import (
     CONFIG_FILE,
     WEIGHTS_FILE,
     read_adapter,
-    read_object,
     read_tensors,
     write_adapter,
     write_tensors,
-    write_text,
 )
 from fedcore.data.peft_keys import PREFIX
 from fedcore.data.tensor_file import TensorFile
@@ -46,6 +42,14 @@ RESIDUAL_FILE = "residual.safetensors"
 STATISTICS_FILE = "statistics.safetensors"
 
 _HEADER_BYTES = 1 << 24
+
+_UPLOAD_FIELDS = {
+    "round": int,
+    "examples": float,
+    "frozen": str,
+    "started_from": str,
+    "flags": list,
+}
 
 
 @dataclass(frozen=True)
@@ -116,8 +120,13 @@ def fixed_tensors(constants: Mapping[str, Tensor]) -> list[Tensor]:
 
 
 def write_broadcast(broadcast: BroadcastFolder, folder: Path) -> Path:
-    """Write ``broadcast`` as ``folder``, which appears whole or not at all."""
-    with _whole(folder, BROADCAST_FILE) as new:
+    """Write ``broadcast`` as ``folder``, which appears whole or not at all.
+
+    Raises:
+        FedcoreError: ``folder`` holds something else than a broadcast, or cannot be written; what
+            was there before is still there.
+    """
+    with replace_folder(folder, BROADCAST_FILE) as new:
         write_adapter(broadcast.adapter, new)
         if broadcast.residual:
             write_tensors(packed(broadcast.residual), new / RESIDUAL_FILE)
@@ -139,7 +148,9 @@ def read_broadcast(folder: Path) -> BroadcastFolder:
             written.
     """
     label = str(folder)
-    about = read_object(folder / BROADCAST_FILE, label)
+    about = read_object(
+        folder / BROADCAST_FILE, label, {"round": int, "method": str, "options": dict}
+    )
     adapter = read_adapter(folder)
     residual = {}
     if (folder / RESIDUAL_FILE).is_file():
@@ -147,13 +158,7 @@ def read_broadcast(folder: Path) -> BroadcastFolder:
             residual = unpacked(read_tensors(folder / RESIDUAL_FILE, label))
         except KeyError as error:
             raise FedcoreError(f"{label}: {RESIDUAL_FILE} lacks {error}") from error
-    found = BroadcastFolder(
-        adapter,
-        _field(about, "round", int, label),
-        _field(about, "method", str, label),
-        _field(about, "options", dict, label),
-        residual,
-    )
+    found = BroadcastFolder(adapter, about["round"], about["method"], about["options"], residual)
     if about.get("identity") != found.identity:
         raise FedcoreError(f"{label}: its tensors are not those that {BROADCAST_FILE} announces")
     return found
@@ -167,9 +172,13 @@ def write_upload(
     Args:
         like: the client's adapter, for its keys and configuration.
         factors: whether the row holds factors, which go under PEFT's keys.
+
+    Raises:
+        FedcoreError: ``folder`` holds something else than an upload, or cannot be written; what
+            was there before is still there.
     """
     tensors = tensors_from_row(upload.row, layout)
-    with _whole(folder, UPLOAD_FILE) as new:
+    with replace_folder(folder, UPLOAD_FILE) as new:
         if factors:
             keyed = {like.keys.get(name, f"{PREFIX}{name}"): t for name, t in tensors.items()}
             partial = AdapterState(
@@ -207,16 +216,9 @@ def read_upload(
             tensor is missing, not asked for or of another shape, or a module's scaling differs.
     """
     label = "its upload"
-    about = read_object(folder / UPLOAD_FILE, label)
-    found = {
-        "round": _field(about, "round", int, label),
-        "examples": float(_field(about, "examples", int | float, label)),
-        "frozen": _field(about, "frozen", str, label),
-        "started_from": _field(about, "started_from", str, label),
-        "flags": tuple(map(str, _field(about, "flags", list, label))),
-    }
-    if found["round"] != round:
-        raise FedcoreError(f"its upload is for round {found['round']}")
+    about = read_object(folder / UPLOAD_FILE, label, _UPLOAD_FIELDS)
+    if about["round"] != round:
+        raise FedcoreError(f"its upload is for round {about['round']}")
     file = folder / (WEIGHTS_FILE if factors else STATISTICS_FILE)
     if not file.is_file():
         raise FedcoreError(f"{file.name} is missing")
@@ -232,29 +234,5 @@ def read_upload(
                     f"module {module} has scaling {scaling:g}, the server's is "
                     f"{like.scaling[module]:g}"
                 )
-    return UploadFolder(row, **found)
-
-
-@contextmanager
-def _whole(folder: Path, mark: str) -> Iterator[Path]:
-    """A new folder that replaces ``folder`` when all of it has been written."""
-    target = folder.resolve()
-    empty = not target.exists() or (target.is_dir() and not any(target.iterdir()))
-    if not empty and not (target / mark).is_file():
-        raise FedcoreError(f"{folder} exists and holds no {mark}; pass another folder")
-    new = target.with_name(f".{target.name}.{os.getpid()}.new")
-    shutil.rmtree(new, ignore_errors=True)
-    new.mkdir(parents=True)
-    try:
-        yield new
-        shutil.rmtree(target, ignore_errors=True)
-        new.rename(target)
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
-
-
-def _field(about: Mapping[str, Any], name: str, kind: Any, label: str) -> Any:
-    value = about.get(name)
-    if not isinstance(value, kind) or isinstance(value, bool):
-        raise FedcoreError(f"{label}: {name} is {value!r:.60}")
-    return value
+    fields = {name: about[name] for name in _UPLOAD_FIELDS}
+    return UploadFolder(row, **{**fields, "flags": tuple(map(str, about["flags"]))})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from fedcore.data.adapter_state import AdapterState
+from fedcore.data.folders import open_regular, read_object, write_bytes, write_files
 from fedcore.data.tensor_file import TensorFile
 from fedcore.errors import FedcoreError, missing_extra
 
@@ -19,9 +19,6 @@ CONFIG_FILE = "adapter_config.json"
 
 DEFAULT_BUDGET = 8 * 2**30
 """Bytes of adapter weights that are read unless the caller allows more."""
-
-_CONFIG_LIMIT = 4 << 20
-_CONFIG_DEPTH = 32
 
 # One key only: safetensors writes several metadata keys in random order, and equal adapters
 # must give equal files.
@@ -68,15 +65,17 @@ def open_adapter(
 
 
 def write_adapter(state: AdapterState, folder: str | Path) -> Path:
-    """Write ``state`` as a PEFT adapter folder; each file appears whole or not at all.
+    """Write ``state`` as a PEFT adapter folder; both files appear whole, or none does.
 
-    Equal states give byte-identical files. Returns the folder.
+    Equal states give byte-identical files. Other files of the folder stay. Returns the folder.
+
+    Raises:
+        FedcoreError: the folder cannot be written; what was there before is still there.
     """
     path = Path(folder)
-    path.mkdir(parents=True, exist_ok=True)
-    write_tensors(state.to_peft(), path / WEIGHTS_FILE)
     config = json.dumps(_jsonable(state.config), indent=2, sort_keys=True) + "\n"
-    write_text(config, path / CONFIG_FILE)
+    weights = _tensor_bytes(state.to_peft())
+    write_files(path, {WEIGHTS_FILE: weights, CONFIG_FILE: config.encode()})
     return path
 
 
@@ -92,70 +91,27 @@ def read_tensors(file: Path, label: str) -> dict[str, Tensor]:
     except ImportError as error:
         raise missing_extra("safetensors", "data") from error
     try:
+        open_regular(file).close()
         return load_file(str(file))
     except (SafetensorError, OSError, ValueError, KeyError) as error:
         raise FedcoreError(f"{label}: cannot read {file}: {error}") from error
 
 
 def write_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:
-    """Write a safetensors file atomically; equal tensors give equal bytes."""
+    """Write a safetensors file, whole or not at all; equal tensors give equal bytes.
+
+    Raises:
+        FedcoreError: it cannot be written.
+    """
+    write_bytes(_tensor_bytes(tensors), file)
+
+
+def _tensor_bytes(tensors: Mapping[str, Tensor]) -> bytes:
     try:
         from safetensors.torch import save
     except ImportError as error:
         raise missing_extra("safetensors", "data") from error
-    data = save({key: tensor.contiguous() for key, tensor in tensors.items()}, metadata=_METADATA)
-    write_bytes(data, file)
-
-
-def write_text(text: str, file: Path) -> None:
-    """Write a UTF-8 text file atomically."""
-    write_bytes(text.encode(), file)
-
-
-def write_bytes(data: bytes, file: Path) -> None:
-    """Write ``file`` so that a reader, or a machine that dies, sees the old or the new content."""
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    with open(temporary, "wb") as handle:
-        handle.write(data)
-        handle.flush()
-        os.fsync(handle.fileno())
-    os.replace(temporary, file)
-
-
-def read_object(file: Path, label: str) -> dict[str, Any]:
-    """The object in a JSON file of moderate size and depth.
-
-    Raises:
-        FedcoreError: it is missing, malformed, too large or too deep, naming ``label``.
-    """
-    try:
-        with file.open("rb") as handle:
-            text = handle.read(_CONFIG_LIMIT + 1)
-        if len(text) > _CONFIG_LIMIT:
-            raise FedcoreError(f"{label}: {file} holds more than {_CONFIG_LIMIT} bytes")
-        config = json.loads(text.decode("utf-8"))
-    except FedcoreError:
-        raise
-    except (OSError, ValueError, RecursionError) as error:
-        raise FedcoreError(f"{label}: cannot read {file}: {error}") from error
-    if not isinstance(config, dict):
-        raise FedcoreError(f"{label}: {file} must hold a JSON object")
-    if _deeper(config, _CONFIG_DEPTH):
-        raise FedcoreError(f"{label}: {file} is nested deeper than {_CONFIG_DEPTH} levels")
-    return config
-
-
-def _deeper(value: Any, depth: int) -> bool:
-    """Whether ``value`` nests containers more than ``depth`` levels deep."""
-    level = [value]
-    for _ in range(depth + 1):
-        level = [
-            inner
-            for outer in level
-            if isinstance(outer, dict | list)
-            for inner in (outer.values() if isinstance(outer, dict) else outer)
-        ]
-    return bool(level)
+    return save({key: tensor.contiguous() for key, tensor in tensors.items()}, metadata=_METADATA)
 
 
 def _jsonable(value: Any) -> Any:

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedcore.data.folders import open_regular
 from fedcore.errors import FedcoreError
 
 DTYPES: Mapping[str, torch.dtype] = {
@@ -74,7 +75,7 @@ class TensorFile:
                 empty tensor, or data that do not fill the file exactly and once.
         """
         try:
-            with path.open("rb", buffering=0) as file:
+            with open_regular(path) as file:
                 state = _state(file.fileno())
                 size = state[0]
                 if size > budget:
@@ -132,7 +133,7 @@ class TensorFile:
     def _bytes(self, spans: list[tuple[int, int]]) -> list[bytearray]:
         found = []
         try:
-            with self.path.open("rb", buffering=0) as file:
+            with open_regular(self.path) as file:
                 if _state(file.fileno()) != self._state:
                     raise FedcoreError(f"{self.label}: {self.path} changed while it was read")
                 for begin, end in spans:

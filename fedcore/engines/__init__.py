@@ -1,8 +1,9 @@
-"""The import paths of the engines of fedcore 0.1, kept for one release.
+"""Import paths of fedcore 0.1 that stand in its pages and in files that it wrote, for one release.
 
-``import fedcore.engines.files`` gives :mod:`fedcore.transports.folders` itself, loaded on
-first use, so both paths have the same objects. Apps that ``fedcore flower-app`` wrote keep working;
-new code imports the paths on the right of ``MOVED``.
+``import fedcore.engines.files`` gives :mod:`fedcore.transports.folders` itself, loaded on first
+use, so both paths have the same objects. Apps that ``fedcore flower-app`` wrote keep working; new
+code imports the paths on the right of :data:`MOVED`. ``fedcore.data.ServerState`` is the one alias
+elsewhere.
 """
 
 from __future__ import annotations
@@ -26,6 +27,10 @@ MOVED = {
     "fedcore.engines.nvflare": "fedcore.transports.nvflare",
     "fedcore.engines.observer": "fedcore.experiments.observer",
     "fedcore.engines.trials": "fedcore.experiments.trials",
+    "fedcore.methods.hadamard_combination": "fedcore.methods.lora.flora_na.hadamard",
+    "fedcore.privacy.audit": "fedcore.audit.attack",
+    "fedcore.privacy.gradient_matching": "fedcore.audit.gradient_matching",
+    "fedcore.privacy.picture_quality": "fedcore.audit.image_quality",
 }
 """Old path to the module that took its place."""
 

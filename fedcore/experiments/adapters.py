@@ -73,7 +73,6 @@ def write_adapters(bench: Workbench, state: ServerState, folder: Path) -> list[P
     """
     if bench.method.family == "none":
         head = folder / "head"
-        head.mkdir(exist_ok=True)
         tensors = {s.name: state.layout.view(state.row, s).clone() for s in state.layout}
         write_tensors(tensors, head / "model.safetensors")
         return [head]

@@ -8,11 +8,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedcore.data.peft_files import write_text
+from fedcore.data.folders import (
+    OWN_LIMIT,
+    append_line,
+    is_free,
+    read_object,
+    write_text,
+    writing,
+)
 from fedcore.errors import FedcoreError
 from fedcore.federation.state import (
     ServerState,
     latest_state,
+    read_about,
     read_state,
     save,
 )
@@ -32,7 +40,9 @@ class RunFolder:
         Raises:
             FedcoreError: naming the folder and what to pass.
         """
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        with writing(path):
+            free = is_free(path)
+        if not free:
             raise FedcoreError(
                 f"{path} is not empty; resume it with --resume or choose another --out"
             )
@@ -45,7 +55,6 @@ class RunFolder:
             FedcoreError: the folder already holds something.
         """
         cls.check_free(path)
-        path.mkdir(parents=True, exist_ok=True)
         write_text(to_toml(recipe), path / "recipe.toml")
         return cls(path)
 
@@ -73,8 +82,7 @@ class RunFolder:
         """Write the state of a completed round, then its line of ``metrics.jsonl``."""
         save(state, self.states)
         line = json.dumps(state.record, sort_keys=True, allow_nan=False)
-        with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as handle:
-            handle.write(line + "\n")
+        append_line(line, self.path / "metrics.jsonl")
 
     def latest(self) -> ServerState | None:
         """The newest complete state, if any."""
@@ -86,10 +94,8 @@ class RunFolder:
 
         A run can be killed between saving a state and writing its line; the states are the truth.
         """
-        records = []
-        for done in range(state.round + 1):
-            file = self.states / f"round-{done:04d}" / "state.json"
-            records.append(json.loads(file.read_text(encoding="utf-8"))["record"])
+        folders = [self.states / f"round-{done:04d}" for done in range(state.round + 1)]
+        records = [read_about(folder)["record"] for folder in folders]
         lines = [json.dumps(record, sort_keys=True, allow_nan=False) for record in records]
         write_text("".join(line + "\n" for line in lines), self.path / "metrics.jsonl")
         return records
@@ -99,7 +105,7 @@ class RunFolder:
         file = self.path / "summary.json"
         if not file.is_file():
             return None
-        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        found = self._read_json(file)
         return found if found.get("finished") else None
 
     def changed_environment(self, now: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
@@ -107,7 +113,7 @@ class RunFolder:
         file = self.path / "environment.json"
         if not file.is_file():
             return []
-        before = json.loads(file.read_text(encoding="utf-8"))
+        before = self._read_json(file)
         names = ("python", "platform", "threads", "gpu")
         found = [(n, before.get(n), now.get(n)) for n in names if before.get(n) != now.get(n)]
         for package, version in now["versions"].items():
@@ -115,6 +121,10 @@ class RunFolder:
             if was != version:
                 found.append((package, was, version))
         return found
+
+    def _read_json(self, file: Path) -> dict[str, Any]:
+        # A measured value may be infinite: the perplexity of a loss that diverged.
+        return read_object(file, str(self.path), limit=OWN_LIMIT, finite=False)
 
     def write_json(self, name: str, values: Mapping[str, Any]) -> None:
         """Write one JSON file of the folder."""

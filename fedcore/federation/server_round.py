@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fedcore.data.cohort import Cohort, CohortBuilder
+from fedcore.data.cohort import Cohort, UploadedRow, gather
 from fedcore.data.keyed_rows import Ranks
 from fedcore.data.validation import Dropped, OnInvalid, identical_rows
 from fedcore.errors import FedcoreError
@@ -96,10 +96,8 @@ class OpenRound:
         self._allow_identical = allow_identical_uploads
         self._starts = dict(starts or {})
         self._statistics = dict(statistics or {})
-        # The precision of the state is that of every upload, whatever carried it.
-        self._builder = CohortBuilder(
-            self.layout, self._clients, round=state.round, dtype=state.row.dtype
-        )
+        self._uploads: dict[str, UploadedRow] = {}
+        self._refused: dict[str, str] = {}
         self._reported: list[str] = []
         self._unreachable: dict[str, str] = {}
         self._new_statistics: dict[str, Mapping[str, Tensor]] = {}
@@ -139,20 +137,21 @@ class OpenRound:
         Raises:
             FedcoreError: the client does not take part in the round, or reports twice.
         """
-        self._builder.row(client).copy_(row)
-        self._builder.receive(
-            client, weight, round=round, frozen=frozen, expected_frozen=expected_frozen, ranks=ranks
-        )
-        self._reported.append(client)
+        self._reports(client)
+        self._uploads[client] = UploadedRow(row, weight, round, frozen, expected_frozen, ranks)
         self._flags += [f"{client}: {flag}" for flag in flags]
         if statistics:
             self._new_statistics[client] = statistics
 
     def refuse(self, client: str, reason: str) -> None:
-        """Leave out a client that reported, for a reason that the transport found."""
-        self._builder.refuse(client, reason)
+        """Leave out a client that reported, for a reason that the transport found.
+
+        Raises:
+            FedcoreError: the client does not take part in the round.
+        """
         if client not in self._reported:
-            self._reported.append(client)
+            self._reports(client)
+        self._refused.setdefault(client, reason)
 
     def unreachable(self, client: str, reason: str) -> None:
         """Say why a client did not report; it is left out whatever ``on_invalid`` is."""
@@ -198,8 +197,24 @@ class OpenRound:
         result = self.method.from_mean(mean, self.layout, self.previous)
         return self._advanced(self._cohort(), result, {})
 
+    def _reports(self, client: str) -> None:
+        if client not in self._clients:
+            raise FedcoreError(f"round {self.state.round}: client {client} does not take part")
+        if client in self._reported:
+            raise FedcoreError(f"round {self.state.round}: client {client} reported twice")
+        self._reported.append(client)
+
     def _cohort(self) -> Cohort:
-        cohort = self._builder.finish(self._on_invalid)
+        cohort = gather(
+            self.layout,
+            self._clients,
+            self._uploads,
+            self._refused,
+            round=self.state.round,
+            # The precision of the state is that of every upload, whatever carried it.
+            dtype=self.state.row.dtype,
+            on_invalid=self._on_invalid,
+        )
         needs_difference = not self.method.traits.linear and not self._allow_identical
         if needs_difference and identical_rows(cohort.updates):
             raise FedcoreError(

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedcore.data.folders import OWN_LIMIT, delete_file, read_object, replace_folder, write_text
 from fedcore.data.low_rank import LowRank, accumulated, packed, unpacked
-from fedcore.data.peft_files import read_tensors, write_tensors, write_text
+from fedcore.data.peft_files import read_tensors, write_tensors
 from fedcore.errors import FedcoreError
 from fedcore_kernels.layout import FactorLayout
 
@@ -28,6 +27,16 @@ HELD = "held"
 
 PERSONAL_PREFIX, TOLD_PREFIX = "personal:", "told:"
 """Rows of a client's own that it has not received yet, and what it sent of its data once."""
+
+_FIELDS = {
+    "round": int,
+    "layout": list,
+    "has_private": bool,
+    "versions": dict,
+    "client_versions": dict,
+    "traffic": dict,
+    "record": dict,
+}
 
 
 @dataclass(frozen=True)
@@ -142,28 +151,37 @@ def _with_prefix(state: ServerState, client: str, prefix: str) -> dict[str, Tens
 
 
 def write_state(state: ServerState, folder: Path) -> Path:
-    """Write ``state`` as ``folder/round-NNNN``; the folder appears whole or not at all."""
+    """Write ``state`` as ``folder/round-NNNN``; the folder appears whole or not at all.
+
+    Raises:
+        FedcoreError: it cannot be written; what was there before is still there.
+    """
     target = folder / f"round-{state.round:04d}"
-    temporary = folder / f".round-{state.round:04d}.{os.getpid()}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    write_tensors({"row": state.row}, temporary / "server.safetensors")
-    if state.residual:
-        write_tensors(packed(state.residual), temporary / "residual.safetensors")
-    clients = _by_client(state)
-    if clients:
-        flat = {
-            f"{client}/{name}": tensor
-            for client, named in sorted(clients.items())
-            for name, tensor in named.items()
-        }
-        write_tensors(flat, temporary / "clients.safetensors")
-    about = {
+    # A run that was killed after its last write and resumed writes an equal state again.
+    with replace_folder(target) as new:
+        write_tensors({"row": state.row}, new / "server.safetensors")
+        if state.residual:
+            write_tensors(packed(state.residual), new / "residual.safetensors")
+        clients = _by_client(state)
+        if clients:
+            flat = {
+                f"{client}/{name}": tensor
+                for client, named in sorted(clients.items())
+                for name, tensor in named.items()
+            }
+            write_tensors(flat, new / "clients.safetensors")
+        write_text(json.dumps(_about(state), sort_keys=True) + "\n", new / "state.json")
+    return target
+
+
+def _about(state: ServerState) -> dict[str, Any]:
+    """What ``state.json`` says."""
+    return {
         "round": state.round,
         "layout": [
             [slot.module, slot.factor, slot.rows, slot.width, slot.shape] for slot in state.layout
         ],
-        "has_private": bool(clients),
+        "has_private": bool(state.simulated_clients or state.held_for_clients),
         "residual_modules": sorted(state.residual),
         "residual_sizes": [[round, size] for round, size in sorted(state.residual_sizes.items())],
         "versions": dict(state.versions),
@@ -171,13 +189,16 @@ def write_state(state: ServerState, folder: Path) -> Path:
         "traffic": dict(state.traffic),
         "record": dict(state.record),
     }
-    write_text(json.dumps(about, sort_keys=True) + "\n", temporary / "state.json")
-    _sync_folder(temporary)
-    # A folder left by a run that was killed after the rename is complete and equal: replace it.
-    shutil.rmtree(target, ignore_errors=True)
-    os.replace(temporary, target)
-    _sync_folder(folder)
-    return target
+
+
+def read_about(folder: Path) -> dict[str, Any]:
+    """What ``state.json`` of a state says, its record among it.
+
+    Raises:
+        FedcoreError: it is missing or malformed, naming it.
+    """
+    # A loss that diverged is a measured value: it may be NaN.
+    return read_object(folder / "state.json", "state", _FIELDS, limit=OWN_LIMIT, finite=False)
 
 
 def read_state(folder: Path) -> ServerState:
@@ -186,9 +207,8 @@ def read_state(folder: Path) -> ServerState:
     Raises:
         FedcoreError: a file is missing or malformed, naming it.
     """
-    about_file = folder / "state.json"
     try:
-        about = json.loads(about_file.read_text(encoding="utf-8"))
+        about = read_about(folder)
         layout = FactorLayout.build(
             [(m, f, rows, width) for m, f, rows, width, shape in about["layout"] if shape is None],
             [(m, tuple(shape)) for m, _, _, _, shape in about["layout"] if shape is not None],
@@ -236,7 +256,7 @@ def prune_clients(folder: Path, keep: int) -> None:
     The global row of every round stays; only the newest states can be resumed from.
     """
     for path in sorted(folder.glob("round-*"))[:-keep]:
-        (path / "clients.safetensors").unlink(missing_ok=True)
+        delete_file(path / "clients.safetensors")
 
 
 def _by_client(state: ServerState) -> dict[str, dict[str, Tensor]]:
@@ -249,16 +269,6 @@ def _by_client(state: ServerState) -> dict[str, dict[str, Tensor]]:
 
 def _is_held(name: str) -> bool:
     return name == HELD or name.startswith((PERSONAL_PREFIX, TOLD_PREFIX))
-
-
-def _sync_folder(folder: Path) -> None:
-    if os.name != "posix":
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def begin(folder: Path | None, resume: bool, fresh: ServerState) -> ServerState:

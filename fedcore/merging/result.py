@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from fedcore.data.adapter_state import AdapterState
+from fedcore.data.folders import is_free, replace_folder, writing
 from fedcore.data.low_rank import LowRank
 from fedcore.data.peft_files import CONFIG_FILE, write_adapter
 from fedcore.data.peft_keys import PREFIX
@@ -190,15 +189,17 @@ def check_output(out: Path, inputs: Sequence[Path], overwrite: bool) -> None:
         FedcoreError: it is no folder; it is not empty and ``overwrite`` is false, or it holds no
             adapter that could be overwritten; or it holds one of the ``inputs``.
     """
-    place = out.resolve()
+    with writing(out):
+        place = out.resolve()
+        exists = out.exists() or out.is_symlink()
     for source in inputs:
         if source.resolve().is_relative_to(place):
             raise FedcoreError(f"out is {out}, which holds the adapter {source}; pass another")
-    if not out.exists() and not out.is_symlink():
+    if not exists:
         return
     if not out.is_dir():
         raise FedcoreError(f"out is {out}, which is no folder; pass another")
-    if not any(out.iterdir()):
+    if is_free(out):
         return
     if not overwrite:
         raise FedcoreError(f"out is {out}, which is not empty; pass another or overwrite it")
@@ -212,24 +213,7 @@ def write_folder(out: Path, adapter: AdapterState, residual: AdapterState | None
     Raises:
         FedcoreError: the folder cannot be written; what was there before is still there.
     """
-    out = out.resolve()
-    new = out.with_name(f".{out.name}.{os.getpid()}.new")
-    old = out.with_name(f".{out.name}.{os.getpid()}.old")
-    try:
+    with replace_folder(out) as new:
         write_adapter(adapter, new)
         if residual is not None:
             write_adapter(residual, new / RESIDUAL_FOLDER)
-        if out.exists():
-            out.rename(old)
-        try:
-            new.rename(out)
-        except OSError:
-            if old.exists():
-                old.rename(out)
-            raise
-    except OSError as error:
-        raise FedcoreError(f"cannot write {out}: {error}") from error
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
-        if out.exists():
-            shutil.rmtree(old, ignore_errors=True)

@@ -12,7 +12,7 @@ from torch import Tensor
 from fedcore.errors import FedcoreError
 
 
-class Encoded(NamedTuple):
+class WholeNumbers(NamedTuple):
     """Grid points ``(P,)`` int64 and the number of values that were clipped to the range."""
 
     points: Tensor
@@ -47,7 +47,7 @@ class FixedPoint:
         """The distance of two neighbours."""
         return 2 * self.clip / self.levels
 
-    def encode(self, values: Tensor, draws: Tensor) -> Encoded:
+    def encode(self, values: Tensor, draws: Tensor) -> WholeNumbers:
         """The grid points of finite ``values (P,)``.
 
         Args:
@@ -59,4 +59,4 @@ class FixedPoint:
         clipped = int((places.abs() > half).sum())
         places = places.clamp(-half, half)
         below = places.floor()
-        return Encoded((below + (draws < places - below)).to(torch.int64), clipped)
+        return WholeNumbers((below + (draws < places - below)).to(torch.int64), clipped)

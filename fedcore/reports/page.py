@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fedcore.data.peft_files import write_bytes, write_text
+from fedcore.data.folders import write_files
 from fedcore.federation.measures import Measure
 from fedcore.reports import markup
 from fedcore.reports.comparison import RunGroup, comparison_rows, group_measure, group_runs
@@ -118,11 +118,8 @@ def write_comparison_page(
 
 
 def _write(page: Path, text: str, pictures: Sequence[markup.Picture]) -> None:
-    plots = page.parent / "plots"
-    plots.mkdir(parents=True, exist_ok=True)
-    for shown in pictures:
-        write_bytes(to_png(shown.figure), plots / f"{shown.name}.png")
-    write_text(text, page)
+    plots = {f"plots/{shown.name}.png": to_png(shown.figure) for shown in pictures}
+    write_files(page.parent, {page.name: text.encode(), **plots})
 
 
 def _run_facts(record: RunRecord) -> dict[str, tuple[str, str]]:

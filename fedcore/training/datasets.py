@@ -16,7 +16,7 @@ import numpy as np
 from fedcore.data.seeding import derive_seed
 from fedcore.errors import FedcoreError, missing_extra
 from fedcore.training.hub_tables import read_hub_table
-from fedcore.training.sources import Packaged, Source, resolve
+from fedcore.training.sources import NamedSource, Packaged, resolve
 from fedcore.training.table_files import TABLE_SUFFIXES, read_table
 from fedcore.training.text_columns import UNLABELLED
 
@@ -111,7 +111,7 @@ def _read_folders(name: str, folder: Path) -> TextDataset:
     return _build(name, texts, names, _sorted_labels(names))
 
 
-def check_data_source(source: str) -> Source:
+def check_data_source(source: str) -> NamedSource:
     """Decide what ``source`` names and that what reads it is installed; nothing is loaded.
 
     Raises:

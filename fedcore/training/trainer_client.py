@@ -230,7 +230,6 @@ class FederatedClient(TrainerCallback):  # type: ignore[misc,unused-ignore]
         )
         own = now.method.private_layout(layout, t)
         if len(own) and self._private is not None:
-            self._private.mkdir(parents=True, exist_ok=True)
             kept = tensors_from_row(self._binding.read(own), own)
             write_tensors(kept, self._private / "private.safetensors")
         now.sent = True

@@ -13,8 +13,8 @@ from fedcore.data.low_rank import LowRank
 from fedcore.data.peft_files import read_adapter, write_adapter
 from fedcore.data.plain_lora import plain_lora
 from fedcore.errors import FedcoreError
+from fedcore.tuners.lora_factors import lora_factors
 from fedcore.tuners.shared.frames import DenseFrame, Frame, FrameRecipe, StructuredFrame
-from fedcore.tuners.shared.lora_factors import lora_factors
 from fedcore.tuners.tri.factors import tri_pair
 
 if TYPE_CHECKING:

@@ -7,9 +7,9 @@ from fedcore.errors import FedcoreError
 from fedcore.experiments.trials import check_sources
 from fedcore.recipes import load_recipe
 from fedcore.training.hub_access import check_obtainable
-from fedcore.training.sources import Source
+from fedcore.training.sources import NamedSource
 
-MODEL = Source("org/name", "hub", "org/name")
+MODEL = NamedSource("org/name", "hub", "org/name")
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ def test_any_answer_and_any_copy_in_the_cache_will_do(hub):
     answers, asked, cache = hub
     (cache / "models--org--name" / "snapshots").mkdir(parents=True)
     check_obtainable("model", MODEL)
-    check_obtainable("model", Source("x", "local", "x"))
+    check_obtainable("model", NamedSource("x", "local", "x"))
     assert asked == []
     answers[0] = HTTPError("https://hub", 405, "no HEAD", {}, None)
     check_obtainable("dataset", MODEL)

@@ -72,9 +72,12 @@ def test_wrong_kind_of_path_is_said(tmp_path) -> None:
 
 
 def test_model_folder_needs_a_config(tmp_path) -> None:
-    with pytest.raises(FedcoreError, match=r"no readable config\.json"):
+    with pytest.raises(FedcoreError, match=r"model .*: cannot read .*config\.json: .*No such file"):
         check_model_source(str(tmp_path))
     (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(FedcoreError, match=r"config\.json must hold a JSON object"):
+        check_model_source(str(tmp_path))
+    (tmp_path / "config.json").write_text("{}")
     with pytest.raises(FedcoreError, match="names no model_type"):
         check_model_source(str(tmp_path))
 

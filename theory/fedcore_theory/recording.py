@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fedcore.data.cohort import Cohort
-from fedcore.data.peft_files import write_text
+from fedcore.data.folders import write_text
 from fedcore.errors import FedcoreError
 from fedcore.experiments.environment import describe_environment
 from fedcore.experiments.observer import Observer

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 
-from fedcore.data.peft_files import write_text
+from fedcore.data.folders import write_text
 from fedcore.reports import markup
 from fedcore_theory.running import Result
 from fedcore_theory.tables import failures, measured_grid, results_grid

@@ -12,7 +12,7 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
-from fedcore.data.peft_files import write_text
+from fedcore.data.folders import is_free, write_files, writing
 from fedcore.errors import FedcoreError, missing_extra
 from fedcore.experiments.observer import Observer
 from fedcore.experiments.privacy import check_local
@@ -186,16 +186,18 @@ def write_app(
             that; with none, it uses what is installed.
 
     Raises:
-        FedcoreError: ``folder`` is not empty, or the recipe cannot run behind Flower's messages.
+        FedcoreError: ``folder`` is not empty or cannot be written, or the recipe cannot run behind
+            Flower's messages.
     """
     try:
         import tomli_w
     except ImportError as error:
         raise missing_extra("tomli-w", "run") from error
     check_recipe(recipe)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    with writing(folder):
+        free = is_free(folder)
+    if not free:
         raise FedcoreError(f"{folder} is not empty; pass a folder that does not exist yet")
-    folder.mkdir(parents=True, exist_ok=True)
     name = "".join(c if c.isalnum() else "-" for c in recipe.name.lower()).strip("-") or "job"
     about = {
         "project": {
@@ -224,7 +226,10 @@ def write_app(
             }
         },
     }
-    write_text(tomli_w.dumps(about), folder / "pyproject.toml")
-    write_text(_MODULE, folder / "fedcore_job.py")
-    write_text(_LICENSE, folder / "LICENSE")
+    texts = {
+        "pyproject.toml": tomli_w.dumps(about),
+        "fedcore_job.py": _MODULE,
+        "LICENSE": _LICENSE,
+    }
+    write_files(folder, {name: text.encode() for name, text in texts.items()})
     return folder

@@ -275,7 +275,7 @@ def broadcast_content(
 
 
 @dataclass(frozen=True)
-class Upload:
+class ReplyContent:
     """What a reply holds.
 
     Attributes:
@@ -291,7 +291,7 @@ class Upload:
     statistics: Mapping[str, Tensor]
 
 
-def read_upload(
+def read_reply(
     content: RecordDict,
     wire: Wire,
     layout: FactorLayout,
@@ -300,7 +300,7 @@ def read_upload(
     *,
     unchanged: Mapping[str, Tensor],
     weight_key: str,
-) -> Upload:
+) -> ReplyContent:
     """One client's upload, a row of ``layout``; its values are not looked at.
 
     Args:
@@ -318,7 +318,7 @@ def read_upload(
         raise FedcoreError(f"its reply has {len(records)} array records; one is needed")
     row = wire.unpack(from_arrays(next(iter(records.values()))), layout, ranks, unchanged)
     statistics = content.array_records.get(TOLD)
-    return Upload(
+    return ReplyContent(
         row,
         _weight(content, weight_key),
         reply,

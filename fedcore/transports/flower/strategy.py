@@ -30,7 +30,7 @@ from fedcore.transports.flower.messages import (
     Wire,
     broadcast_content,
     from_arrays,
-    read_upload,
+    read_reply,
     to_arrays,
 )
 from fedcore_kernels.layout import FactorLayout
@@ -371,7 +371,7 @@ class FedLoRA(FedAvg):
             unchanged = tensors_from_row(layout.gather(who.start, frozen), frozen, who.ranks)
             ranks = None if self.method.uploads == "statistics" else who.ranks
             try:
-                upload = read_upload(
+                upload = read_reply(
                     message.content,
                     self.wire,
                     opened.layout,

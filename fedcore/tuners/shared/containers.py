@@ -16,8 +16,8 @@ from peft.tuners._buffer_dict import BufferDict
 from torch import Tensor, nn
 
 from fedcore.errors import FedcoreError
+from fedcore.tuners.lora_factors import lora_factors
 from fedcore.tuners.shared.frames import DenseFrame, Frame, StructuredFrame
-from fedcore.tuners.shared.lora_factors import lora_factors
 
 
 def at_least_fp32(cast: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
