@@ -103,7 +103,6 @@ class Federation(ABC):
 
     Args:
         folder: an empty one, for whatever the transport writes.
-        round: the first round.
         on_invalid, allow_identical_uploads: as everywhere.
         ranks: client to its rank, where it is below that of ``start``.
     """
@@ -220,8 +219,8 @@ class Direct(Federation):
         return self._outcome(result.row, result.personal)
 
 
-class DirectInOddRounds(Direct):
-    """The same from round 1 on: some methods treat odd rounds otherwise."""
+class DirectFromRoundOne(Direct):
+    """The same from round 1 on, for methods that treat odd rounds otherwise."""
 
     first_round = 1
 
@@ -310,7 +309,9 @@ class Folders(Federation):
         return self._outcome(after.row, {})
 
 
-def _rewrite(folder: Path, named: Mapping[str, Tensor], adapter: AdapterState, factors: bool) -> None:
+def _rewrite(
+    folder: Path, named: Mapping[str, Tensor], adapter: AdapterState, factors: bool
+) -> None:
     """Put ``named`` in place of the tensors of the upload in ``folder``."""
     file = folder / WEIGHTS_FILE
     if not factors:
@@ -359,7 +360,7 @@ class Flower(Federation):
 
     def _reply(self, sent: Sent, message: Message, context: Context) -> Message:
         state = self.state
-        if sent.ranks is None:
+        if sent.client not in self.ranks:
             received = self._row(message.content["arrays"], state.layout)
             assert torch.equal(received, state.row), "the message holds another global row"
         named = sent.named(self.upload_layout)
@@ -416,7 +417,7 @@ class NVFlare(Federation):
 
 TRANSPORTS: Mapping[str, type[Federation]] = {
     "direct": Direct,
-    "direct from round 1": DirectInOddRounds,
+    "direct from round 1": DirectFromRoundOne,
     "local": Local,
     "folders": Folders,
     "flower": Flower,
