@@ -6,8 +6,8 @@ BIN    := $(VENV)/bin
 # with, beside the one that is installed: builds of torch for NVIDIA cards bring one of their own.
 COMPILER := 3.9.0
 OLDER    := 3.7.1
-# One test process a core: every one of them computes on a single thread, NumPy's BLAS too.
-PYTEST := OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
+# One test process per core: every one of them computes on a single thread (tests/processes.py).
+PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
 
 .PHONY: run check test test-all test-gpu lint bench docs clean
 

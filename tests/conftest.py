@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
+import os
 from collections import defaultdict
 from pathlib import Path
 
 import pytest
-import torch
 from hypothesis import settings
+
+from tests.processes import ONE_THREAD
+
+# Before torch and NumPy are loaded, which read it then, and handed on to every child.
+os.environ.update(ONE_THREAD)
 
 # Examples are judged by what they compute, never by how long a busy machine takes.
 settings.register_profile("fedcore", deadline=None, derandomize=True, print_blob=True)
 # What `make check` tries of every property; `make test` tries all.
 settings.register_profile("check", settings.get_profile("fedcore"), max_examples=8)
 settings.load_profile("fedcore")
-
-
-@pytest.fixture(scope="session", autouse=True)
-def one_thread() -> None:
-    """Small batched problems are slower on several threads than on one."""
-    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -13,12 +13,10 @@ from fedcore.audit.attack import CONTROLS, PIXELS, Attempt, Audit
 from fedcore.audit.image_quality import PSNR_CEILING
 from fedcore.audit.network import UPLOADS
 from fedcore.audit.plots import nearness, picture_rows
-from fedcore.data.folders import write_files
-from fedcore.reports import markup
+from fedcore.reports.document import Page, Picture, Section, write_page
 from fedcore.reports.formatting import DASH, plural, scientific
 from fedcore.reports.grid import Column, Grid
 from fedcore.reports.intervals import estimate
-from fedcore.reports.plots import to_png
 
 _MEASURED: dict[str, Callable[[Attempt], float | None]] = {
     "psnr": lambda attempt: attempt.quality.psnr,
@@ -144,34 +142,32 @@ def write_audit(audit: Audit, folder: str | Path) -> Path:
     """
     folder = Path(folder)
     settings = audit.settings
-    pictures = _pictures(audit)
     sentence = (
         f"A server that knows everything but the pictures tries to draw them from one upload: "
         f"{plural(settings.batch, 'picture')} of 8 x 8 through {settings.layers} adapted linear "
         f"layers, {plural(settings.seeds, 'seed')}."
     )
-    body = [
-        markup.header("Privacy audit", "What one upload shows", sentence),
-        markup.notes(findings(audit)),
-        audit_grid(audit).html(),
-        markup.section("Figures"),
-        *(markup.picture(shown) for shown in pictures),
-        markup.section("What this shows and what not"),
-        markup.notes(CAVEATS),
-        markup.folded("Settings", json.dumps(vars(settings), indent=2)),
-    ]
-    found = {"settings": vars(settings), "rows": audit_rows(audit), "caveats": CAVEATS}
-    texts = {
-        "audit.html": markup.document("What one upload shows", body),
-        "audit.json": json.dumps(found, indent=2) + "\n",
-    }
-    files = {name: text.encode() for name, text in texts.items()}
-    plots = {f"plots/{shown.name}.png": to_png(shown.figure) for shown in pictures}
-    write_files(folder, {**files, **plots})
-    return folder / "audit.html"
+    page = Page(
+        kind="Privacy audit",
+        title="What one upload shows",
+        outcome=sentence,
+        notes=findings(audit),
+        sections=(
+            Section(tables=[audit_grid(audit)]),
+            Section("Figures", pictures=_pictures(audit)),
+            Section(
+                "What this shows and what not",
+                notes=CAVEATS,
+                folded=[("Settings", json.dumps(vars(settings), indent=2))],
+            ),
+        ),
+    )
+    facts = {"settings": vars(settings), "rows": audit_rows(audit), "caveats": CAVEATS}
+    text = json.dumps(facts, indent=2) + "\n"
+    return write_page(page, folder / "audit.html", {"audit.json": text.encode()})
 
 
-def _pictures(audit: Audit) -> list[markup.Picture]:
+def _pictures(audit: Audit) -> list[Picture]:
     names = (*audit.settings.uploads, *CONTROLS)
     shown: dict[str, np.ndarray] = {}
     truth = [attempt.truth.numpy() for attempt in audit.of(names[0])]
@@ -181,14 +177,14 @@ def _pictures(audit: Audit) -> list[markup.Picture]:
         shown[_title(name)] = np.concatenate(found)[:_COLUMNS]
     psnr = {_title(name): [a.quality.psnr for a in audit.of(name)] for name in names}
     return [
-        markup.Picture(
+        Picture(
             "reconstructions",
             "Above: the client's pictures. Below: what the attack made of each upload, the start "
             "with the least matching loss, in the order that fits best; last, a guess without any "
             f"upload. The first {len(shown['original'])} pictures, batch after batch, not chosen.",
             picture_rows(shown),
         ),
-        markup.Picture(
+        Picture(
             "nearness",
             "PSNR of the reconstructions, higher is nearer: a dot a seed, the mean and its 95% "
             "interval. Controls, which see no upload, in the second colour.",

@@ -31,7 +31,7 @@ def methods(json_: _AsJson = False, markdown: _AsMarkdown = False) -> None:
         print(methods_markdown(rows), end="")
         return
     what = _table("Methods", "method", "what it is", "source")
-    promises = ("exact", "linear", "mixed ranks", "personalised", "streaming")
+    promises = ("exact", "linear", "mixed ranks", "personalised")
     traits = _table("Traits", "method", *promises)
     traffic = _table(
         "Costs per adapted matrix and round: numbers up and down for a client, flops on the server",

@@ -19,6 +19,8 @@ from rich.progress import (
 
 from fedcore.experiments.observer import Observer
 from fedcore.federation.measures import ACCURACY, Measure
+from fedcore.federation.records import Round
+from fedcore.reports.formatting import rate
 
 
 class ProgressDisplay(Observer):
@@ -89,23 +91,23 @@ class ProgressDisplay(Observer):
     def round_finished(self, record: Mapping[str, Any]) -> None:
         """Advance the bar of the rounds and print one line of the round."""
         self._bars.advance(self._rounds)
-        loss, measure = record["train_loss"], self._measure
-        parts = [f"{self._title} round {record['round']:>3}"]
+        last, measure = Round.model_validate(record), self._measure
+        loss, quality = last.train_loss, last.quality(measure)
+        parts = [f"{self._title} round {last.index:>3}"]
         parts.append("train loss  -   " if loss is None else f"train loss {loss:.3f}")
-        quality = measure.of(record["accuracy"], record["loss"])
         if quality is not None:
-            parts.append(f"held-out {measure.name} {quality:.3f}, loss {record['loss']:.3f}")
-        parts += _spent(record)
-        parts += [f"{d['client']} dropped: {d['reason']}" for d in record["dropped"]]
-        parts += record["flags"]
+            parts.append(f"held-out {measure.name} {quality:.3f}, loss {rate(last.loss)}")
+        parts += _spent(last)
+        parts += [f"{d.client} dropped: {d.reason}" for d in last.dropped]
+        parts += last.flags
         self.message("   ".join(part.strip() for part in parts))
 
 
-def _spent(record: Mapping[str, Any]) -> list[str]:
+def _spent(last: Round) -> list[str]:
     """What has been spent so far: the largest epsilon of an example, that of a whole client."""
-    found = []
-    if record.get("privacy"):
-        found.append(f"largest epsilon {max(record['privacy']['epsilon'].values()):.2f}")
-    if record.get("central_privacy"):
-        found.append(f"central epsilon {record['central_privacy']['epsilon']:.2f}")
-    return found
+    spent = []
+    if last.privacy is not None and last.privacy.largest is not None:
+        spent.append(f"largest epsilon {last.privacy.largest[1]:.2f}")
+    if last.central_privacy is not None and last.central_privacy.epsilon is not None:
+        spent.append(f"central epsilon {last.central_privacy.epsilon:.2f}")
+    return spent

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedcore.checks import count, flag, number
 from fedcore.data.peft_keys import CORE, TRANSPOSED_FACTORS, parse_key
 from fedcore.errors import FedcoreError
 from fedcore_kernels.layout import FactorLayout
@@ -228,19 +229,10 @@ def declared_rank_and_scaling(config: Mapping[str, Any], module: str) -> tuple[i
     """
     rank = _declared(config, "rank_pattern", module, "r")
     alpha = _declared(config, "alpha_pattern", module, "lora_alpha")
-    whole = isinstance(rank, int) and not isinstance(rank, bool)
-    if not whole or not 1 <= rank <= _LARGEST:
-        raise FedcoreError(f"module {module}: r is {rank!r:.60} in the adapter's configuration")
-    number = isinstance(alpha, int | float) and not isinstance(alpha, bool)
-    if not number or not 1 / _LARGEST <= alpha <= _LARGEST:
-        raise FedcoreError(
-            f"module {module}: lora_alpha is {alpha!r:.60} in the adapter's configuration"
-        )
-    rooted = config.get("use_rslora") or False
-    if not isinstance(rooted, bool):
-        raise FedcoreError(
-            f"module {module}: use_rslora is {rooted!r:.60} in the adapter's configuration"
-        )
+    owner = f"module {module} in the adapter's configuration"
+    rank = count(owner, "r", rank, least=1, most=_LARGEST)
+    alpha = number(owner, "lora_alpha", alpha, least=1 / _LARGEST, most=_LARGEST)
+    rooted = flag(owner, "use_rslora", config.get("use_rslora") or False)
     return rank, alpha / sqrt(rank) if rooted else alpha / rank
 
 

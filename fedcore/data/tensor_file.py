@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedcore.checks import is_integer
 from fedcore.data.folders import open_regular
 from fedcore.errors import FedcoreError
 
@@ -236,8 +237,7 @@ def _entry(name: str, entry: Any, start: int, size: int) -> StoredTensor:
 def _whole(values: Any, least: int, most: int) -> bool:
     """Whether ``values`` is a list of integers from ``least`` to ``most``."""
     return isinstance(values, list) and all(
-        isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
-        for value in values
+        is_integer(value) and least <= value <= most for value in values
     )
 
 

@@ -7,28 +7,52 @@ import platform
 import resource
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 import torch
+from threadpoolctl import threadpool_limits
+
+from fedcore.federation.records import Environment
+from fedcore.recipes import Recipe
 
 _PACKAGES = ("fedcore-lora", "torch", "transformers", "peft", "safetensors", "numpy")
 
 
-def describe_environment() -> dict[str, Any]:
-    """A flat record of what results may depend on; ``versions`` maps package to version."""
+@contextmanager
+def recipe_threads(recipe: Recipe) -> Iterator[None]:
+    """Compute on ``training.threads`` threads inside, where the recipe sets them.
+
+    They are torch's and those of the BLAS of NumPy and SciPy. Both belong to the whole process, so
+    the numbers from before are put back at the end.
+    """
+    threads, before = recipe.training.threads, torch.get_num_threads()
+    if threads is None:
+        yield
+        return
+    with threadpool_limits(threads, user_api="blas"):
+        torch.set_num_threads(threads)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
+
+
+def describe_environment() -> Environment:
+    """What results may depend on."""
     cuda = torch.cuda.is_available()
-    return {
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "machine": platform.machine(),
-        "cpus": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if cuda else None,
-        "git_commit": git_commit(),
-        "versions": {name: found for name in _PACKAGES if (found := _version(name))},
-    }
+    return Environment(
+        python=platform.python_version(),
+        platform=platform.platform(),
+        machine=platform.machine(),
+        cpus=os.cpu_count(),
+        threads=torch.get_num_threads(),
+        gpu=torch.cuda.get_device_name() if cuda else None,
+        git_commit=git_commit(),
+        versions={name: found for name in _PACKAGES if (found := _version(name))},
+    )
 
 
 def git_commit() -> str | None:

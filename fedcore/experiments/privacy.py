@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from secrets import randbits
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from fedcore.data.cohort import Cohort
 from fedcore.errors import FedcoreError
-from fedcore.methods import METHODS
+from fedcore.federation.records import CentralPrivacySpent, PrivacySpent
 from fedcore.methods.base import Aggregate, Broadcast, Method
+from fedcore.methods.requirements import NOISY_MEAN, SENDS_NO_STATISTICS, of_family, refuse
 from fedcore.privacy import SecureSum
 from fedcore.privacy.accounting import Spending, epsilon
 from fedcore.privacy.central import noisy_mean
@@ -43,12 +43,8 @@ def check_private(
     privacy = recipe.privacy
     if privacy.noise_multiplier is None:
         return
-    if method.wants_features:
-        able = [m.name for m in METHODS if not m.wants_features and m.family == method.family]
-        raise FedcoreError(
-            f"{method.name} sends statistics of the clients' examples, to which privacy adds no "
-            f"noise, so no epsilon would hold; these send what was trained alone: {', '.join(able)}"
-        )
+    needs = (SENDS_NO_STATISTICS, of_family(method.family))
+    refuse(method, needs, "privacy.noise_multiplier, which adds noise to what was trained alone")
     if recipe.training.autocast:
         raise FedcoreError(
             "training.autocast is true with privacy.noise_multiplier: per-sample gradients are "
@@ -92,7 +88,7 @@ def steps_after(own: Mapping[str, Tensor], steps: int) -> Tensor:
 
 def privacy_record(
     recipe: Recipe, held: Mapping[str, int], private: Mapping[str, Mapping[str, Tensor]]
-) -> dict[str, Any] | None:
+) -> PrivacySpent | None:
     """What a round's record says of privacy; None where clients train without it.
 
     ``epsilon`` maps each client to what it has spent since the run began, for any one of its
@@ -103,24 +99,15 @@ def privacy_record(
         return None
     zero = torch.zeros((), dtype=torch.int64)
     steps = {client: int(private.get(client, {}).get(SPENT, zero)) for client in held}
-    return {
-        "accountant": privacy.accountant,
-        "delta": privacy.delta,
-        "noise_multiplier": privacy.noise_multiplier,
-        "max_grad_norm": privacy.max_grad_norm,
-        "noise": privacy.noise,
-        "steps": steps,
-        "epsilon": _epsilons(recipe, held, steps),
-    }
-
-
-def privacy_summary(records: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    """The run's last privacy record, with the client that has spent the most."""
-    found = records[-1].get("privacy") if records else None
-    if not found:
-        return None
-    worst = max(sorted(found["epsilon"]), key=lambda client: found["epsilon"][client])
-    return {**found, "largest_epsilon": found["epsilon"][worst], "largest_epsilon_client": worst}
+    return PrivacySpent(
+        accountant=privacy.accountant,
+        delta=privacy.delta,
+        noise_multiplier=privacy.noise_multiplier,
+        max_grad_norm=privacy.max_grad_norm,
+        noise=privacy.noise,
+        steps=steps,
+        epsilon=_epsilons(recipe, held, steps),
+    )
 
 
 def _epsilons(
@@ -154,12 +141,7 @@ def check_central(recipe: Recipe, method: Method, mixed_ranks: bool) -> None:
     central = recipe.privacy.central
     if central.noise_multiplier is None:
         return
-    if not _means_of_factors(method):
-        able = [m.name for m in METHODS if _means_of_factors(m)]
-        raise FedcoreError(
-            f"{method.name} does not follow from the mean of what its clients trained, to which "
-            f"privacy.central adds its noise; these do: {', '.join(able)}"
-        )
+    refuse(method, NOISY_MEAN, "privacy.central, which adds noise to the mean of what was trained")
     if recipe.round.secure_sum:
         raise FedcoreError(
             "round.secure_sum hides the single uploads that privacy.central has to cut; use one"
@@ -207,21 +189,21 @@ def poisson_sample(recipe: Recipe, clients: tuple[str, ...], round: int) -> tupl
     return tuple(c for c, draw in zip(sorted(clients), draws, strict=True) if draw < rate)
 
 
-def central_record(recipe: Recipe, rounds: int) -> dict[str, Any] | None:
+def central_record(recipe: Recipe, rounds: int) -> CentralPrivacySpent | None:
     """What a record says after so many rounds; None without central privacy."""
     privacy = recipe.privacy
     if privacy.central.noise_multiplier is None:
         return None
-    return {
-        "accountant": privacy.accountant,
-        "delta": privacy.delta,
-        "noise_multiplier": privacy.central.noise_multiplier,
-        "max_norm": privacy.central.max_norm,
-        "noise": privacy.noise,
-        "sampling_rate": recipe.round.participation,
-        "rounds": rounds,
-        "epsilon": _epsilon(recipe, rounds),
-    }
+    return CentralPrivacySpent(
+        accountant=privacy.accountant,
+        delta=privacy.delta,
+        noise_multiplier=privacy.central.noise_multiplier,
+        max_norm=privacy.central.max_norm,
+        noise=privacy.noise,
+        sampling_rate=recipe.round.participation,
+        rounds=rounds,
+        epsilon=_epsilon(recipe, rounds),
+    )
 
 
 def _stream(recipe: Recipe, purpose: str, round: int) -> KeyedStream:
@@ -229,35 +211,11 @@ def _stream(recipe: Recipe, purpose: str, round: int) -> KeyedStream:
     return KeyedStream(seed, purpose, round)
 
 
-def _means_of_factors(method: Method | type[Method]) -> bool:
-    return (
-        method.traits.linear
-        and method.uploads == "factors"
-        and method.population == "clients"
-        and not method.wants_features
-    )
-
-
 def _epsilon(recipe: Recipe, rounds: int) -> float:
     privacy = recipe.privacy
     assert privacy.central.noise_multiplier is not None, "the caller has looked"
     spending = Spending(privacy.central.noise_multiplier, recipe.round.participation, rounds)
     return epsilon(spending, privacy.delta, privacy.accountant)
-
-
-def check_sums_suffice(method: Method) -> None:
-    """Refuse a method that needs more of its clients than the sum of what they send.
-
-    Raises:
-        FedcoreError: with the methods that can run behind secure aggregation.
-    """
-    if method.traits.linear and method.population == "clients":
-        return
-    able = [m.name for m in METHODS if m.traits.linear and m.population == "clients"]
-    raise FedcoreError(
-        f"{method.name} needs every upload and a secure sum shows the server their mean alone; "
-        f"these need no more than that: {', '.join(able)}"
-    )
 
 
 def aggregate_securely(method: Method, cohort: Cohort, previous: Broadcast, seed: int) -> Aggregate:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from math import isfinite
-from typing import Any
 
 from fedcore.experiments.evaluation import Score
-from fedcore.experiments.setup import Workbench
+from fedcore.experiments.setup import Experiment
+from fedcore.federation.diagnostics import ModuleDiagnosis
+from fedcore.federation.records import ClientRound, DroppedClient, ModuleRound, Round, Traffic
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class ClientReports:
 
 
 def round_record(
-    bench: Workbench,
+    experiment: Experiment,
     round: int,
     outcome: Score,
     reports: ClientReports,
@@ -37,10 +38,10 @@ def round_record(
     up: Mapping[str, int],
     down: Mapping[str, int],
     seconds: Mapping[str, float],
-    modules: Sequence[Mapping[str, Any]] = (),
+    modules: Sequence[ModuleDiagnosis] = (),
     upload_error: float | None = None,
-) -> dict[str, Any]:
-    """A round as JSON: no NaN and no infinity.
+) -> Round:
+    """The record of one round.
 
     Args:
         round: counted from 0; -1 is the state before any.
@@ -50,59 +51,46 @@ def round_record(
         modules: what the aggregation did to each.
         upload_error: mean relative error of the uploads' number format.
     """
-    record: dict[str, Any] = nullable(
-        {
-            "round": round,
-            "accuracy": outcome.accuracy,
-            "loss": outcome.loss,
-            "train_loss": _mean_loss(bench, reports.losses),
-            "clients": _clients(bench, outcome, reports),
-            "sampled": list(sampled),
-            "dropped": [{"client": c, "reason": r} for c, r in sorted(dropped.items())],
-            "flags": list(flags),
-            "bytes_up": dict(up),
-            "bytes_down": dict(down),
-            "upload_error": upload_error,
-            "seconds": dict(seconds),
-            "modules": [dict(module) for module in modules],
-        }
+    return Round(
+        index=round,
+        accuracy=outcome.accuracy,
+        loss=outcome.loss,
+        train_loss=_mean_loss(experiment, reports.losses),
+        clients=_clients(experiment, outcome, reports),
+        sampled=tuple(sampled),
+        dropped=tuple(DroppedClient(client=c, reason=r) for c, r in sorted(dropped.items())),
+        flags=tuple(flags),
+        bytes_up=Traffic(**up),
+        bytes_down=Traffic(**down),
+        upload_error=upload_error,
+        seconds=dict(seconds),
+        modules=tuple(ModuleRound(**asdict(module)) for module in modules),
     )
-    return record
 
 
-def nullable(value: Any) -> Any:
-    """The same without NaN and infinity, which JSON does not have: they become null."""
-    if isinstance(value, float):
-        return value if isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: nullable(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [nullable(item) for item in value]
-    return value
-
-
-def _mean_loss(bench: Workbench, losses: Mapping[str, float]) -> float:
+def _mean_loss(experiment: Experiment, losses: Mapping[str, float]) -> float:
     """The mean over clients, by their numbers of training examples."""
     total = weight = 0.0
     for client, loss in losses.items():
         if isfinite(loss):
-            share = len(bench.training_indices(client))
+            share = len(experiment.training_indices(client))
             total += share * loss
             weight += share
     return total / weight if weight else float("nan")
 
 
-def _clients(bench: Workbench, outcome: Score, reports: ClientReports) -> list[dict[str, Any]]:
-    """A line a client: examples, mean training loss, accuracies of the global and its own model."""
-    return [
-        {
-            "client": client,
-            "examples": len(bench.shards[client]),
-            "train_loss": reports.losses.get(client),
-            "global_accuracy": outcome.clients.get(client),
-            "local_accuracy": reports.local_accuracy.get(client),
-            "global_loss": outcome.client_losses.get(client),
-            "local_loss": reports.local_loss.get(client),
-        }
-        for client in sorted(bench.shards)
-    ]
+def _clients(
+    experiment: Experiment, outcome: Score, reports: ClientReports
+) -> tuple[ClientRound, ...]:
+    return tuple(
+        ClientRound(
+            client=client,
+            examples=len(experiment.shards[client]),
+            train_loss=reports.losses.get(client),
+            global_accuracy=outcome.clients.get(client),
+            local_accuracy=reports.local_accuracy.get(client),
+            global_loss=outcome.client_losses.get(client),
+            local_loss=reports.local_loss.get(client),
+        )
+        for client in sorted(experiment.shards)
+    )

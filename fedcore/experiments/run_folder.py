@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fedcore.data.folders import (
-    OWN_LIMIT,
     append_line,
     is_free,
-    read_object,
     write_text,
     writing,
 )
 from fedcore.errors import FedcoreError
+from fedcore.federation.record_files import read_record, validated
+from fedcore.federation.records import Environment, Record, Round, Summary
 from fedcore.federation.state import (
     ServerState,
     latest_state,
@@ -89,43 +88,44 @@ class RunFolder:
         newest = latest_state(self.states)
         return read_state(newest) if newest else None
 
-    def rewind_metrics(self, state: ServerState) -> list[dict[str, Any]]:
+    def rewind_metrics(self, state: ServerState) -> list[Round]:
         """Make ``metrics.jsonl`` say exactly what the saved states say, and return its records.
 
         A run can be killed between saving a state and writing its line; the states are the truth.
         """
         folders = [self.states / f"round-{done:04d}" for done in range(state.round + 1)]
-        records = [read_about(folder)["record"] for folder in folders]
-        lines = [json.dumps(record, sort_keys=True, allow_nan=False) for record in records]
+        written = [read_about(folder)["record"] for folder in folders]
+        lines = [json.dumps(values, sort_keys=True, allow_nan=False) for values in written]
         write_text("".join(line + "\n" for line in lines), self.path / "metrics.jsonl")
-        return records
+        return [
+            validated(Round, values, f"the record of {folder}")
+            for values, folder in zip(written, folders, strict=True)
+        ]
 
     def summary(self) -> dict[str, Any] | None:
         """The summary of a finished run; None while it is not."""
         file = self.path / "summary.json"
         if not file.is_file():
             return None
-        found = self._read_json(file)
-        return found if found.get("finished") else None
+        summary = read_record(Summary, file)
+        return summary.plain() if summary.finished else None
 
-    def changed_environment(self, now: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    def changed_environment(self, now: Environment) -> list[tuple[str, Any, Any]]:
         """What differs between the machine that began the run and this one: name, then, now."""
         file = self.path / "environment.json"
         if not file.is_file():
             return []
-        before = self._read_json(file)
+        before = read_record(Environment, file)
         names = ("python", "platform", "threads", "gpu")
-        found = [(n, before.get(n), now.get(n)) for n in names if before.get(n) != now.get(n)]
-        for package, version in now["versions"].items():
-            was = before.get("versions", {}).get(package)
+        both = [(name, getattr(before, name), getattr(now, name)) for name in names]
+        found = [(name, was, value) for name, was, value in both if was != value]
+        for package, version in now.versions.items():
+            was = before.versions.get(package)
             if was != version:
                 found.append((package, was, version))
         return found
 
-    def _read_json(self, file: Path) -> dict[str, Any]:
-        # A measured value may be infinite: the perplexity of a loss that diverged.
-        return read_object(file, str(self.path), limit=OWN_LIMIT, finite=False)
-
-    def write_json(self, name: str, values: Mapping[str, Any]) -> None:
+    def write_json(self, name: str, record: Record) -> None:
         """Write one JSON file of the folder."""
-        write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", self.path / name)
+        text = json.dumps(record.plain(), indent=2, sort_keys=True, allow_nan=False)
+        write_text(text + "\n", self.path / name)

@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from fedcore.data.seeding import derive_seed
 from fedcore.errors import FedcoreError
 from fedcore.experiments.observer import Observer
-from fedcore.experiments.privacy import check_central, check_private, check_sums_suffice
+from fedcore.experiments.privacy import check_central, check_private
 from fedcore.experiments.trials import check_sources
-from fedcore.methods import METHODS, Method
+from fedcore.federation import records
+from fedcore.methods import Method
+from fedcore.methods.requirements import MIXED_RANKS, SECURE_SUM, of_family, refuse
 from fedcore.recipes import Recipe
 from fedcore.training.binding import ModelBinding
 from fedcore.training.datasets import (
@@ -37,7 +39,7 @@ POOLED = "everyone"
 
 
 @dataclass
-class Shelf:
+class SharedCache:
     """What several runs of one process may share: encoded texts and frozen-prefix states by key."""
 
     texts: dict[Any, tuple[TextDataset, EncodedDataset]] = field(default_factory=dict)
@@ -45,7 +47,7 @@ class Shelf:
 
 
 @dataclass(frozen=True)
-class Workbench:
+class Experiment:
     """The parts of a run.
 
     Attributes:
@@ -73,7 +75,7 @@ class Workbench:
     test_shards: Mapping[str, Tensor]
     test: Tensor
     label_names: tuple[str, ...]
-    counts: Mapping[str, Any]
+    counts: records.Partition
     residual: FrozenResidual
     ranks: Mapping[str, Mapping[str, int]]
     statistics: Mapping[str, Mapping[str, Tensor]]
@@ -81,7 +83,8 @@ class Workbench:
     @property
     def trainers(self) -> tuple[str, ...]:
         """Who trains: the clients, or the one holder of all data."""
-        return (POOLED,) if self.method.population == "pooled" else tuple(sorted(self.shards))
+        pooled = self.method.capabilities.population == "pooled"
+        return (POOLED,) if pooled else tuple(sorted(self.shards))
 
     def training_indices(self, client_id: str) -> Tensor:
         """The examples that ``client_id`` trains on."""
@@ -105,7 +108,9 @@ class Workbench:
         }
 
 
-def build_workbench(recipe: Recipe, observer: Observer, shelf: Shelf | None = None) -> Workbench:
+def build_experiment(
+    recipe: Recipe, observer: Observer, cache: SharedCache | None = None
+) -> Experiment:
     """Load, encode, split, partition and wrap, everything seeded by the recipe's seed.
 
     Raises:
@@ -113,14 +118,14 @@ def build_workbench(recipe: Recipe, observer: Observer, shelf: Shelf | None = No
             that cannot be drawn.
     """
     check_sources(recipe)
-    shelf = shelf or Shelf()
+    cache = cache or SharedCache()
     method, task = _seeded(recipe.method.create(), recipe), find_task(recipe.task)
     if recipe.round.secure_sum:
-        check_sums_suffice(method)
+        refuse(method, SECURE_SUM, "round.secure_sum")
     seed = recipe.seed
     observer.preparing(f"model {recipe.model.source}")
     dataset_key = (recipe.task, recipe.data, recipe.model.source, recipe.model.max_length)
-    labels_needed = shelf.texts.get(dataset_key)
+    labels_needed = cache.texts.get(dataset_key)
     texts = labels_needed[0] if labels_needed else _load_texts(recipe, observer)
     classes = len(texts.label_names)
     model, tokenizer = task.load(recipe.model.source, classes, derive_seed(seed, "head"))
@@ -139,10 +144,10 @@ def build_workbench(recipe: Recipe, observer: Observer, shelf: Shelf | None = No
         task_type=task.peft_type,
         **method.adapter_options,
     )
-    if dataset_key not in shelf.texts:
+    if dataset_key not in cache.texts:
         observer.preparing(f"encoding {len(texts.texts)} texts")
-        shelf.texts[dataset_key] = (texts, task.encode(texts, tokenizer, recipe.model.max_length))
-    examples = shelf.texts[dataset_key][1]
+        cache.texts[dataset_key] = (texts, task.encode(texts, tokenizer, recipe.model.max_length))
+    examples = cache.texts[dataset_key][1]
     train, test = (
         torch.as_tensor(indices)
         for indices in split_indices(texts, recipe.data.test_fraction, derive_seed(seed, "split"))
@@ -152,20 +157,20 @@ def build_workbench(recipe: Recipe, observer: Observer, shelf: Shelf | None = No
     ids = client_ids(recipe.clients)
     shards = {c: train[torch.tensor(i)] for c, i in zip(ids, parts.indices, strict=True)}
     test_shards = {c: test[torch.tensor(i)] for c, i in zip(ids, held_out.indices, strict=True)}
-    prefix, states = _prefix(recipe, model, examples, dataset_key, shelf, observer)
+    prefix, states = _prefix(recipe, model, examples, dataset_key, cache, observer)
     binding = ModelBinding.of(model)
     modules = binding.layout.modules
     ranks = client_ranks(recipe, method, ids, modules)
     held = {client: len(indices) for client, indices in shards.items()}
-    if method.population == "pooled":
+    if method.capabilities.population == "pooled":
         held = {POOLED: len(train)}
     check_private(recipe, method, held, mixed_ranks=bool(ranks))
     check_central(recipe, method, mixed_ranks=bool(ranks))
     statistics = {}
-    if method.wants_features:
+    if method.capabilities.wants_features:
         observer.preparing("what the clients tell of their data")
         statistics = _statistics(recipe, method, model, examples, shards)
-    return Workbench(
+    return Experiment(
         recipe=recipe,
         method=method,
         task=task,
@@ -178,12 +183,12 @@ def build_workbench(recipe: Recipe, observer: Observer, shelf: Shelf | None = No
         test_shards=test_shards,
         test=test,
         label_names=texts.label_names,
-        counts={
-            "client_ids": list(ids),
-            "label_names": list(texts.label_names),
-            "class_counts": _count(shards, examples, classes),
-            "test_counts": _count(test_shards, examples, classes),
-        },
+        counts=records.Partition(
+            client_ids=ids,
+            label_names=tuple(texts.label_names),
+            class_counts=_count(shards, examples, classes),
+            test_counts=_count(test_shards, examples, classes),
+        ),
         residual=FrozenResidual(model, modules),
         ranks=ranks,
         statistics=statistics,
@@ -209,12 +214,8 @@ def client_ranks(
     given = recipe.adapter.client_ranks
     if not given or all(rank == recipe.adapter.rank for rank in given):
         return {}
-    if not method.traits.mixed_ranks:
-        able = [m.name for m in METHODS if m.traits.mixed_ranks and m.family == method.family]
-        raise FedcoreError(
-            f"adapter.client_ranks is {list(given)}; {method.name} needs equal ranks, these take "
-            f"mixed ones: {', '.join(able)}"
-        )
+    needs = (MIXED_RANKS, of_family(method.family))
+    refuse(method, needs, f"adapter.client_ranks is {list(given)}")
     return {
         client: dict.fromkeys(modules, given[i % len(given)])
         for i, client in enumerate(sorted(ids))
@@ -279,7 +280,7 @@ def _prefix(
     model: nn.Module,
     examples: EncodedDataset,
     dataset_key: Any,
-    shelf: Shelf,
+    cache: SharedCache,
     observer: Observer,
 ) -> tuple[FrozenPrefix | None, Tensor | None]:
     """The frozen prefix, and its states when they are to be reused."""
@@ -287,19 +288,21 @@ def _prefix(
     if prefix is None or not recipe.training.reuse_prefix or recipe.training.autocast:
         return prefix, None
     key = (dataset_key, prefix.length)
-    if key not in shelf.states:
+    if key not in cache.states:
         observer.preparing(
             f"states of {prefix.length} frozen layers for {len(examples.labels)} texts"
         )
-        shelf.states[key] = prefix.compute(examples, recipe.evaluation.batch_size)
-    return prefix, shelf.states[key]
+        cache.states[key] = prefix.compute(examples, recipe.evaluation.batch_size)
+    return prefix, cache.states[key]
 
 
-def _count(shards: Mapping[str, Tensor], examples: EncodedDataset, classes: int) -> list[list[int]]:
-    return [
-        torch.bincount(examples.labels[shards[client]], minlength=classes).tolist()
+def _count(
+    shards: Mapping[str, Tensor], examples: EncodedDataset, classes: int
+) -> tuple[tuple[int, ...], ...]:
+    return tuple(
+        tuple(torch.bincount(examples.labels[shards[client]], minlength=classes).tolist())
         for client in sorted(shards)
-    ]
+    )
 
 
 def _device(name: str) -> torch.device:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fedcore.errors import FedcoreError
-from fedcore.methods import METHODS, find_method
+from fedcore.methods.registry import find_method, method_classes
 from fedcore.recipes import Recipe, load_recipe
 from fedcore.training.datasets import check_data_source
 from fedcore.training.hub_access import check_obtainable
@@ -41,7 +41,7 @@ def plan_trials(
     Raises:
         FedcoreError: an unknown recipe, method or key, or nothing to compare.
     """
-    names = [m.name for m in METHODS] if list(methods) == ["all"] else list(methods)
+    names = [m.name for m in method_classes()] if list(methods) == ["all"] else list(methods)
     resolved = list(dict.fromkeys(find_method(name).name for name in names))
     if not resolved or not seeds:
         raise FedcoreError("a comparison needs at least one method and one seed")

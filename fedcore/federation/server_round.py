@@ -215,7 +215,7 @@ class OpenRound:
             dtype=self.state.row.dtype,
             on_invalid=self._on_invalid,
         )
-        needs_difference = not self.method.traits.linear and not self._allow_identical
+        needs_difference = not self.method.capabilities.linear and not self._allow_identical
         if needs_difference and identical_rows(cohort.updates):
             raise FedcoreError(
                 f"round {cohort.round}: all {len(cohort)} uploads are identical, which "

@@ -107,7 +107,7 @@ def aggregate(
     counts = weights_by_name(weights, list(named))
     given = dict(options or {})
     chosen = check_usable(create_method(method, **given), previous is not None, given.get("align"))
-    if previous is not None and chosen.history == "none":
+    if previous is not None and chosen.capabilities.history == "none":
         raise FedcoreError(f"{chosen.name} makes no use of previous; leave it out")
     wanted = parse_dtype(dtype)
     if on_invalid not in ("raise", "drop"):
@@ -211,4 +211,4 @@ def _exact(job: Job, errors: tuple[MethodError, ...], dtypes: Mapping[str, torch
         return False
     coarsest = max(torch.finfo(dtype).eps for dtype in dtypes.values())
     measured = errors[0].error if errors else float("nan")
-    return job.method.traits.exact == "yes" or measured <= 4 * coarsest
+    return job.method.capabilities.always_exact or measured <= 4 * coarsest

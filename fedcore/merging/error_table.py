@@ -113,7 +113,7 @@ class ErrorTally:
         result = run_method(method, cohort, previous)
         layout = cohort.layout
         found: _Pairs = {module: [] for module in layout.modules}
-        if not method.restarts:
+        if not method.capabilities.restarts:
             for module in layout.modules:
                 inner = layout.view(result.row, layout.by_name[f"{module}.A"])
                 outer = inner

@@ -129,7 +129,7 @@ def _collect(
         merged.residual[module] = LowRank(
             cast(f"{module}.B", part.outer), cast(f"{module}.A", part.inner)
         )
-    if job.method.restarts:
+    if job.method.capabilities.restarts:
         # The next round's random start means nothing here: the update is the residual.
         for module in layout.modules:
             if module not in merged.residual:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from fedcore.checks import count
 from fedcore.data.cohort import Cohort
 from fedcore.data.validation import Dropped, OnInvalid
 from fedcore.errors import FedcoreError
@@ -21,8 +22,16 @@ from fedcore.merging.sources import (
     shared_problem,
 )
 from fedcore.methods.base import Aggregate, Broadcast, Method
-from fedcore.methods.catalog import METHODS
-from fedcore_kernels.errors import KernelInputError
+from fedcore.methods.requirements import (
+    ANY_RANK,
+    MIXED_RANKS,
+    NO_PREVIOUS,
+    NO_ROUNDS,
+    methods_meeting,
+    of_family,
+    refuse,
+)
+from fedcore_kernels import KernelInputError
 from fedcore_kernels.layout import FactorLayout
 
 
@@ -55,13 +64,12 @@ def usable_methods(family: str | None = None, *, previous: bool = True) -> list[
     Args:
         previous: whether the adapter that all clients started from is there.
     """
-    return [
-        method
-        for method in METHODS
-        if method.history != "rounds"
-        and family in (None, method.family)
-        and (previous or method.history != "previous")
-    ]
+    needs = [NO_ROUNDS]
+    if family is not None:
+        needs.append(of_family(family))
+    if not previous:
+        needs.append(NO_PREVIOUS)
+    return [type(method) for method in methods_meeting(needs)]
 
 
 def check_usable(method: Method, previous: bool, align: bool | None) -> Method:
@@ -77,18 +85,11 @@ def check_usable(method: Method, previous: bool, align: bool | None) -> Method:
     Raises:
         FedcoreError: naming the methods that can be used instead.
     """
-    if method.history == "rounds":
-        whose = "" if method.rule is None else f" with host {method.rule.inner().name}"
-        raise FedcoreError(
-            f"{method.name}{whose} needs the rounds of a federation and cannot aggregate adapters "
-            f"that were trained elsewhere; usable: {names_of(usable_methods())}"
-        )
-    if method.history == "previous" and not previous:
-        raise FedcoreError(
-            f"{method.name} needs the adapter that all clients started from; pass previous, or "
-            f"use one of {names_of(usable_methods(method.family, previous=False))}"
-        )
-    if method.history == "alignment" and not previous and _aligns(method):
+    refuse(method, (NO_ROUNDS,), "adapters that were trained elsewhere")
+    if not previous:
+        needs = (NO_ROUNDS, NO_PREVIOUS, of_family(method.family))
+        refuse(method, needs, "adapters without previous", ", or pass previous")
+    if method.capabilities.history == "alignment" and not previous and _aligns(method):
         if align:
             raise FedcoreError(
                 f"{method.name}: align is true without an adapter to align to; pass previous"
@@ -187,7 +188,7 @@ def plan_job(
             f"{method.name} aggregates adapters of family {method.family!r}, these are of family "
             f"{family!r}; usable: {usable}"
         )
-    if not method.traits.mixed_ranks:
+    if not method.capabilities.mixed_ranks:
         _check_equal_ranks(aggregating(method), sources)
     started = [] if previous is None else [previous]
     check_same_constants([*sources, *started])
@@ -228,11 +229,9 @@ def _check_equal_ranks(method: Method, sources: Sequence[Source]) -> None:
         for module in first.outline.factors:
             one, other = source.ranks[module], first.ranks[module]
             if one != other:
-                mixed = [m for m in usable_methods(method.family) if m.traits.mixed_ranks]
-                raise FedcoreError(
-                    f"{source.name}: {module} has rank {one}, that of {first.name} is {other}; "
-                    f"{method.name} needs equal ranks, mixed ones are accepted by {names_of(mixed)}"
-                )
+                needs = (MIXED_RANKS, NO_ROUNDS, of_family(method.family))
+                ranks = f"{module} has rank {one}, that of {first.name} is {other}"
+                refuse(method, needs, f"{source.name}: {ranks}")
 
 
 def _ranks(
@@ -241,13 +240,9 @@ def _ranks(
     """Module to the rank of the result, where one was asked for."""
     if rank is None:
         return {}
-    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-        raise FedcoreError(f"rank is {rank!r}; pass a whole number of 1 or more")
-    if not method.any_rank:
-        free = names_of([m for m in usable_methods(method.family) if m.any_rank])
-        raise FedcoreError(
-            f"rank is {rank}, which {method.name} does not choose; leave it out or use {free}"
-        )
+    count("", "rank", rank, least=1)
+    needs = (ANY_RANK, NO_ROUNDS, of_family(method.family))
+    refuse(method, needs, f"rank is {rank}", ", or leave it out")
     if method.family == "gram" and previous is not None:
         raise FedcoreError(
             f"rank is {rank}; factors that are aligned to previous keep its rank, leave rank out"

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedcore.checks import is_number
 from fedcore.data.adapter_state import AdapterState
 from fedcore.data.peft_files import open_adapter
 from fedcore.data.peft_keys import MAGNITUDE
@@ -220,9 +221,11 @@ def weights_by_name(weights: Weights | None, names: Sequence[str]) -> dict[str, 
     else:
         raise FedcoreError(f"weights is a {type(weights).__name__}; pass a list or a mapping")
     for name, value in given.items():
-        number = isinstance(value, int | float) and not isinstance(value, bool)
         try:
-            problem = check_weight(value) if number else f"its weight is {value!r:.60}, no number"
+            number = is_number(value)
+            problem = (
+                check_weight(value) if number else f"its weight is {value!r:.60}, not a number"
+            )
         except OverflowError:
             problem = "its weight is too large; weights are finite"
         if problem:

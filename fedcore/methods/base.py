@@ -1,4 +1,4 @@
-"""What an aggregation method is: a client half, a server half, and its traits as data."""
+"""What an aggregation method is: a client half, a server half, and what it is capable of."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import nan
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol, final
 
 from torch import Tensor
 
 from fedcore.data.cohort import Cohort
 from fedcore.data.low_rank import LowRank
 from fedcore.errors import FedcoreError
-from fedcore_kernels.layout import FactorLayout
+from fedcore_kernels import FactorLayout
 
 Family = Literal["lora", "gram", "tri", "none"]
 
@@ -27,29 +27,71 @@ FACTORS: Mapping[str, tuple[str, ...]] = {
 }
 """The factors of each adapter family; the core of a tri-factor adapter is ``R``."""
 
+_INSTEAD: Mapping[str, str] = {
+    "lora": "product_svd accepts mixed ones and flora is exact with them",
+    "gram": "florg accepts mixed ones",
+}
+"""What to use for clients of different ranks."""
+
+EMPTY_ROUND = "no valid upload: the global state is kept"
+
 
 @dataclass(frozen=True)
-class Traits:
-    """What a method promises, in words a table can show and values a program can read.
+class Capabilities:
+    """What code has to know of a method before it runs it.
 
     Attributes:
-        exact: ``"yes"`` when the broadcast product is the weighted mean of the clients' products,
-            otherwise the condition under which it is, or ``"no"``.
+        always_exact: the broadcast product is the weighted mean of the clients' products, whatever
+            they send.
         linear: the server only post-processes weighted sums of fixed-shape uploads, so it may run
-            behind secure aggregation.
+            behind secure aggregation, and its memory does not grow with the number of clients.
         mixed_ranks: clients may have different ranks.
         personalised: each client ends with a model of its own.
-        streaming: server memory does not grow with the number of clients.
+        population: ``"clients"`` exchange each round, ``"alone"`` never, ``"pooled"`` is one holder
+            of all data.
+        uploads: whether the slots of an upload hold the factors, or something that was computed of
+            them.
+        restarts: every round starts a fresh adapter, so that optimiser moments mean nothing in it.
+        updates_base: rounds give a residual: part of their result goes into the base weights.
+        wants_features: :meth:`Method.statistics` is to be called on every client before its first
+            round.
+        history: what the server half needs besides uploads of factors: earlier rounds, the previous
+            global state, that state for the option ``align`` alone, or nothing. Methods that can do
+            without the rounds also aggregate adapters that were trained elsewhere.
+        any_rank: leading rows of the result, as :meth:`Method.for_client` gives them, are the best
+            of their rank, so that a result of any rank may be asked for.
+    """
+
+    always_exact: bool = False
+    linear: bool = False
+    mixed_ranks: bool = False
+    personalised: bool = False
+    population: Literal["clients", "alone", "pooled"] = "clients"
+    uploads: Literal["factors", "statistics"] = "factors"
+    restarts: bool = False
+    updates_base: bool = False
+    wants_features: bool = False
+    history: History = "rounds"
+    any_rank: bool = False
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a method is and promises, in the words of tables; nothing branches on them.
+
+    Attributes:
+        summary: what it does, in half a line.
+        paper: its source.
+        exact: ``"yes"`` when the broadcast product is the weighted mean of the clients' products,
+            otherwise the condition under which it is, or ``"no"``.
         uplink, downlink: numbers sent per adapted matrix, client and round.
         server_cost: floating-point operations per adapted matrix.
         privacy_note: what the clients learn of each other.
     """
 
+    summary: str
+    paper: str
     exact: str
-    linear: bool
-    mixed_ranks: bool
-    personalised: bool
-    streaming: bool
     uplink: str
     downlink: str
     server_cost: str
@@ -108,15 +150,26 @@ class Rule(Protocol):
 
 @dataclass(frozen=True)
 class ClientPlan:
-    """The client half for one round: which factors train, and which of them are sent.
+    """The client half for one round: which factors train, which of them are sent, and the rest.
 
     Factors of the family that are not in ``trains`` are frozen: the client must hold them exactly
     as broadcast. What trains and is not sent is the client's own and never leaves it.
+
+    Attributes:
+        trains: factors that local training changes.
+        sends: factors in an upload.
+        sends_dense: whether an upload holds the dense tensors, the head for instance.
+        reads: factors that :meth:`Method.prepare_upload` is shown; those that are sent by default.
+        private: factors of which a client starts the next round with values of its own in place of
+            the global ones, and the dense tensors unless they are sent; what it trains and keeps by
+            default.
     """
 
     trains: frozenset[str]
     sends: frozenset[str]
     sends_dense: bool = True
+    reads: frozenset[str] | None = None
+    private: frozenset[str] | None = None
 
     @property
     def keeps(self) -> frozenset[str]:
@@ -149,8 +202,11 @@ class Upload:
 class StepReport:
     """What the server step found out about one module.
 
-    ``rank`` kept, ``condition`` number of what was kept, ``gap`` between the last kept and the
-    first dropped eigenvalue relative to the first (``nan`` where not known).
+    Attributes:
+        rank: directions kept.
+        condition: condition number of what was kept; ``nan`` where not known.
+        gap: relative gap ``1 - lambda_{r+1} / lambda_r`` behind the last kept eigenvalue or
+            singular value; ``nan`` where not known.
     """
 
     rank: int
@@ -189,32 +245,26 @@ class Aggregate:
 class Method(ABC):
     """An aggregation method: frozen hyper-parameters and two pure halves.
 
-    Subclasses are frozen dataclasses, one a file, and state their ``traits`` as data.
+    Subclasses are frozen dataclasses. Each has a ``name``, a ``family``, its ``capabilities`` and a
+    ``description``, a server half :meth:`aggregate` and, where not everything is trained and sent,
+    a client half :meth:`plan`; the other methods have a default that most keep.
     """
 
     name: ClassVar[str]
     aliases: ClassVar[tuple[str, ...]] = ()
-    summary: ClassVar[str]
-    paper: ClassVar[str]
     family: ClassVar[Family]
-    traits: ClassVar[Traits]
-    population: ClassVar[Literal["clients", "alone", "pooled"]] = "clients"
-    """``"clients"`` exchange each round, ``"alone"`` never, ``"pooled"`` is one holder of all."""
-    uploads: ClassVar[Literal["factors", "statistics"]] = "factors"
-    """Whether the slots of an upload hold the factors, or something that was computed of them."""
-    restarts: ClassVar[bool] = False
-    """Whether every round starts a fresh adapter, so that optimiser moments mean nothing in it."""
-    updates_base: ClassVar[bool] = False
-    """Whether rounds give a residual: part of their result goes into the base weights."""
-    wants_features: ClassVar[bool] = False
-    """Whether :meth:`statistics` is to be called on every client before its first round."""
-    history: ClassVar[History] = "rounds"
-    """What the server half needs besides uploads of factors: earlier rounds, the previous global
-    state, that state for the option ``align`` alone, or nothing. Methods that can do without the
-    rounds also aggregate adapters that were trained elsewhere."""
-    any_rank: ClassVar[bool] = False
-    """Whether leading rows of the result, as :meth:`for_client` gives them, are the best of their
-    rank, so that a result of any rank may be asked for."""
+
+    @property
+    @abstractmethod
+    def capabilities(self) -> Capabilities:
+        """What code branches on: an attribute of the class, or a property where it depends on
+        options; hence to be asked of an instance.
+        """
+
+    @property
+    @abstractmethod
+    def description(self) -> Description:
+        """What people read of the method."""
 
     @property
     def rule(self) -> Rule | None:
@@ -274,21 +324,6 @@ class Method(ABC):
             FedcoreError: the cohort breaks the method's contract (mixed ranks where it has none).
         """
 
-    def upload_layout(self, broadcast: FactorLayout, round: int) -> FactorLayout:
-        """The layout of one upload in ``round``."""
-        plan = self.plan(round)
-        return broadcast.select(plan.sends, dense=plan.sends_dense)
-
-    def read_layout(self, broadcast: FactorLayout, round: int) -> FactorLayout:
-        """The layout of what :meth:`prepare_upload` is shown; that of the upload by default."""
-        return self.upload_layout(broadcast, round)
-
-    def frozen_layout(self, broadcast: FactorLayout, round: int) -> FactorLayout:
-        """The factors that no client may change in ``round``."""
-        plan = self.plan(round)
-        held = frozenset(FACTORS[self.family]) - plan.trains
-        return broadcast.select(held, dense=False)
-
     def completed(self, cohort: Cohort, previous: Broadcast) -> Cohort:
         """The cohort as the method reads it: what a client's upload says of what it did not send.
 
@@ -296,11 +331,6 @@ class Method(ABC):
         cohort. By default the cohort itself.
         """
         return cohort
-
-    def private_layout(self, broadcast: FactorLayout, round: int) -> FactorLayout:
-        """The slots in which a client holds values of its own in place of the global ones."""
-        plan = self.plan(round)
-        return broadcast.select(plan.keeps, dense=not plan.sends_dense)
 
     def from_mean(self, mean: Tensor, layout: FactorLayout, previous: Broadcast) -> Aggregate:
         """The next global row from the weighted mean of the uploads alone, as a sum gives it.
@@ -316,7 +346,7 @@ class Method(ABC):
         """
         raise FedcoreError(
             f"{self.name} needs every upload, a sum-only aggregator shows it their sum alone; "
-            "methods whose trait `linear` is yes can run behind one"
+            "methods that `fedcore methods` lists as linear can run behind one"
         )
 
     def for_client(self, state: Broadcast, held: Broadcast, ranks: Sequence[int]) -> Tensor:
@@ -334,12 +364,12 @@ class Method(ABC):
             FedcoreError: a rank out of its range, another number of ranks than modules, or ranks
                 below the layout's where the method needs equal ones.
         """
-        kept = checked_ranks(state.layout, ranks)
+        rank_of = checked_ranks(state.layout, ranks)
         row = state.row.clone()
         for slot in state.layout.factor_slots:
-            rank = kept[slot.module]
+            rank = rank_of[slot.module]
             if rank < slot.rows:
-                if not self.traits.mixed_ranks:
+                if not self.capabilities.mixed_ranks:
                     raise FedcoreError(
                         f"ranks asks for {rank} in {slot.module}; {self.name} needs equal ranks "
                         f"({slot.rows})"
@@ -350,23 +380,49 @@ class Method(ABC):
                     view[:, rank:] = 0
         return row
 
+    @final
+    def upload_layout(self, broadcast: FactorLayout, round: int) -> FactorLayout:
+        """The layout of one upload in ``round``."""
+        plan = self.plan(round)
+        return broadcast.select(plan.sends, dense=plan.sends_dense)
+
+    @final
+    def read_layout(self, broadcast: FactorLayout, round: int) -> FactorLayout:
+        """The layout of what :meth:`prepare_upload` is shown; that of the upload by default."""
+        plan = self.plan(round)
+        reads = plan.sends if plan.reads is None else plan.reads
+        return broadcast.select(reads, dense=plan.sends_dense)
+
+    @final
+    def frozen_layout(self, broadcast: FactorLayout, round: int) -> FactorLayout:
+        """The factors that no client may change in ``round``."""
+        frozen = frozenset(FACTORS[self.family]) - self.plan(round).trains
+        return broadcast.select(frozen, dense=False)
+
+    @final
+    def private_layout(self, broadcast: FactorLayout, round: int) -> FactorLayout:
+        """The slots in which a client holds values of its own in place of the global ones."""
+        plan = self.plan(round)
+        private = plan.keeps if plan.private is None else plan.private
+        return broadcast.select(private, dense=not plan.sends_dense)
+
+    @final
     def check_cohort(self, cohort: Cohort) -> None:
         """Refuse mixed ranks unless the method has them.
 
         Raises:
             FedcoreError: naming the client and its ranks.
         """
-        if self.traits.mixed_ranks or not cohort.mixed_ranks:
+        if self.capabilities.mixed_ranks or not cohort.mixed_ranks:
             return
         full = cohort.ranks.max(dim=0).values
-        mixed = "florg" if self.family == "gram" else "product_svd"
         for client, ranks in zip(cohort.client_ids, cohort.ranks, strict=True):
             if bool((ranks != full).any()):
                 module = cohort.layout.modules[int((ranks != full).nonzero()[0])]
                 raise FedcoreError(
                     f"round {cohort.round}: client {client} has rank {int(ranks.min())} in "
                     f"{module}, others up to {int(full.max())}; {self.name} needs equal ranks, "
-                    f"{mixed} accepts mixed ones"
+                    + _INSTEAD.get(self.family, "give all clients one rank")
                 )
 
 
@@ -379,18 +435,15 @@ def checked_ranks(layout: FactorLayout, ranks: Sequence[int]) -> dict[str, int]:
     modules = layout.modules
     if len(ranks) != len(modules):
         raise FedcoreError(f"ranks has {len(ranks)} entries; pass one for each of {modules}")
-    kept = dict(zip(modules, map(int, ranks), strict=True))
+    rank_of = dict(zip(modules, map(int, ranks), strict=True))
     for slot in layout.factor_slots:
-        if not 1 <= kept[slot.module] <= slot.rows:
+        if not 1 <= rank_of[slot.module] <= slot.rows:
             raise FedcoreError(
-                f"ranks asks for {kept[slot.module]} in {slot.module}; pass 1 to {slot.rows}"
+                f"ranks asks for {rank_of[slot.module]} in {slot.module}; pass 1 to {slot.rows}"
             )
-    return kept
+    return rank_of
 
 
 def unchanged(previous: Broadcast, reason: str) -> Aggregate:
     """The previous global row, flagged with why nothing changed."""
     return Aggregate(previous.row, previous.layout.select((), dense=False), flags=(reason,))
-
-
-EMPTY_ROUND = "no valid upload: the global state is kept"

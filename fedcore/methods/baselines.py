@@ -1,13 +1,39 @@
-"""Baseline: every client fine-tunes alone."""
+"""The baselines: a head alone, every client alone, one holder of all data."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 from fedcore.data.cohort import Cohort
-from fedcore.methods.base import Aggregate, Broadcast, ClientPlan, Family, Method, Traits, unchanged
+from fedcore.methods.base import (
+    Aggregate,
+    Broadcast,
+    Capabilities,
+    ClientPlan,
+    Description,
+    Family,
+    Method,
+    unchanged,
+)
 from fedcore.methods.shared.linear import LinearMethod
+
+
+@dataclass(frozen=True)
+class HeadOnly(LinearMethod):
+    """FedAvg of the head over a frozen model: what adapters must beat to be worth their traffic."""
+
+    name: ClassVar[str] = "head_only"
+    family: ClassVar[Family] = "none"
+    capabilities: ClassVar[Capabilities] = Capabilities(always_exact=True, linear=True)
+    description: ClassVar[Description] = Description(
+        summary="no adapter, FedAvg of the head",
+        paper="baseline",
+        exact="yes",
+        uplink="0",
+        downlink="0",
+        server_cost="0",
+    )
 
 
 @dataclass(frozen=True)
@@ -19,16 +45,14 @@ class LocalOnly(Method):
     """
 
     name: ClassVar[str] = "local_only"
-    summary: ClassVar[str] = "every client alone, nothing exchanged"
-    paper: ClassVar[str] = "baseline"
     family: ClassVar[Family] = "lora"
-    population: ClassVar[Literal["clients", "alone", "pooled"]] = "alone"
-    traits: ClassVar[Traits] = Traits(
+    capabilities: ClassVar[Capabilities] = Capabilities(
+        linear=True, mixed_ranks=True, personalised=True, population="alone"
+    )
+    description: ClassVar[Description] = Description(
+        summary="every client alone, nothing exchanged",
+        paper="baseline",
         exact="no global model",
-        linear=True,
-        mixed_ranks=True,
-        personalised=True,
-        streaming=True,
         uplink="0",
         downlink="0",
         server_cost="0",
@@ -45,45 +69,23 @@ class LocalOnly(Method):
 
 
 @dataclass(frozen=True)
-class HeadOnly(LinearMethod):
-    """FedAvg of the head over a frozen model: what adapters must beat to be worth their traffic."""
-
-    name: ClassVar[str] = "head_only"
-    summary: ClassVar[str] = "no adapter, FedAvg of the head"
-    paper: ClassVar[str] = "baseline"
-    family: ClassVar[Family] = "none"
-    traits: ClassVar[Traits] = Traits(
-        exact="yes",
-        linear=True,
-        mixed_ranks=False,
-        personalised=False,
-        streaming=True,
-        uplink="0",
-        downlink="0",
-        server_cost="0",
-    )
-
-
-@dataclass(frozen=True)
 class Centralised(LinearMethod):
     """LoRA on the pooled data: what federation gives up for privacy.
 
-    One client holds everything and makes as many local steps a round as all clients together
+    One client holds everything and makes as many local steps per round as all clients together
     would. No traffic is counted.
     """
 
     name: ClassVar[str] = "centralised"
     aliases: ClassVar[tuple[str, ...]] = ("centralized", "pooled")
-    summary: ClassVar[str] = "one client with all the data"
-    paper: ClassVar[str] = "baseline"
     family: ClassVar[Family] = "lora"
-    population: ClassVar[Literal["clients", "alone", "pooled"]] = "pooled"
-    traits: ClassVar[Traits] = Traits(
+    capabilities: ClassVar[Capabilities] = Capabilities(
+        always_exact=True, linear=True, population="pooled"
+    )
+    description: ClassVar[Description] = Description(
+        summary="one client with all the data",
+        paper="baseline",
         exact="yes",
-        linear=True,
-        mixed_ranks=False,
-        personalised=False,
-        streaming=True,
         uplink="0",
         downlink="0",
         server_cost="0",

@@ -1,110 +1,53 @@
-"""Every method by name: one place to look one up, list them, or build one with its options."""
+"""The methods that are shipped: whatever stands in the rooms of this package, without a list.
+
+A new method is one file, or one folder, in the room of its adapter.
+"""
 
 from __future__ import annotations
 
-from dataclasses import fields
-from typing import Any
+from collections.abc import Iterator
+from importlib import import_module
+from inspect import isabstract
+from pkgutil import walk_packages
+from types import ModuleType
 
-from fedcore.errors import FedcoreError, unknown_name
 from fedcore.methods.base import Method
-from fedcore.methods.baselines import Centralised, HeadOnly, LocalOnly
-from fedcore.methods.gram.florg import FlorgAvgA, FlorgSketched, FlorgTruncated
-from fedcore.methods.gram.florg_whitened import FlorgWhitened
-from fedcore.methods.lora.fedex import FedEx
-from fedcore.methods.lora.fedit import FedIT
-from fedcore.methods.lora.fedrot import FedRot
-from fedcore.methods.lora.fedsa import FedSA
-from fedcore.methods.lora.ffa import FFA
-from fedcore.methods.lora.flora import Flora
-from fedcore.methods.lora.flora_na.method import FloraNA
-from fedcore.methods.lora.florist import Florist
-from fedcore.methods.lora.lora_fair import LoRAFair
-from fedcore.methods.lora.product_svd import ProductSvd
-from fedcore.methods.lora.rolora import RoLoRA
-from fedcore.methods.robust.rules import RobustClip, RobustGeomedian, RobustKrum, RobustMedian
-from fedcore.methods.tri.ce_lora.method import CELoRA
-from fedcore.methods.tri.ce_lora.projected import CELoRAProjected
-from fedcore.methods.tri.fed_sb import FedSB
+from fedcore.methods.registry import register_method
 
-METHODS: tuple[type[Method], ...] = (
-    FedIT,
-    FFA,
-    RoLoRA,
-    FedSA,
-    FlorgTruncated,
-    FlorgSketched,
-    FlorgWhitened,
-    FlorgAvgA,
-    ProductSvd,
-    Flora,
-    FedEx,
-    Florist,
-    LoRAFair,
-    FedRot,
-    FloraNA,
-    CELoRA,
-    CELoRAProjected,
-    FedSB,
-    RobustClip,
-    RobustKrum,
-    RobustMedian,
-    RobustGeomedian,
-    HeadOnly,
-    LocalOnly,
-    Centralised,
+_ROOMS = ("baselines", "gram", "lora", "robust", "tri")
+
+_ORDER = (
+    *("fedit", "ffa", "rolora", "fedsa"),
+    *("florg.truncated", "florg.sketched", "florg.whitened", "florg.avg_a"),
+    *("product_svd", "flora", "fedex", "florist", "lora_fair", "fedrot", "flora_na"),
+    *("ce_lora", "ce_lora.projected", "fed_sb"),
+    *("robust_clip", "robust_krum", "robust_median", "robust_geomedian"),
+    *("head_only", "local_only", "centralised"),
 )
-"""All methods, in the order in which tables show them."""
+"""The order of tables; a method that is not in it comes after these, by its name."""
 
 
-def find_method(name: str) -> type[Method]:
-    """The class of a method, by its name or one of its aliases.
-
-    Raises:
-        FedcoreError: one line with the nearest valid names.
-    """
-    for method in METHODS:
-        if name == method.name or name in method.aliases:
-            return method
-    known = [known for method in METHODS for known in (method.name, *method.aliases)]
-    raise unknown_name("method", name, known)
+def _modules(name: str) -> Iterator[ModuleType]:
+    """The module or package ``name`` and all modules inside it."""
+    module = import_module(name)
+    yield module
+    for inner in walk_packages(getattr(module, "__path__", ()), f"{name}."):
+        yield import_module(inner.name)
 
 
-def create_method(name: str, **options: Any) -> Method:
-    """A method with its hyper-parameters.
-
-    Raises:
-        FedcoreError: unknown name or option, or an option of the wrong type.
-
-    Example:
-        >>> create_method("florg", align=False)
-        FlorgTruncated(align=False)
-    """
-    method = find_method(name)
-    # Every subclass is a dataclass; the abstract base is not.
-    known = {option.name: option.type for option in fields(method)}  # type: ignore[arg-type]
-    for option, value in options.items():
-        if option not in known:
-            raise unknown_name(f"option of method {method.name}", option, known)
-        if known[option] == "bool" and not isinstance(value, bool):
-            raise FedcoreError(f"{method.name}: {option} is {value!r}; pass true or false")
-    return method(**options)
-
-
-def options_of(method: Method) -> dict[str, Any]:
-    """The hyper-parameters by name: ``create_method(method.name, **options_of(method))`` is it."""
-    return {option.name: getattr(method, option.name) for option in fields(method)}  # type: ignore[arg-type]
-
-
-def describe_methods() -> list[dict[str, Any]]:
-    """One flat record a method: name, aliases, source, traits and traffic."""
-    return [
-        {
-            "name": method.name,
-            "aliases": ", ".join(method.aliases),
-            "summary": method.summary,
-            "paper": method.paper,
-            "adapter": method.family,
-            **{field.name: getattr(method.traits, field.name) for field in fields(method.traits)},
-        }
-        for method in METHODS
+def _shipped() -> list[type[Method]]:
+    kinds = [
+        kind
+        for room in _ROOMS
+        for module in _modules(f"{__package__}.{room}")
+        for kind in vars(module).values()
+        if isinstance(kind, type) and issubclass(kind, Method)
+        # Neither what a module imports nor what its methods are derived from.
+        if kind.__module__ == module.__name__ and not isabstract(kind)
     ]
+    places = {name: place for place, name in enumerate(_ORDER)}
+    return sorted(kinds, key=lambda kind: (places.get(kind.name, len(places)), kind.name))
+
+
+METHODS: tuple[type[Method], ...] = tuple(register_method(method) for method in _shipped())
+"""All methods that are shipped, in the order in which tables show them."""

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import inf
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fedcore.errors import FedcoreError
+from fedcore.checks import is_integer, number, wrong
 
 
 class WholeNumbers(NamedTuple):
@@ -28,19 +27,17 @@ class FixedPoint:
     included.
 
     Raises:
-        FedcoreError: ``clip`` is not positive and finite, or ``levels`` is no even number from 2 to
-            2^32.
+        FedcoreError: ``clip`` is not positive and finite, or ``levels`` is not an even number from
+            2 to 2^32.
     """
 
     clip: float = 8.0
     levels: int = 2**22
 
     def __post_init__(self) -> None:
-        if isinstance(self.clip, bool) or not 0 < self.clip < inf:
-            raise FedcoreError(f"clip is {self.clip!r}; pass a finite number above 0")
-        whole = isinstance(self.levels, int) and not isinstance(self.levels, bool)
-        if not whole or self.levels % 2 or not 2 <= self.levels <= 2**32:
-            raise FedcoreError(f"levels is {self.levels!r}; pass an even number from 2 to 2^32")
+        number("", "clip", self.clip, above=0)
+        if not is_integer(self.levels) or self.levels % 2 or not 2 <= self.levels <= 2**32:
+            raise wrong("", "levels", self.levels, "an even number from 2 to 2^32")
 
     @property
     def step(self) -> float:

@@ -140,7 +140,11 @@ _FAMILIES = ("lora", "gram", "tri", "none")
 
 
 class TrainingSection(Section):
-    """How much a client trains in a round: ``steps`` if given, otherwise ``epochs``."""
+    """How much a client trains in a round: ``steps`` if given, otherwise ``epochs``.
+
+    ``threads`` is the number of threads of every process that computes for the run, those of the
+    server and of the clients; unset, it is the libraries' own.
+    """
 
     batch_size: int = Field(16, ge=1)
     steps: int | None = Field(None, ge=1)
@@ -148,6 +152,7 @@ class TrainingSection(Section):
     clip_norm: float | None = Field(1.0, gt=0)
     autocast: bool = False
     device: str = "auto"
+    threads: int | None = Field(None, ge=1)
     reuse_prefix: bool = True
 
     def settings(self) -> LocalSettings:
@@ -263,7 +268,7 @@ class Recipe(Section):
     def local_settings(self, method: Method) -> LocalSettings:
         """How much one trainer trains in a round; one holder of all data as much as everyone."""
         local = self.training.settings()
-        if method.population == "pooled" and local.steps is not None:
+        if method.capabilities.population == "pooled" and local.steps is not None:
             return replace(local, steps=local.steps * self.clients)
         return local
 

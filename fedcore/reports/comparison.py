@@ -8,8 +8,9 @@ from typing import Any
 
 from fedcore.errors import FedcoreError
 from fedcore.federation.measures import Measure
+from fedcore.federation.records import mean_or_none
 from fedcore.reports.intervals import Estimate, estimate, median_until
-from fedcore.reports.record import RunRecord, mean_or_none
+from fedcore.reports.record import RunRecord
 
 PARTS = ("adapter", "head")
 
@@ -93,13 +94,13 @@ def group_measure(groups: Sequence[RunGroup]) -> Measure:
 
 def common_target(groups: Sequence[RunGroup]) -> float | None:
     """The target quality that all runs share, or ``None`` if they do not."""
-    targets = {run.summary.target for group in groups for run in group.runs}
+    targets = {run.target for group in groups for run in group.runs}
     return targets.pop() if len(targets) == 1 else None
 
 
 def below_majority(group: RunGroup) -> bool:
     """Whether the mean final accuracy is no better than always naming the most frequent class."""
-    accuracy = group.over_seeds(lambda r: r.summary.quality).mean
+    accuracy = group.over_seeds(lambda r: r.quality).mean
     majority = group.over_seeds(lambda r: r.majority_rate).mean
     return accuracy is not None and majority is not None and accuracy <= majority
 
@@ -171,7 +172,7 @@ def comparison_rows(
 
 
 def _quality(run: RunRecord) -> float | None:
-    return run.summary.quality
+    return run.quality
 
 
 _MEASURED: dict[str, Callable[[RunRecord], float | None]] = {

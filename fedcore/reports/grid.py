@@ -1,4 +1,4 @@
-"""A table of text, and its three renderings: terminal, Markdown, HTML."""
+"""A table of text, for the terminal and as Markdown; a page's template has a macro for it."""
 
 from __future__ import annotations
 
@@ -73,24 +73,6 @@ class Grid:
         lines = ["| " + " | ".join(cells) + " |" for cells in (head, rule, *body)]
         return "\n".join(lines) + "\n"
 
-    def html(self) -> str:
-        """A ``<table>`` with a caption; every cell is escaped, the first column heads its row."""
-        kinds = [' class="number"' if column.number else "" for column in self.columns]
-        head = "".join(
-            f'<th scope="col"{kind}>{escape(column.heading)}</th>'
-            for column, kind in zip(self.columns, kinds, strict=True)
-        )
-        if any(column.heading for column in self.columns):
-            head = f"<thead><tr>{head}</tr></thead>\n"
-        else:
-            head = ""
-        body = "\n".join(f"<tr>{_html_cells(row, kinds)}</tr>" for row in self.rows)
-        note = f'<p class="note">{escape(self.note)}</p>' if self.note else ""
-        return (
-            f'<div class="table"><table>\n<caption>{escape(self.title)}</caption>\n'
-            f"{head}<tbody>\n{body}\n</tbody>\n</table></div>{note}"
-        )
-
 
 def stacked(*grids: Grid) -> Group:
     """Several tables under one another, for the terminal."""
@@ -101,9 +83,3 @@ def stacked(*grids: Grid) -> Group:
 def _markdown(cell: str) -> str:
     text = escape(cell, quote=False).replace("\\", "\\\\").replace("|", "\\|")
     return " ".join(text.split()) or " "
-
-
-def _html_cells(row: tuple[str, ...], kinds: list[str]) -> str:
-    first = f'<th scope="row"{kinds[0]}>{escape(row[0])}</th>'
-    rest = zip(row[1:], kinds[1:], strict=True)
-    return first + "".join(f"<td{kind}>{escape(cell)}</td>" for cell, kind in rest)

@@ -14,7 +14,6 @@ _COLUMNS = {
     "linear": "linear",
     "mixed ranks": "mixed_ranks",
     "personalised": "personalised",
-    "streaming": "streaming",
     "up": "uplink",
     "down": "downlink",
     "server cost": "server_cost",

@@ -15,9 +15,9 @@ _PLURAL = {"accuracy": "accuracies", "perplexity": "perplexities"}
 
 def outcome(record: RunRecord) -> str:
     """The run in one sentence."""
-    s, done = record.summary, len(record.trained)
+    done = len(record.trained)
     clients = len(record.partition.client_ids)
-    if s.quality is None or not record.evaluated:
+    if record.quality is None or not record.evaluated:
         return f"No round has been evaluated yet; {plural(done, 'round')} completed."
     up, down = record.cumulated[record.rounds[-1].index] if record.rounds else (None, None)
     sent = ""
@@ -26,11 +26,11 @@ def outcome(record: RunRecord) -> str:
             f", having sent {megabytes(up.adapter + down.adapter)} MB of adapter and "
             f"{megabytes(up.head + down.head)} MB of head up and down"
         )
-    measured = record.evaluated[-1].done
+    measured = record.evaluated[-1][0].done
     late = "" if measured == done else f" (last measured after round {measured})"
     return (
         f"After {plural(done, 'round')} with {plural(clients, 'client')}, held-out "
-        f"{record.measure.name} is {rate(s.quality)}{late}{sent}."
+        f"{record.measure.name} is {rate(record.quality)}{late}{sent}."
     )
 
 
@@ -54,18 +54,19 @@ def _run_notes(record: RunRecord) -> Iterator[str]:
         "several seeds."
     )
     majority = record.majority_rate
-    if s.quality is not None and majority is not None and s.quality <= majority:
+    if record.quality is not None and majority is not None and record.quality <= majority:
         yield (
-            f"Failed: the accuracy {rate(s.quality)} is no better than always naming the most "
+            f"Failed: the accuracy {rate(record.quality)} is no better than always naming the most "
             f"frequent class of the clients' held-out examples ({rate(majority)})."
         )
-    if None not in (s.best_quality, s.quality) and s.best_quality != s.quality:
+    best = record.best_quality
+    if None not in (best, record.quality) and best != record.quality:
         yield (
-            f"The best {name}, {rate(s.best_quality)}, is picked on the data it is measured on; "
+            f"The best {name}, {rate(best)}, is picked on the data it is measured on; "
             "quote the final one."
         )
-    if s.target is not None and s.rounds_to_target is None and s.finished:
-        yield f"The target {name} {rate(s.target)} was not reached."
+    if record.target is not None and s.rounds_to_target is None and s.finished:
+        yield f"The target {name} {rate(record.target)} was not reached."
     yield from _private(record)
     yield from _dropped_and_flagged(record)
     fewest = record.partition.smallest_test
@@ -76,9 +77,9 @@ def _run_notes(record: RunRecord) -> Iterator[str]:
         )
     if record.not_finite:
         yield f"{plural(record.not_finite, 'number')} in the run folder were NaN or infinite."
-    if not any((s.git, record.environment.get("git_commit"))):
+    if record.commit is None:
         yield "The commit of the code is not recorded."
-    elif str(s.git or record.environment.get("git_commit")).endswith("+"):
+    elif record.commit.endswith("+"):
         yield "The code had uncommitted changes."
 
 
@@ -149,7 +150,7 @@ def _comparison_notes(groups: Sequence[RunGroup]) -> Iterator[str]:
     recipes = sorted({run.summary.recipe for run in runs})
     if len(recipes) > 1:
         yield f"The runs come from different recipes: {', '.join(recipes)}."
-    commits = {str(run.summary.git or run.environment.get("git_commit")) for run in runs}
+    commits = {str(run.commit) for run in runs}
     if len(commits) > 1:
         yield "The runs were made with different commits of the code."
     dropped = {g.label: sum(run.dropped.total() for run in g.runs) for g in groups}

@@ -1,4 +1,4 @@
-"""One self-contained HTML page a run, or a comparison of runs, and its figures as files."""
+"""The self-contained HTML pages of a run and of a comparison, and their figures as files."""
 
 from __future__ import annotations
 
@@ -6,10 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fedcore.data.folders import write_files
 from fedcore.federation.measures import Measure
-from fedcore.reports import markup
 from fedcore.reports.comparison import RunGroup, comparison_rows, group_measure, group_runs
+from fedcore.reports.document import Page, Section, write_page
 from fedcore.reports.formatting import (
     DASH,
     duration,
@@ -24,7 +23,6 @@ from fedcore.reports.grid import Column, Grid
 from fedcore.reports.intervals import Estimate
 from fedcore.reports.notes import comparison_notes, outcome, run_notes
 from fedcore.reports.pictures import comparison_pictures, run_pictures
-from fedcore.reports.plots import to_png
 from fedcore.reports.reading import read_run
 from fedcore.reports.record import RunRecord
 from fedcore.reports.tables import (
@@ -51,25 +49,24 @@ def write_run_page(folder: str | Path) -> Path:
     folder = Path(folder)
     record = read_run(folder)
     s = record.summary
-    pictures = list(run_pictures(record))
-    title = f"{s.method} on {s.recipe}"
     seed = "" if s.seed is None else f", seed {s.seed}"
-    body = [
-        markup.header(f"Federated fine-tuning run{seed}", title, outcome(record)),
-        markup.facts(_run_facts(record)),
-        markup.notes(run_notes(record)),
-        markup.section("Figures"),
-        *(markup.picture(shown) for shown in pictures),
-        markup.section("Tables"),
-        final_grid(record).html(),
-        run_grid(record).html(),
-        *(sample_grid(shown).html() for shown in [record.sample] if shown),
-        _environment(record).html(),
-        markup.folded("Recipe", record.recipe),
-    ]
-    page = folder / "report.html"
-    _write(page, markup.document(title, body), pictures)
-    return page
+    samples = [sample_grid(record.sample)] if record.sample else []
+    page = Page(
+        kind=f"Federated fine-tuning run{seed}",
+        title=f"{s.method} on {s.recipe}",
+        outcome=outcome(record),
+        facts=_run_facts(record),
+        notes=run_notes(record),
+        sections=(
+            Section("Figures", pictures=list(run_pictures(record))),
+            Section(
+                "Tables",
+                tables=[final_grid(record), run_grid(record), *samples, _environment(record)],
+                folded=[("Recipe", record.recipe)],
+            ),
+        ),
+    )
+    return write_page(page, folder / "report.html")
 
 
 def write_comparison_page(
@@ -92,46 +89,37 @@ def write_comparison_page(
     """
     groups = group_runs(records, varied)
     rows = comparison_rows(records, varied)
-    pictures = list(comparison_pictures(groups))
     recipes = ", ".join(dict.fromkeys(record.summary.recipe for record in records))
     methods = len({group.method for group in groups})
-    title = f"{plural(methods, 'method')} on {recipes}"
-    kind = f"Comparison of {plural(len(records), 'federated fine-tuning run')}"
-    body = [
-        markup.header(kind, title, _comparison_outcome(groups)),
-        markup.notes(comparison_notes(groups)),
-        outcome_grid(rows).html(),
-        traffic_grid(rows).html(),
-        markup.section("Figures"),
-        *(markup.picture(shown) for shown in pictures),
-        markup.section("Runs"),
-        _runs(groups).html(),
-        *(
-            markup.folded(f"Recipe of {group.label}", group.runs[0].recipe)
-            for group in groups
-            if group.runs
+    finished = [group for group in groups if group.runs]
+    page = Page(
+        kind=f"Comparison of {plural(len(records), 'federated fine-tuning run')}",
+        title=f"{plural(methods, 'method')} on {recipes}",
+        outcome=_comparison_outcome(groups),
+        notes=comparison_notes(groups),
+        sections=(
+            Section(tables=[outcome_grid(rows), traffic_grid(rows)]),
+            Section("Figures", pictures=list(comparison_pictures(groups))),
+            Section(
+                "Runs",
+                tables=[_runs(groups)],
+                folded=[(f"Recipe of {g.label}", g.runs[0].recipe) for g in finished],
+            ),
         ),
-    ]
-    out = Path(out)
-    _write(out, markup.document(title, body), pictures)
-    return out
-
-
-def _write(page: Path, text: str, pictures: Sequence[markup.Picture]) -> None:
-    plots = {f"plots/{shown.name}.png": to_png(shown.figure) for shown in pictures}
-    write_files(page.parent, {page.name: text.encode(), **plots})
+    )
+    return write_page(page, Path(out))
 
 
 def _run_facts(record: RunRecord) -> dict[str, tuple[str, str]]:
     s = record.summary
     measured = record.measure.name
-    shown = {f"held-out {measured}": (rate(s.quality), f"best {rate(s.best_quality)}")}
+    shown = {f"held-out {measured}": (rate(record.quality), f"best {rate(record.best_quality)}")}
     if s.worst_client is not None:
         spread = f"mean {rate(s.mean_client)}, best {rate(s.best_client)}"
         shown["worst client"] = (rate(s.worst_client), spread)
-    if s.target is not None:
+    if record.target is not None:
         reached = DASH if s.rounds_to_target is None else plural(s.rounds_to_target, "round")
-        shown["to the target"] = (reached, f"{measured} {rate(s.target)}")
+        shown["to the target"] = (reached, f"{measured} {rate(record.target)}")
     for name, up, down in (
         ("adapter sent", s.bytes_up.adapter, s.bytes_down.adapter),
         ("head sent", s.bytes_up.head, s.bytes_down.head),
@@ -154,7 +142,7 @@ def _run_facts(record: RunRecord) -> dict[str, tuple[str, str]]:
 
 def _environment(record: RunRecord) -> Grid:
     flat: dict[str, Any] = {}
-    for name, value in record.environment.items():
+    for name, value in sorted(record.environment.plain().items()):
         flat |= value if isinstance(value, dict) else {name: value}
     rows = [
         (str(n), DASH if v is None else str(v))
@@ -165,7 +153,7 @@ def _environment(record: RunRecord) -> Grid:
 
 
 def _comparison_outcome(groups: Sequence[RunGroup]) -> str:
-    found = [(g, g.over_seeds(lambda run: run.summary.quality)) for g in groups]
+    found = [(g, g.over_seeds(lambda run: run.quality)) for g in groups]
     ranked = [(g, e) for g, e in found if e.mean is not None]
     if not ranked:
         return "No run is finished yet."
@@ -200,7 +188,7 @@ def _runs(groups: Sequence[RunGroup]) -> Grid:
             group.label,
             DASH if run.summary.seed is None else str(run.summary.seed),
             str(len(run.trained)),
-            rate(run.summary.quality),
+            rate(run.quality),
             rate(run.summary.worst_client),
             "yes" if run.summary.finished else "no",
         )

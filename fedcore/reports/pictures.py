@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from fedcore.reports.comparison import RunGroup, group_measure
-from fedcore.reports.markup import Picture
+from fedcore.reports.document import Picture
 from fedcore.reports.plots import (
     aggregation_error,
     client_spread,
@@ -30,7 +30,7 @@ def run_pictures(record: RunRecord) -> Iterator[Picture]:
             f"Held-out {name} and loss of the global model; round 0 is the initial model.",
             quality_by_round(record),
         )
-        up, down = record.cumulated[record.evaluated[-1].index]
+        up, down = record.cumulated[record.evaluated[-1][0].index]
         if up.total + down.total:
             yield Picture(
                 f"{name}-by-bytes",

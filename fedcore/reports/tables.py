@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from fedcore.federation.measures import ACCURACY, PERPLEXITY
+from fedcore.federation.records import Sample, mean_or_none
 from fedcore.reports.comparison import comparison_rows
 from fedcore.reports.formatting import (
     DASH,
@@ -18,7 +19,7 @@ from fedcore.reports.formatting import (
     with_half_width,
 )
 from fedcore.reports.grid import Column, Grid, stacked
-from fedcore.reports.record import RunRecord, Sample, mean_or_none
+from fedcore.reports.record import RunRecord
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -73,14 +74,14 @@ def run_grid(record: RunRecord) -> Grid:
     # A language model has no head to send; empty columns would push figures off a terminal.
     heads = any(up.head or down.head for up, down in record.cumulated.values())
     for r in record.rounds:
-        at_clients = r.client_qualities
-        if r.quality is None and not at_clients:
+        quality, at_clients = r.quality(measure), r.client_qualities(measure)
+        if quality is None and not at_clients:
             continue
         up, down = record.cumulated[r.index]
         rows.append(
             (
                 str(r.done),
-                rate(r.quality),
+                rate(quality),
                 rate(r.loss),
                 rate(measure.worst(at_clients)),
                 rate(mean_or_none(at_clients)),
@@ -107,8 +108,8 @@ def final_grid(record: RunRecord) -> Grid:
     s, name = record.summary, record.measure.name
     phases = " · ".join(f"{phase} {duration(value)}" for phase, value in s.seconds.items())
     rows = [
-        (f"held-out {name}", rate(s.quality)),
-        (f"best {name} of any round", rate(s.best_quality)),
+        (f"held-out {name}", rate(record.quality)),
+        (f"best {name} of any round", rate(record.best_quality)),
         (
             "clients: worst · mean · best",
             f"{rate(s.worst_client)} · {rate(s.mean_client)} · {rate(s.best_client)}",
@@ -175,12 +176,12 @@ def _down(record: RunRecord) -> str:
 
 def _target(record: RunRecord) -> str:
     s = record.summary
-    if s.target is None:
+    if record.target is None:
         return DASH
     if s.rounds_to_target is None:
-        return f"{DASH} ({rate(s.target)} not reached)"
+        return f"{DASH} ({rate(record.target)} not reached)"
     return (
-        f"{s.rounds_to_target} ({record.measure.name} {rate(s.target)}, "
+        f"{s.rounds_to_target} ({record.measure.name} {rate(record.target)}, "
         f"{megabytes(s.bytes_to_target)} MB)"
     )
 

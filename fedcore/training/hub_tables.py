@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from fedcore.checks import is_integer
 from fedcore.errors import FedcoreError, unknown_name
 from fedcore.training.text_columns import UNLABELLED, fill, wanted_columns
 
@@ -13,7 +14,7 @@ def _usable(label: Any, classes: Sequence[str] | None) -> bool:
     # Public test splits mark withheld labels with -1.
     if classes:
         return isinstance(label, int) and 0 <= label < len(classes)
-    return isinstance(label, str | int) and not isinstance(label, bool) and str(label).strip() != ""
+    return (isinstance(label, str) or is_integer(label)) and str(label).strip() != ""
 
 
 def read_hub_table(

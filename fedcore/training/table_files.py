@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from fedcore.checks import is_integer
 from fedcore.errors import FedcoreError, unknown_name
 from fedcore.training.text_columns import UNLABELLED, fill, wanted_columns
 
@@ -105,7 +106,7 @@ def read_table(
         label = row[label_column] if label_column else UNLABELLED
         if not isinstance(text, str) or not text.strip():
             raise FedcoreError(f"{path}:{line}: column {text_column!r} is {text!r}, not a text")
-        if isinstance(label, bool) or not isinstance(label, str | int) or not str(label).strip():
+        if not (isinstance(label, str) or is_integer(label)) or not str(label).strip():
             raise FedcoreError(
                 f"{path}:{line}: column {label_column!r} is {label!r}, not a string or an integer"
             )

@@ -25,7 +25,7 @@ from fedcore.data.validation import check_row, check_weight, digest
 from fedcore.errors import FedcoreError, missing_extra
 from fedcore.methods import create_method
 from fedcore.methods.base import Broadcast, Method, Upload
-from fedcore.methods.catalog import options_of
+from fedcore.methods.registry import options_of
 from fedcore.training.binding import ModelBinding
 from fedcore.training.live_adapter import live_adapter
 from fedcore.training.residual import FrozenResidual
@@ -264,7 +264,7 @@ class FederatedClient(TrainerCallback):  # type: ignore[misc,unused-ignore]
             self.upload_layout,
             self._outline,
             Path(folder),
-            factors=method.uploads == "factors",
+            factors=method.capabilities.uploads == "factors",
         )
 
     def _current(self) -> _Round:
@@ -291,7 +291,7 @@ class FederatedClient(TrainerCallback):  # type: ignore[misc,unused-ignore]
                 f"source is no folder with {BROADCAST_FILE}; pass method and round to "
                 "FederatedClient, which it would say"
             )
-        if self._method.updates_base and round > 0:
+        if self._method.capabilities.updates_base and round > 0:
             raise FedcoreError(
                 f"{self._method.name} updates base weights, and source is an adapter without them; "
                 f"pass a folder with {BROADCAST_FILE}"

@@ -21,9 +21,10 @@ from fedcore.data.validation import OnInvalid
 from fedcore.errors import FedcoreError
 from fedcore.federation.server_round import OpenRound
 from fedcore.federation.state import ServerState, latest_state, read_state, write_state
-from fedcore.methods import METHODS, create_method
+from fedcore.methods import create_method
 from fedcore.methods.base import Method
-from fedcore.methods.catalog import options_of
+from fedcore.methods.registry import options_of
+from fedcore.methods.requirements import ONE_BROADCAST, refuse
 
 Weighting = Literal["examples", "uniform"]
 
@@ -64,7 +65,7 @@ class FileServer:
         path, chosen = Path(folder), create_method(method, **options)
         if latest_state(path / "state") is not None:
             raise FedcoreError(f"{path} holds a federation; open it, or pass another folder")
-        check_usable(chosen)
+        refuse(chosen, ONE_BROADCAST, "a server of folders")
         adapter = start if isinstance(start, AdapterState) else read_adapter(start)
         if adapter.family != chosen.family:
             raise FedcoreError(
@@ -138,7 +139,7 @@ class FileServer:
                     folders[client],
                     opened.layout,
                     self.served.adapter,
-                    factors=method.uploads == "factors",
+                    factors=method.capabilities.uploads == "factors",
                     round=t,
                 )
             except FedcoreError as error:
@@ -177,23 +178,3 @@ def _folders(uploads: str | Path | Mapping[str, str | Path]) -> dict[str, Path]:
     if not found:
         raise FedcoreError(f"{path} holds no folder with {UPLOAD_FILE}; pass a folder of uploads")
     return found
-
-
-def check_usable(method: Method) -> None:
-    """Refuse methods for whose clients one broadcast for all and one upload each are not enough.
-
-    Raises:
-        FedcoreError: naming the methods that can be used.
-    """
-    if _serves(type(method)):
-        return
-    able = [m.name for m in METHODS if _serves(m)]
-    raise FedcoreError(
-        f"{method.name} needs more of its clients than uploads; usable: {', '.join(able)}"
-    )
-
-
-def _serves(method: type[Method]) -> bool:
-    """Whether every client of ``method`` receives the same and tells nothing beforehand."""
-    exchanges = method.population == "clients" and method.family != "none"
-    return exchanges and not method.wants_features

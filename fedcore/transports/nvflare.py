@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from fedcore.checks import is_number
 from fedcore.data.adapter_state import AdapterState
 from fedcore.data.keyed_rows import row_from_tensors, tensors_from_row
 from fedcore.data.peft_files import read_adapter, write_adapter
@@ -21,7 +22,7 @@ from fedcore.errors import FedcoreError, missing_extra
 from fedcore.federation.server_round import OpenRound
 from fedcore.federation.state import ServerState, newest_or, save
 from fedcore.methods import create_method
-from fedcore.transports.folders import check_usable
+from fedcore.methods.requirements import KEEPS_BASE, ONE_BROADCAST, refuse
 
 try:
     from nvflare.app_common.abstract.fl_model import FLModel, ParamsType
@@ -80,12 +81,8 @@ class FedLoRAAggregator(ModelAggregator):  # type: ignore[misc,unused-ignore]
         if on_invalid not in ("raise", "drop"):
             raise FedcoreError(f"on_invalid is {on_invalid!r}; pass 'raise' or 'drop'")
         self._method = create_method(method, **(options or {}))
-        check_usable(self._method)
-        if self._method.updates_base:
-            raise FedcoreError(
-                f"{self._method.name} updates base weights, which NVFlare's one model does not "
-                "hold; use another method, or another engine"
-            )
+        needs = (*ONE_BROADCAST, KEEPS_BASE)
+        refuse(self._method, needs, "a job of NVFlare", ", or another engine")
         self._start = read_adapter(adapter)
         if self._start.family != self._method.family:
             raise FedcoreError(
@@ -178,7 +175,7 @@ class FedLoRAAggregator(ModelAggregator):  # type: ignore[misc,unused-ignore]
 
     def _weight(self, meta: Mapping[str, Any]) -> float:
         weight = meta.get(self.weight_key)
-        if not isinstance(weight, int | float) or isinstance(weight, bool):
+        if not is_number(weight):
             raise FedcoreError(f"its meta has {self.weight_key} = {weight!r:.60}; pass its weight")
         return float(weight)
 
@@ -277,11 +274,7 @@ def _mean_metrics(
     found: dict[str, float] = {}
     for name in next(iter(metrics.values())):
         values = {client: told.get(name) for client, told in metrics.items()}
-        numbers = {
-            client: float(value)
-            for client, value in values.items()
-            if isinstance(value, int | float) and not isinstance(value, bool)
-        }
+        numbers = {client: float(value) for client, value in values.items() if is_number(value)}
         if len(numbers) == len(values):
             found[name] = sum(v * weights[c] / total for c, v in numbers.items())
     return found or None

@@ -28,8 +28,8 @@ def export_lora(
 
     The rank is ``2r`` for a Gram adapter (``r`` without offset) and ``r`` for a tri-factor adapter;
     ``lora_alpha`` is that rank, so the scale is 1; modules saved whole are kept.
-    The base model is not needed: shapes stand in the configuration. Each file appears whole or not
-    at all, and equal adapters give byte-identical files.
+    The base model is not needed: shapes stand in the configuration. Both files appear whole, or
+    none does, and equal adapters give byte-identical files.
 
     Args:
         source: an adapter folder, or a live model.

@@ -14,11 +14,18 @@ from fedcore_kernels.layout import FactorLayout, FactorSlot, SlotGroup
 from fedcore_kernels.nystrom import nystrom_step
 from fedcore_kernels.polar import Polar, polar, procrustes
 from fedcore_kernels.product_norm import product_norm
-from fedcore_kernels.product_svd import ProductSvd, product_svd
+from fedcore_kernels.product_svd import (
+    ProductSvd,
+    Split,
+    energy_rank,
+    product_svd,
+    tail_and_gap,
+)
+from fedcore_kernels.rows import joint_copies
 from fedcore_kernels.soft_rotation import SoftRotation, soft_rotation
-from fedcore_kernels.spectra import Eigh, Svd, eigh_small, svd_small
+from fedcore_kernels.spectra import Eigh, Svd, column_signs, eigh_small, svd_small
 from fedcore_kernels.stacks import apply_cores, cross_gram, gram
-from fedcore_kernels.steps import FactorStep
+from fedcore_kernels.steps import EPS_REL, FactorStep, spread
 from fedcore_kernels.truncated import truncated_step
 from fedcore_kernels.weighted_mean import weighted_mean
 from fedcore_kernels.whitened import (
@@ -32,6 +39,7 @@ register_bodies()
 
 __all__ = [
     "BACKENDS",
+    "EPS_REL",
     "Alignment",
     "BackendError",
     "Eigh",
@@ -44,16 +52,20 @@ __all__ = [
     "ProductSvd",
     "SlotGroup",
     "SoftRotation",
+    "Split",
     "Svd",
     "align_and_average",
     "apply_cores",
     "backend",
     "block_grams",
     "chosen_backend",
+    "column_signs",
     "cross_gram",
     "eigh_small",
+    "energy_rank",
     "florg_round",
     "gram",
+    "joint_copies",
     "mean_pair_gram",
     "nystrom_step",
     "polar",
@@ -64,7 +76,9 @@ __all__ = [
     "rotate",
     "rotations",
     "soft_rotation",
+    "spread",
     "svd_small",
+    "tail_and_gap",
     "truncated_step",
     "weighted_mean",
     "whitened_basis",

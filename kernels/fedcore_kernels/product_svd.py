@@ -36,6 +36,7 @@ from fedcore_kernels.stacks import check_pair
 from fedcore_kernels.steps import EPS_REL
 
 Split = Literal["left", "balanced"]
+"""Whether the left factor takes all singular values, or both take their roots."""
 
 # Largest trace of the inverse of a Gram with unit diagonal. Its smallest eigenvalue is then at
 # least 1e-4 and the basis from its Cholesky factor orthonormal to about 1e-12.
@@ -127,6 +128,10 @@ def energy_rank(values: Tensor, energy: float) -> Tensor:
 
     Returns:
         ``(L,)`` int64.
+
+    Example:
+        >>> energy_rank(torch.tensor([[3.0, 1.0, 0.1]]), 0.9).tolist()
+        [2]
     """
     largest = values[:, :1]
     relative = torch.where(values > EPS_REL * largest, values / largest, 0.0)
@@ -136,7 +141,13 @@ def energy_rank(values: Tensor, energy: float) -> Tensor:
 
 
 def tail_and_gap(values: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
-    """Tail and gap (l,) of the descending ``values (l, s)`` cut after ``count``."""
+    """Tail and gap (l,) of the descending ``values (l, s)`` cut after ``count``.
+
+    Example:
+        >>> tail, gap = tail_and_gap(torch.tensor([[4.0, 2.0, 0.0]]), torch.tensor([1]))
+        >>> tail.tolist(), gap.tolist()
+        ([2.0], [0.5])
+    """
     order = torch.arange(values.shape[1], device=values.device)
     tail = torch.linalg.vector_norm(torch.where(order < count[:, None], 0.0, values), dim=-1)
     last = values.gather(1, (count - 1).clamp(min=0)[:, None])[:, 0]

@@ -33,6 +33,11 @@ def joint_copies(*stacks: Tensor) -> Iterator[tuple[slice, list[Tensor]]]:
 
     The rows (l, m, k_i) of each stack are client-major and live in one buffer: they are overwritten
     by the next group.
+
+    Example:
+        >>> left, right = torch.ones(5, 2, 3, 8), torch.ones(5, 2, 3, 6)
+        >>> [(part, *(copy.shape for copy in rows)) for part, rows in joint_copies(left, right)]
+        [(slice(0, 2, None), torch.Size([2, 15, 8]), torch.Size([2, 15, 6]))]
     """
     clients, modules, rank, _ = stacks[0].shape
     strides = [stack.shape[3] + _PADDING for stack in stacks]

@@ -45,7 +45,12 @@ class Svd(NamedTuple):
 
 
 def column_signs(vectors: Tensor) -> Tensor:
-    """+1 or -1 per column of ``vectors (..., n, s)``: the sign of its entry of largest modulus."""
+    """+1 or -1 per column of ``vectors (..., n, s)``: the sign of its entry of largest modulus.
+
+    Example:
+        >>> column_signs(torch.tensor([[1.0, 3.0], [-2.0, 1.0]])).tolist()
+        [[-1.0, 1.0]]
+    """
     largest = vectors.abs().argmax(-2, keepdim=True)
     # A zero column counts as positive, hence no torch.sign.
     return torch.where(vectors.gather(-2, largest) < 0, -1.0, 1.0).to(vectors.dtype)

@@ -46,7 +46,12 @@ def with_reports(factor: Tensor, reports: Iterable[tuple[Tensor, ...]]) -> Facto
 
 
 def spread(values: Tensor, rank: Tensor) -> Tensor:
-    """First of the descending ``values (L, s)`` over the ``rank``-th (L,), inf at rank 0."""
+    """First of the descending ``values (L, s)`` over the ``rank``-th (L,), inf at rank 0.
+
+    Example:
+        >>> spread(torch.tensor([[8.0, 2.0, 0.0]]), torch.tensor([2])).tolist()
+        [4.0]
+    """
     last = values.gather(-1, (rank - 1).clamp(min=0)[:, None])[:, 0]
     return torch.where(rank > 0, values[:, 0] / last, float("inf"))
 

@@ -99,7 +99,7 @@ def test_methods_that_need_equal_ranks_are_listed_with_the_reason(home, fedcore)
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["a", "--method", "rolora"], "usable: fedit, ffa, florg.truncated"),
+        (["a", "--method", "rolora"], "use one of fedit, ffa, florg.truncated"),
         (["a", "--method", "florg"], "these are of family 'lora'; usable: fedit, ffa, product_svd"),
         (["a", "--weights", "1,x"], "--weights is '1,x'; pass numbers"),
         (["a", "--weights", "w.json"], "--weights: cannot read w.json"),

@@ -20,7 +20,6 @@ PATHS = os.pathsep.join(str(ROOT / part) for part in ("", "kernels", "theory"))
 ENVIRONMENT = {
     **os.environ,
     "PYTHONPATH": PATHS,
-    "OMP_NUM_THREADS": "1",
     "HF_HUB_OFFLINE": "1",
     "COLUMNS": "160",
 }

@@ -11,8 +11,12 @@ RECORD = {
     "train_loss": 3.94,
     "accuracy": 0.347,
     "loss": 3.883,
+    "clients": [],
     "dropped": [],
     "flags": [],
+    "bytes_up": {"adapter": 1, "head": 0},
+    "bytes_down": {"adapter": 1, "head": 0},
+    "modules": [],
 }
 
 

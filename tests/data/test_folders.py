@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from fedcore.reports.markup import Picture
 from matplotlib.figure import Figure
 
 import fedcore
@@ -43,7 +44,6 @@ from fedcore.errors import FedcoreError
 from fedcore.experiments.run_folder import RunFolder
 from fedcore.federation.state import ServerState, read_state, write_state
 from fedcore.reports import page
-from fedcore.reports.markup import Picture
 from fedcore.reports.reading import read_run
 from tests.property.adapters import lora_state
 from tests.reports.fake_run import write_fake_run

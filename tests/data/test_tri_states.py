@@ -10,7 +10,7 @@ from fedcore.data.cohort import Cohort, adapter_from_row
 from fedcore.data.peft_files import read_adapter, write_adapter
 from fedcore.data.validation import check_state
 from fedcore.errors import FedcoreError
-from fedcore.methods import Broadcast, Method
+from fedcore.methods import Broadcast, Capabilities, Method
 from tests.property.adapters import MODULES, tri_state
 
 MODULE = "encoder.layer.0.query"
@@ -22,8 +22,8 @@ class Nested(Method):
     family = "tri"
     name = "nested"
 
-    class traits:
-        mixed_ranks = True
+    capabilities = Capabilities(mixed_ranks=True)
+    description = None
 
     def aggregate(self, cohort, previous):
         raise AssertionError("nothing is aggregated here")

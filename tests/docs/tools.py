@@ -53,7 +53,6 @@ def environment(folder: Path) -> dict[str, str]:
         **{key: value for key, value in os.environ.items() if not key.startswith("PYTEST")},
         "PATH": os.pathsep.join(search),
         "PYTHONPATH": os.pathsep.join(modules),
-        "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
         "HF_HOME": str(folder / "hub"),
         "COLUMNS": "100",

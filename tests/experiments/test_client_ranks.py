@@ -1,6 +1,7 @@
 """Clients of different rank in one run."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -9,18 +10,15 @@ from fedcore.errors import FedcoreError
 from fedcore.experiments.observer import Observer
 from fedcore.experiments.run import resume, start
 from fedcore.federation.state import latest_state, read_state
-from fedcore.methods import METHODS
+from fedcore.methods.registry import default_methods
 from tests.experiments.jobs import tiny_recipe
 
 MIXED = {"adapter.rank": 4, "adapter.client_ranks": [4, 1, 2]}
-BY_NAME = {m.name: m for m in METHODS}
-ABLE = [m.name for m in METHODS if m.traits.mixed_ranks and m.population == "clients"]
+EXCHANGING = [m for m in default_methods() if m.capabilities.population == "clients"]
+BY_NAME = {m.name: m for m in EXCHANGING}
+ABLE = [m.name for m in EXCHANGING if m.capabilities.mixed_ranks]
 OPTIONS = {"robust_krum": {"method.faulty": 0}}
-UNABLE = [
-    m.name
-    for m in METHODS
-    if not m.traits.mixed_ranks and m.population == "clients" and m.family != "none"
-]
+UNABLE = [m.name for m in EXCHANGING if not m.capabilities.mixed_ranks and m.family != "none"]
 
 
 @pytest.mark.parametrize("method", ABLE)
@@ -48,7 +46,7 @@ def test_lower_ranks_train_upload_and_count_as_such(method, home, tmp_path, monk
                 assert not bool(cohort.layout.view(cohort.updates[n], slot)[rank:].any())
     full = start(tiny_recipe(home, **{"adapter.rank": 4}, **chosen), tmp_path / "full")
     # Statistics have the broadcast's shape whatever the rank.
-    share = 16 if BY_NAME[method].uploads == "statistics" else 4 + 1 + 2 + 4
+    share = 16 if BY_NAME[method].capabilities.uploads == "statistics" else 4 + 1 + 2 + 4
     assert mixed["bytes_up"]["adapter"] * 16 == full["bytes_up"]["adapter"] * share
 
 
@@ -74,7 +72,8 @@ def test_an_interrupted_run_of_mixed_ranks_ends_with_the_same_bits(method, home,
 @pytest.mark.parametrize("method", UNABLE)
 def test_methods_that_need_equal_ranks_say_so_before_anything_runs(method, home, tmp_path):
     recipe = tiny_recipe(home, **MIXED, **{"method.name": method})
-    with pytest.raises(FedcoreError, match="needs equal ranks, these take mixed ones"):
+    message = rf"is \[4, 1, 2\]: {re.escape(method)}.* needs equal ranks; use one of"
+    with pytest.raises(FedcoreError, match=message):
         start(recipe, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
@@ -91,8 +90,8 @@ def test_a_lower_rank_is_the_best_of_its_rank_under_product_svd(home, tmp_path, 
     seen = {}
     genuine = client_turns.client_row
 
-    def recorded(bench, state, client):
-        row = genuine(bench, state, client)
+    def recorded(experiment, state, client):
+        row = genuine(experiment, state, client)
         seen[state.round, client] = (state, row)
         return row
 

@@ -16,6 +16,7 @@ from fedcore.data.peft_files import read_adapter
 from fedcore.experiments.run import start
 from fedcore.recipes import load_recipe
 from tests.experiments.jobs import TOPICS, write_language_model
+from tests.processes import ONE_THREAD
 from tests.training.gguf_files import write_gguf
 
 PAIRS = {
@@ -137,7 +138,7 @@ def test_without_hub_or_files_a_run_ends_at_once_in_one_line(name: str, tmp_path
             "PYTHONPATH": ":".join(map(str, map(Path.resolve, map(Path, sys.path)))),
             "HF_HUB_OFFLINE": "1",
             "HF_HOME": str(tmp_path / "cache"),
-            "OMP_NUM_THREADS": "1",
+            **ONE_THREAD,
         },
         cwd=tmp_path,
         capture_output=True,

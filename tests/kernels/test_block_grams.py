@@ -20,6 +20,7 @@ from fedcore_kernels import (
     product_norm,
     rows,
 )
+from tests.processes import ONE_THREAD
 from tests.property.pairs import Pair, make_pair, pairs
 from tests.property.stacks import Round, rounds
 from tests.reference.products import mean_product
@@ -143,7 +144,6 @@ def peak():
     lines = status.read_text().splitlines()
     return next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM"))
 
-torch.set_num_threads(1)
 def both(clients, modules):
     factors = [torch.empty(clients, modules, 8, 64).normal_() for _ in range(2)]
     before = peak()
@@ -166,7 +166,7 @@ def test_memory_does_not_grow_with_the_square_of_the_stack() -> None:
         # Freed blocks go back to the system, so that the peak is what was needed at once.
         env={
             "PYTHONPATH": str(kernels),
-            "OMP_NUM_THREADS": "1",
+            **ONE_THREAD,
             "MALLOC_MMAP_THRESHOLD_": "65536",
         },
     ).stdout

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.processes import ONE_THREAD
+
 SCRIPT = """
 import resource
 import torch
@@ -21,7 +23,6 @@ def peak():
     lines = status.read_text().splitlines()
     return next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM"))
 
-torch.set_num_threads(1)
 modules, k, r, n = {modules}, 4096, 8, 20
 def call(layout, updates, previous):
     if "{op}" == "mean":
@@ -65,7 +66,7 @@ def test_extra_memory_is_a_few_rows(op: str, dtype: str) -> None:
         # Freed blocks go back to the system, so that the peak is what was needed at once.
         env={
             "PYTHONPATH": str(kernels),
-            "OMP_NUM_THREADS": "1",
+            **ONE_THREAD,
             "MALLOC_MMAP_THRESHOLD_": "65536",
         },
     )

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import doctest
 import importlib
+import inspect
 import pkgutil
 import subprocess
 import sys
@@ -36,7 +37,7 @@ def test_every_public_function_has_an_example() -> None:
     without = [
         function.__name__
         for function in functions
-        if callable(function) and not isinstance(function, type) and ">>>" not in function.__doc__
+        if inspect.isfunction(function) and ">>>" not in function.__doc__
     ]
     assert without == []
 

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fedcore_kernels import KernelInputError, ProductSvd, backend, product_svd, rows
+from tests.processes import ONE_THREAD
 from tests.property.pairs import Pair, make_pair, pairs
 from tests.reference.products import mean_product
 from tests.reference.tolerance import assert_close, relative_error
@@ -302,7 +303,6 @@ def peak():
     lines = status.read_text().splitlines()
     return next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM"))
 
-torch.set_num_threads(1)
 def data(modules, width):
     return [torch.empty(10, modules, 8, width).normal_() for _ in range(2)]
 
@@ -325,7 +325,7 @@ def test_no_dense_product_is_ever_there(rank: int | None, energy: float | None) 
         # Freed blocks go back to the system, so that the peak is what was needed at once.
         env={
             "PYTHONPATH": str(kernels),
-            "OMP_NUM_THREADS": "1",
+            **ONE_THREAD,
             "MALLOC_MMAP_THRESHOLD_": "65536",
         },
     ).stdout

@@ -27,7 +27,6 @@ def peak():
     lines = status.read_text().splitlines()
     return next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM"))
 
-torch.set_num_threads(1)
 small, *folders = sys.argv[3:]
 def run(folders):
     aggregate(folders, method=sys.argv[1], on_invalid=sys.argv[2], compare=False,
@@ -74,7 +73,6 @@ def test_peak_memory_does_not_grow_with_the_adapters(folders, method, on_invalid
         env={
             **os.environ,
             "PYTHONPATH": paths,
-            "OMP_NUM_THREADS": "1",
             "MALLOC_MMAP_THRESHOLD_": "65536",
         },
     )

@@ -26,7 +26,7 @@ from tests.property.tri_rounds import (
     tri_product,
 )
 
-ALONE = ("no client told anything of its data: mixed by likeness of the models alone",)
+ALONE = ("no client sent data statistics: mixed by similarity of the models alone",)
 COUNTS = st.integers(1, 6)
 SEEDS = st.integers(0, 2**31)
 
@@ -269,8 +269,8 @@ def test_clients_without_statistics_are_compared_by_their_models():
     part = replace(whole, statistics=told)
     found = method(lam=1.0).mixing(part, previous)
     assert found.flags == (
-        "1 of 4 clients told nothing of their data, first c001: "
-        "compared by likeness of the models alone",
+        "1 of 4 clients sent no data statistics, first c001: "
+        "compared by similarity of the models alone",
     )
     mixtures = [read_class_mixtures(told[c], c) for c in ("c000", "c002", "c003")]
     model = cosine_similarity([cores - torch.eye(4, dtype=torch.float64)])
@@ -317,7 +317,7 @@ def test_statistics_are_told_once_and_only_of_large_classes():
     assert shared["counts"].tolist() == [20]
     assert torch.equal(told["means"], shared["means"])
     assert method(min_per_component=30).statistics(features, labels, seed=7) == {}
-    assert type(method()).wants_features
+    assert method().capabilities.wants_features
 
 
 def test_private_bases_make_the_mean_depend_on_the_gauge():
@@ -425,7 +425,7 @@ def test_a_sum_is_not_enough():
             for v in (0, -1.0, inf, nan, "1", True, None)
         ),
         *(
-            ({"min_per_component": v}, "min_per_component is .*; pass an integer from 1")
+            ({"min_per_component": v}, "min_per_component is .*; pass an integer of 1 or more, and")
             for v in (0, -3, 2.0, True)
         ),
         ({"similarity": "cosin"}, "unknown similarity of ce_lora 'cosin'; did you mean cosine"),

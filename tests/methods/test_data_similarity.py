@@ -271,6 +271,28 @@ def test_fits_follow_the_seed_and_not_the_order_of_examples():
     assert list(found[0].sizes) == [2, 2]
 
 
+def test_a_fit_is_computed_on_one_thread_whatever_the_process_has(monkeypatch):
+    """On several, sums are added in the order in which threads finish: two fits may differ."""
+    from sklearn.mixture import GaussianMixture
+    from threadpoolctl import threadpool_info, threadpool_limits
+
+    def openmp():
+        return {pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "openmp"}
+
+    computed, fit = [], GaussianMixture.fit
+
+    def watched(mixture, points):
+        computed.append(openmp())
+        return fit(mixture, points)
+
+    monkeypatch.setattr(GaussianMixture, "fit", watched)
+    with threadpool_limits(2, user_api="openmp"):
+        fit_class_mixtures(*blobs([40]), 0, 10)
+        assert openmp() == {2}
+    assert computed
+    assert all(threads == {1} for threads in computed)
+
+
 def test_statistics_that_are_the_data_are_not_released():
     """A three-component fit to three examples is those examples (as the authors' rule allows)."""
     features, labels = blobs([3], features=4)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from fedcore.data.validation import identical_rows
 from fedcore.errors import FedcoreError
 from fedcore.methods import create_method
-from fedcore.methods.lora.fedex import helmert_deviations
+from fedcore.methods.lora.fedex import weighted_deviations
 from tests.property.lora_rounds import LoraRound, lora_rounds, make_lora_round, pick
 from tests.reference.residuals import covariance, received, residual
 from tests.reference.updates import factors, mean_update
@@ -41,7 +41,7 @@ def test_deviations_are_the_rows_of_the_householder_reflection(weights, rank, wi
     random = torch.Generator().manual_seed(seed)
     clients = torch.randn(2, len(shares), rank, width, generator=random, dtype=torch.float64)
     before = clients.clone()
-    got = helmert_deviations(clients.flatten(1, 2), shares)
+    got = weighted_deviations(clients.flatten(1, 2), shares)
     mixed = torch.einsum("jn,n,lnrk->ljrk", reflection(shares), shares.sqrt(), clients)
     pivot = int(shares.argmax())
     rest = [n for n in range(len(shares)) if n != pivot]
@@ -174,7 +174,7 @@ def test_what_a_cut_costs_is_in_its_traits_and_not_called_exact():
     enough = method(residual_rank=6).aggregate(case.cohort, case.previous)
     cut = method(residual_rank=5).aggregate(case.cohort, case.previous)
     assert (len(whole.flags), len(enough.flags), len(cut.flags)) == (0, 0, 1)
-    assert "residual_rank" in method().traits.exact
+    assert "residual_rank" in method().description.exact
     for module in case.cohort.layout.modules:
         target = mean_update(case.cohort, module)
         for result, low, high in ((whole, 0, 1e-14), (enough, 0, 1e-14), (cut, 1e-3, 1)):
@@ -196,7 +196,7 @@ def test_behind_a_sum_only_aggregator_the_residual_would_vanish():
         torch.testing.assert_close(missing, covariance(case.cohort, module).norm())
         assert float(missing) > 0.3 * float(target.norm())
     assert identical_rows(overwritten.updates)
-    assert not method().traits.linear
+    assert not method().capabilities.linear
     with pytest.raises(FedcoreError, match="fedex needs every upload"):
         method().from_mean(plain.row, layout, case.previous)
 
@@ -214,7 +214,7 @@ def test_every_client_can_recover_every_upload():
         for n in range(3):
             sent = factors(layout, case.cohort.updates[n], module)[1]
             torch.testing.assert_close(found[n] / shares[n].sqrt(), sent)
-    assert "recover" in method().traits.privacy_note
+    assert "recover" in method().description.privacy_note
 
 
 def test_a_client_without_weight_is_not_part_of_the_residual():

@@ -215,7 +215,7 @@ def test_uploads_behind_a_sum_are_the_batch():
         (right if n % 2 else left).add(row, weight)
     left.merge(right)
     torch.testing.assert_close(left.result().row, batch, rtol=1e-13, atol=1e-13)
-    assert method.traits.linear
+    assert method.capabilities.linear
 
 
 def test_half_way_to_a_half_turn_the_module_stays_and_is_counted():

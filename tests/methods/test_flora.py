@@ -66,7 +66,7 @@ def test_the_rows_are_the_uploads_with_weights_on_one_side():
         b, a = (layout.view(case.cohort.updates, layout.by_name[f"{module}.{f}"]) for f in "BA")
         assert torch.equal(inner, a.flatten(0, 1))
         assert torch.equal(outer, torch.cat([b[0] * 0.25, b[1] * 0.75]))
-    assert "verbatim" in method().traits.privacy_note
+    assert "verbatim" in method().description.privacy_note
 
 
 def test_ranks_add_up_over_the_clients_of_the_round():
@@ -133,7 +133,7 @@ def test_the_next_adapter_is_fresh_and_costs_no_traffic():
     expected = (heads[0] + 2 * heads[1]) / 3
     torch.testing.assert_close(layout.view(result.row, layout.by_name["head"]), expected)
     assert isnan(result.steps["m0"].condition)
-    assert method().restarts
+    assert method().capabilities.restarts
 
 
 def test_a_fresh_adapter_follows_from_seed_purpose_and_module_alone():

@@ -251,7 +251,9 @@ def test_a_fit_that_did_not_settle_is_used_and_flagged():
     fedavg = errors(cohort, create_method("fedit").aggregate(cohort, previous).row)
     result = aggregate(cohort, previous, sweeps=1)
     assert len(result.flags) == 1
-    assert result.flags[0].startswith("4 of 4 modules not settled after 1 sweeps, first deep.query")
+    assert result.flags[0].startswith(
+        "4 of 4 modules have not converged after 1 sweeps, first deep.query"
+    )
     assert all(error < fedavg[module] for module, error in errors(cohort, result.row).items())
     assert not aggregate(cohort, previous, sweeps=5000).flags
 

@@ -197,7 +197,7 @@ def test_the_next_adapter_is_fresh_and_costs_no_traffic():
     heads = layout.view(case.cohort.updates, layout.by_name["head"])
     expected = (heads[0] + 2 * heads[1]) / 3
     torch.testing.assert_close(layout.view(result.row, layout.by_name["head"]), expected)
-    assert method().restarts
+    assert method().capabilities.restarts
     mine = method().for_client(case.previous, case.previous, [1, 2, 3, 1])
     assert not factors(layout, mine, "m0")[1][1:].any()
 

@@ -14,7 +14,6 @@ from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from math import inf, nan
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -41,21 +40,6 @@ from tests.property.transports import (
     Sent,
     start_adapter,
 )
-
-
-def able(method: Method) -> SimpleNamespace:
-    """What ``method`` claims: the one place that knows where it is written."""
-    return SimpleNamespace(
-        always_exact=method.traits.exact == "yes",
-        linear=method.traits.linear,
-        mixed_ranks=method.traits.mixed_ranks,
-        personalised=method.traits.personalised,
-        population=method.population,
-        uploads=method.uploads,
-        restarts=method.restarts,
-        updates_base=method.updates_base,
-        wants_features=method.wants_features,
-    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,7 +70,7 @@ OTHER_OPTIONS = (
     Case("robust_krum", {"faulty": 0}),
     Case("robust_geomedian", {"host": "fedex"}),
 )
-CASES = (*(c for c in DEFAULTS if able(c.method).population == "clients"), *OTHER_OPTIONS)
+CASES = (*(c for c in DEFAULTS if c.method.capabilities.population == "clients"), *OTHER_OPTIONS)
 
 BY_ROUND = ("rolora", "fedrot")
 """What these do depends on the round."""
@@ -94,7 +78,7 @@ BY_ROUND = ("rolora", "fedrot")
 
 def takes(transport: str, method: Method) -> bool:
     """Whether a server behind ``transport`` can run ``method``."""
-    claims = able(method)
+    claims = method.capabilities
     if claims.population != "clients":
         return False
     # Folders carry an adapter and uploads alone; an aggregator of NVFlare answers with one adapter.
@@ -155,7 +139,7 @@ def uploads_of(
 ) -> list[Sent]:
     """Clients ``node-1, node-2, ...``, each with a model of its own."""
     method, previous, t = federation.method, federation.previous, federation.state.round
-    tells = statistics and able(method).wants_features and t == 0
+    tells = statistics and method.capabilities.wants_features and t == 0
     return [
         Sent(
             f"node-{n}",
@@ -250,7 +234,7 @@ def model_of(federation: Federation, outcome: Outcome) -> Tensor:
 def sent_model(federation: Federation, sent: Sent) -> Tensor:
     """The model that an upload of the coming round describes."""
     method, previous, t = federation.method, federation.previous, federation.state.round
-    if method.family == "gram" and able(method).uploads == "statistics":
+    if method.family == "gram" and method.capabilities.uploads == "statistics":
         number = int(sent.client.removeprefix("node-"))
         row, _ = client_rows(method, previous, t, seed=100 * t + number)
     else:
@@ -294,7 +278,7 @@ def test_every_transport_gives_the_bits_of_the_method(
 
 @pairs(DIRECT)
 def test_a_method_gives_what_it_claims_and_no_more(case: Case, transport: str) -> None:
-    claims, (outcome,) = able(case.method), played(case, transport).outcomes
+    claims, (outcome,) = case.method.capabilities, played(case, transport).outcomes
     assert outcome.row.isfinite().all()
     assert bool(outcome.residual) == claims.updates_base
     if not claims.personalised:
@@ -315,7 +299,7 @@ def test_nothing_is_written_to_and_what_did_not_change_is_as_it_was(
     for now, then in zip((cohort.updates, cohort.weights, previous.row), before, strict=True):
         assert torch.equal(now, then)
     # Clients draw the adapter of a fresh start themselves, so that it is not sent.
-    if not able(case.method).restarts:
+    if not case.method.capabilities.restarts:
         names = {slot.name for slot in result.changed}
         rest = previous.layout.part(s.name for s in previous.layout if s.name not in names)
         rows = [previous.layout.gather(row, rest) for row in (result.row, previous.row)]
@@ -364,7 +348,7 @@ def test_one_client_keeps_its_model(case: Case, transport: str, tmp_path: Path) 
 def test_equal_clients_keep_their_model_whatever_their_weights(
     case: Case, transport: str, tmp_path: Path
 ) -> None:
-    linear = able(case.method).linear
+    linear = case.method.capabilities.linear
     federation = opened(case, transport, tmp_path, allow_identical_uploads=not linear)
     first, *others = played(case, twin(transport)).uploads[0]
     expected = model_of_one(federation, case, transport, first)
@@ -376,7 +360,7 @@ def test_equal_clients_keep_their_model_whatever_their_weights(
         assert_close(row, first.row)
 
 
-@pairs(CARRIED, [case for case in CASES if not able(case.method).linear])
+@pairs(CARRIED, [case for case in CASES if not case.method.capabilities.linear])
 def test_identical_uploads_are_refused_where_a_mean_is_not_enough(
     case: Case, transport: str, tmp_path: Path
 ) -> None:
@@ -440,7 +424,7 @@ def test_a_client_counts_by_its_share_of_the_weights(
         assert_close(outcome.personal[client], row)
 
 
-@pairs(TRANSPORTS, [case for case in CASES if able(case.method).always_exact])
+@pairs(TRANSPORTS, [case for case in CASES if case.method.capabilities.always_exact])
 def test_an_exact_method_gives_the_mean_of_the_clients_models(
     case: Case, transport: str, tmp_path: Path
 ) -> None:
@@ -460,7 +444,7 @@ def test_the_mean_of_the_uploads_is_enough_for_linear_methods_alone(
     cohort = cohort_of(federation, method.uploads[0])
     opening = OpenRound(case.method, federation.state, cohort.client_ids)
     mean = cohort.shares @ cohort.updates
-    if able(case.method).linear:
+    if case.method.capabilities.linear:
         closed = opening.close_on_mean(mean)
         torch.testing.assert_close(closed.state.row, method.outcomes[0].row, rtol=1e-10, atol=1e-12)
         return
@@ -505,7 +489,7 @@ def test_equal_updates_at_other_scalings_give_equal_results(case: Case, transpor
     method = case.method
     start = adapter(method.family)
     layout = start.layout()
-    if method.upload_layout(layout, 0) != layout or able(method).uploads == "statistics":
+    if method.upload_layout(layout, 0) != layout or method.capabilities.uploads == "statistics":
         return
     scalings: list[dict[str, Any]] = [
         {"lora_alpha": 3},
@@ -608,7 +592,7 @@ def of_lower_rank(federation: Federation, sent: Sent, rank: int) -> Sent:
     def leading(row: Tensor, layout: FactorLayout) -> Tensor:
         return row_from_tensors(tensors_from_row(row, layout, ranks), layout, ranks)
 
-    if able(method).uploads == "statistics":
+    if method.capabilities.uploads == "statistics":
         # They have the shape of the broadcast, whatever the rank.
         read = method.read_layout(previous.layout, t)
         trained = leading(previous.layout.gather(trained, read), read)
@@ -616,7 +600,7 @@ def of_lower_rank(federation: Federation, sent: Sent, rank: int) -> Sent:
     return replace(sent, row=leading(row, federation.upload_layout), ranks=ranks)
 
 
-@pairs(DIRECT, [c for c in CASES if c.method.family == "lora" and not able(c.method).linear])
+@pairs(DIRECT, [c for c in CASES if c.method.family == "lora" and not c.method.capabilities.linear])
 def test_an_upload_that_lacks_a_tensor_is_refused_by_the_method_too(
     case: Case, transport: str
 ) -> None:
@@ -633,7 +617,7 @@ WITH_FACTORS = [case for case in CASES if case.method.family != "none"]
 RANKED = ("direct", "local", "flower")
 
 
-@pairs(RANKED, [case for case in WITH_FACTORS if able(case.method).mixed_ranks])
+@pairs(RANKED, [case for case in WITH_FACTORS if case.method.capabilities.mixed_ranks])
 def test_clients_of_lower_rank_count_alike_everywhere(
     case: Case, transport: str, tmp_path: Path
 ) -> None:
@@ -656,15 +640,9 @@ def named_methods(message: str) -> set[str]:
     }
 
 
-WRONG_FAMILY = pytest.mark.xfail(strict=True, reason="methods of another family are named")
-EQUAL_RANKS = [
-    pytest.param(case, id=str(case), marks=[WRONG_FAMILY] * (case.method.family == "tri"))
-    for case in WITH_FACTORS
-    if not able(case.method).mixed_ranks
-]
-
-
-@pytest.mark.parametrize("case", EQUAL_RANKS)
+@pytest.mark.parametrize(
+    "case", [c for c in WITH_FACTORS if not c.method.capabilities.mixed_ranks], ids=str
+)
 def test_methods_for_equal_ranks_refuse_others_and_name_those_that_take_them(case: Case) -> None:
     federation = opened(case, "direct", Path())
     uploads = list(played(case).uploads[0])
@@ -677,20 +655,14 @@ def test_methods_for_equal_ranks_refuse_others_and_name_those_that_take_them(cas
     takers = {
         other.name
         for other in DEFAULTS
-        if able(other.method).mixed_ranks and other.method.family == case.method.family
+        if other.method.capabilities.mixed_ranks and other.method.family == case.method.family
     }
     assert others <= takers
     assert others or not takers
 
 
-NO_NAMES = pytest.mark.xfail(strict=True, reason="no methods are named, or those of folders")
 NOT_TAKEN = [
-    pytest.param(
-        case,
-        transport,
-        id=f"{case}-{transport}",
-        marks=[NO_NAMES] * (transport != "folders"),
-    )
+    pytest.param(case, transport, id=f"{case}-{transport}")
     for transport in ("folders", "flower", "nvflare")
     for case in (*DEFAULTS, *OTHER_OPTIONS)
     if not takes(transport, case.method)
@@ -705,8 +677,9 @@ def test_a_transport_refuses_by_the_names_of_the_methods_that_it_takes(
         opened(case, transport, tmp_path)
     names = named_methods(str(caught.value))
     assert case.name in names
+    own = {case.name, case.options.get("host")}
     takers = {other.name for other in DEFAULTS if takes(transport, other.method)}
-    assert names - {case.name} == takers - {case.name}
+    assert names - own == takers - own
 
 
 OUT_OF_RANGE: Mapping[tuple[str, str], tuple[object, ...]] = {

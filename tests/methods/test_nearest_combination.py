@@ -5,7 +5,7 @@ import scipy.optimize
 import torch
 from hypothesis import given, settings
 
-from fedcore.methods.lora.flora_na.method import common_gauge, turned_blocks
+from fedcore.methods.lora.flora_na.method import align_clients, rotated_blocks
 from fedcore.methods.lora.flora_na.objective import PairObjective, exact_objective
 from fedcore.methods.lora.flora_na.solver import alternate, nearest_combination, starts
 from fedcore_kernels import block_grams, mean_pair_gram, product_gram, rotate
@@ -306,13 +306,13 @@ def test_rotations_hurt_and_a_common_gauge_cures_them(clients, rank):
     plain = float(solve(left, right, shares).value) ** 0.5
     assert plain > 5 * best
     blocks = block_grams(left), block_grams(right)
-    turns = common_gauge(*blocks, shares)
+    turns = align_clients(*blocks, shares)
     torch.testing.assert_close(
         turns.mT @ turns, torch.eye(rank, dtype=DTYPE).expand(1, clients, rank, rank)
     )
     turned = [rotate(side, turns.transpose(0, 1)) for side in (left, right)]
     for side, block in zip(turned, blocks, strict=True):
-        torch.testing.assert_close(block_grams(side), turned_blocks(block, turns))
+        torch.testing.assert_close(block_grams(side), rotated_blocks(block, turns))
     torch.testing.assert_close(
         mean_product(*turned, shares), mean_product(left, right, shares), rtol=0, atol=1e-12
     )
@@ -324,7 +324,7 @@ def test_a_client_without_direction_is_turned_but_not_changed():
     left, right, shares = make_family("rot", 3, 3, (12, 10), 0)
     left[1] = right[1] = 0
     left[2, :, 2] = right[2, :, 2] = 0
-    turns = common_gauge(block_grams(left), block_grams(right), shares)
+    turns = align_clients(block_grams(left), block_grams(right), shares)
     eye = torch.eye(3, dtype=DTYPE).expand(1, 3, 3, 3)
     torch.testing.assert_close(turns.mT @ turns, eye)
 

@@ -9,7 +9,7 @@ from fedcore.data.cohort import CohortBuilder
 from fedcore.errors import FedcoreError
 from fedcore.federation.diagnostics import diagnose
 from fedcore.methods import Broadcast, create_method
-from fedcore.methods.shared.linear import with_held_rows
+from fedcore.methods.shared.uploads import with_broadcast_rows
 from fedcore_kernels.layout import FactorLayout
 
 LAYOUT = FactorLayout.build(
@@ -91,7 +91,7 @@ def test_the_mean_of_products_is_met_exactly(name, round):
 def test_equal_ranks_are_left_alone_and_nothing_is_written_to():
     method = create_method("ffa")
     cohort, previous = round_of(method, 0, [4, 4], [1.0, 1.0])
-    assert with_held_rows(cohort, previous) is cohort
+    assert with_broadcast_rows(cohort, previous) is cohort
     mixed, previous = round_of(method, 0, [1, 4], [1.0, 1.0])
     before = mixed.updates.clone(), previous.row.clone()
     method.aggregate(mixed, previous)

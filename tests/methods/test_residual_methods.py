@@ -22,6 +22,7 @@ from fedcore.experiments.run import start
 from fedcore.methods import Broadcast, create_method
 from fedcore_kernels.layout import FactorLayout
 from tests.experiments.jobs import tiny_recipe
+from tests.processes import ONE_THREAD
 from tests.property.lora_rounds import LoraRound, lora_rounds, make_lora_round, pick
 from tests.reference.largest import Largest
 from tests.reference.residuals import received, residual
@@ -220,7 +221,6 @@ def peak():
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM"))
 
-torch.set_num_threads(1)
 n, r, method = 10, 8, create_method("{name}", **{options})
 
 def data(modules, k):
@@ -253,7 +253,7 @@ def test_a_round_takes_the_residual_and_little_more(name, options):
         # Freed blocks go back to the system, so that the peak is what was needed at once.
         env={
             "PYTHONPATH": f"{root}:{root / 'kernels'}",
-            "OMP_NUM_THREADS": "1",
+            **ONE_THREAD,
             "MALLOC_MMAP_THRESHOLD_": "65536",
         },
     )
@@ -296,7 +296,7 @@ def test_uploads_that_are_not_what_was_broadcast_are_refused(name, options):
 def test_a_sum_of_uploads_is_not_enough(name, options):
     method = create_method(name, **options)
     case = make_lora_round("random", [1.0], SHAPES, 3)
-    assert not method.traits.linear
+    assert not method.capabilities.linear
     with pytest.raises(FedcoreError, match=f"{name} needs every upload"):
         method.from_mean(case.cohort.updates[0], case.cohort.layout, case.previous)
 

@@ -87,7 +87,7 @@ def test_a_faulty_minority_moves_the_model_by_little_however_far_it_is(scale):
     assert float((centre - honest.mean(0)).norm()) < 3 * radius
     names = [flag.split(":")[0] for flag in found.flags if "counts" in flag]
     assert {"c001", "c004", "c007"} <= set(names)
-    assert all("not settled" not in flag for flag in found.flags)
+    assert all("not converged" not in flag for flag in found.flags)
 
 
 def test_clients_at_equal_distances_keep_equal_weights():
@@ -126,10 +126,10 @@ def test_a_flag_says_what_a_client_counts():
     assert found.scales is None
 
 
-def test_weights_that_have_not_settled_are_used_and_flagged():
+def test_weights_that_have_not_converged_are_used_and_flagged():
     case = make_lora_round("random", [1.0, 2.0, 5.0, 1.0], ((33, 7),), 3)
     found = decide(case, sweeps=1)
-    assert found.flags[-1] == "the weights have not settled after 1 sweeps"
+    assert found.flags[-1] == "the weights have not converged after 1 sweeps"
     rows = products(case.cohort)
     gaps = (rows - case.cohort.shares @ rows).norm(dim=1)
     expected = case.cohort.shares / gaps

@@ -254,22 +254,24 @@ def test_hosts_are_the_lora_methods_whose_clients_send_both_factors():
 
 
 @pytest.mark.parametrize("name", RULES)
-def test_the_client_half_and_the_traits_are_the_host_s(name):
+def test_the_client_half_and_the_capabilities_are_the_host_s(name):
     for host in (create_method(host) for host in HOSTS):
         method = create_method(name, host=host.name)
         assert method.plan(3) == host.plan(3)
-        assert method.traits.mixed_ranks == host.traits.mixed_ranks
-        assert method.traits.privacy_note == host.traits.privacy_note
-        assert not method.traits.linear
-        assert method.restarts == host.restarts
-        assert method.any_rank == host.any_rank
         # Of a host that could align, the default options do not.
         assert not getattr(host, "align", False)
-        assert method.history == ("none" if host.history == "alignment" else host.history)
+        history = host.capabilities.history
+        assert method.capabilities == replace(
+            host.capabilities,
+            always_exact=False,
+            linear=False,
+            history="none" if history == "alignment" else history,
+        )
+        assert method.description.privacy_note == host.description.privacy_note
         assert method.rule is method
         assert host.rule is None
-    assert create_method(name).history == "none"
-    assert create_method(name, host="fedrot").history == "rounds"
+    assert create_method(name).capabilities.history == "none"
+    assert create_method(name, host="fedrot").capabilities.history == "rounds"
     assert create_method(name, host="FlexLoRA").inner() == create_method("product_svd")
     case = clustered_round(5)
     row, layout = case.cohort.updates[0], case.cohort.layout

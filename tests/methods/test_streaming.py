@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from fedcore.errors import FedcoreError
 from fedcore.methods import METHODS, Broadcast, create_method
+from fedcore.methods.registry import default_methods
 from fedcore.methods.shared.exact_sum import WeightedSum
 from fedcore.methods.shared.linear import LinearMethod
 from fedcore_kernels import KernelInputError
@@ -36,11 +37,11 @@ def summed(rows, weights, order):
     return total
 
 
-def test_what_streams_has_an_accumulator():
-    for method in METHODS:
-        if method.traits.streaming and method.population != "alone":
-            assert method.traits.linear
-            assert callable(getattr(method, "accumulator", None)), method.name
+def test_what_is_linear_has_an_accumulator():
+    for method in default_methods():
+        able = method.capabilities
+        if able.population != "alone":
+            assert able.linear == isinstance(method, LinearMethod), method.name
 
 
 @pytest.mark.parametrize("name", LINEAR)

@@ -36,5 +36,5 @@ def test_the_table_is_what_the_methods_say_of_themselves(page):
 def test_every_method_has_one_section_that_names_its_source(method, sections):
     found = [text for heading, text in sections.items() if f"`{method.name}`" in heading]
     assert len(found) == 1, f"docs/methods.md has {len(found)} sections named `{method.name}`"
-    for source in re.findall(r"\d{4}\.\d{5}", method.paper):
+    for source in re.findall(r"\d{4}\.\d{5}", method().description.paper):
         assert source in found[0], f"the section of {method.name} does not name {source}"

@@ -54,6 +54,19 @@ def test_importing_loads_torch_alone(package):
 
 
 @pytest.mark.parametrize(
+    "code",
+    [
+        "import fedcore; fedcore.aggregate",
+        "import fedcore_theory.catalog",
+        "from fedcore.data import ServerState",
+        "from fedcore.transports.folders import FileServer",
+    ],
+)
+def test_what_writes_no_run_folder_does_without_pydantic(code):
+    run(f"import sys; sys.modules['pydantic'] = None; {code}")
+
+
+@pytest.mark.parametrize(
     ("package", "extra"), [("typer", "run"), ("rich", "run"), ("peft", "peft")]
 )
 def test_a_missing_extra_is_named(package, extra, tmp_path):
@@ -105,7 +118,8 @@ def test_the_wheel_holds_exactly_three_packages_and_the_recipes(tmp_path):
     names = zipfile.ZipFile(wheel).namelist()
     top = {name.split("/")[0] for name in names if ".dist-info/" not in name}
     assert top == {"fedcore", "fedcore_kernels", "fedcore_theory"}
-    assert {"fedcore/recipes/bbc-news.toml", "fedcore/reports/page.css"} <= set(names)
+    shipped = ("recipes/bbc-news.toml", "reports/page.css", "reports/page.html.j2")
+    assert {f"fedcore/{name}" for name in shipped} <= set(names)
     out = run(
         f"import sys; sys.path.insert(0, {str(wheel)!r}); import fedcore; print(fedcore.__file__)",
         cwd=tmp_path,

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from fedcore.data.validation import identical_rows
 from fedcore.errors import FedcoreError
-from fedcore.methods import METHODS, Broadcast, create_method
+from fedcore.methods import Broadcast, create_method
+from fedcore.methods.requirements import EXCHANGES, methods_meeting
 from fedcore.privacy import SecureSum
 from fedcore.privacy.fixed_point import FixedPoint
 from fedcore_kernels import nystrom_step, whitened_basis, whitened_step, whitened_upload
@@ -21,7 +22,7 @@ from tests.reference.updates import mean_update, update
 
 STEP = 2 * 8.0 / 2**22
 FLAT = FactorLayout.build([("m", "A", 2, 40)], [("head", (5,))])
-EXCHANGING = [method for method in METHODS if method.population == "clients"]
+EXCHANGING = methods_meeting((EXCHANGES,))
 
 
 def secure(layout, rows, weights, *, round=0, seed=0, **grid):
@@ -236,7 +237,7 @@ def test_the_largest_weights_do_not_overflow():
     assert found.weight == 2 * largest
 
 
-@pytest.mark.parametrize("name", [m.name for m in EXCHANGING if m.traits.linear])
+@pytest.mark.parametrize("name", [m.name for m in EXCHANGING if m.capabilities.linear])
 @pytest.mark.parametrize("round", [1, 2])
 def test_linear_methods_get_their_batch_result_from_the_sum(name, round):
     method = create_method(name)
@@ -247,7 +248,7 @@ def test_linear_methods_get_their_batch_result_from_the_sum(name, round):
     assert found.clipped == 0
     result = method.from_mean(found.row, cohort.layout, previous)
     # A statistic is not the result itself: its step is amplified by the inverse root.
-    allowed = STEP if method.uploads == "factors" else 50 * STEP
+    allowed = STEP if method.capabilities.uploads == "factors" else 50 * STEP
     assert float((result.row - batch.row).abs().max()) <= allowed
     assert (result.changed, result.flags) == (batch.changed, batch.flags)
     ones = [1.0] * 4
@@ -259,7 +260,7 @@ def test_linear_methods_get_their_batch_result_from_the_sum(name, round):
     assert float(gap) <= allowed
 
 
-@pytest.mark.parametrize("name", [m.name for m in EXCHANGING if not m.traits.linear])
+@pytest.mark.parametrize("name", [m.name for m in EXCHANGING if not m.capabilities.linear])
 def test_all_other_methods_refuse_a_sum(name):
     method = create_method(name)
     layout = FactorLayout.build([("m", "A", 2, 8), ("m", "B", 2, 8)])

@@ -30,10 +30,10 @@ from fedcore.federation.downloads import lower_rank_starts
 from fedcore.federation.server_round import OpenRound
 from fedcore.federation.state import ServerState, personal_of
 from fedcore.methods import Broadcast, Method
-from fedcore.methods.catalog import options_of
+from fedcore.methods.registry import options_of
 from fedcore.transports.flower import FedLoRA, from_arrays, to_arrays
 from fedcore.transports.folders import FileServer
-from fedcore_kernels.layout import FactorLayout
+from fedcore_kernels import FactorLayout
 from tests.property.method_rounds import family_layout, random_row
 from tests.transports.flower.grid import FakeGrid
 from tests.transports.nvflare_stand_in import install
@@ -281,7 +281,7 @@ class Folders(Federation):
         server, layout, t = self._server, self.upload_layout, self.state.round
         received = read_broadcast(server.broadcast)
         frozen = self.method.frozen_layout(received.layout, t)
-        factors = self.method.uploads == "factors"
+        factors = self.method.capabilities.uploads == "factors"
         folders = {}
         for sent in uploads:
             folders[sent.client] = write_upload(

@@ -34,7 +34,7 @@ def records(tmp_path_factory: pytest.TempPathFactory) -> list[RunRecord]:
 
 
 def finish(record: RunRecord, **changes: object) -> RunRecord:
-    return replace(record, summary=replace(record.summary, **changes))
+    return replace(record, summary=record.summary.model_copy(update=changes))
 
 
 @pytest.mark.parametrize("values", [[0.5, 0.7], [0.8, 0.9, 0.85], [1.0, 2.0, 4.0, 8.0, 16.0]])
@@ -73,7 +73,7 @@ def test_rows_are_flat_means_over_seeds(records: list[RunRecord]):
     assert [row["method"] for row in rows] == ["fedit", "florg.truncated", "head_only"]
     assert json.loads(json.dumps(rows)) == rows
     for row, runs in zip(rows, (records[:3], records[3:6], records[6:]), strict=True):
-        values = [run.summary.quality for run in runs]
+        values = [run.quality for run in runs]
         mean = sum(values) / 3
         half = T_975[2] * sqrt(sum((v - mean) ** 2 for v in values) / 2) / sqrt(3)
         assert row["accuracy_mean"] == pytest.approx(mean)
@@ -122,12 +122,10 @@ def test_varied_settings_make_groups_of_their_own(records: list[RunRecord]):
 
 
 def test_unfinished_runs_are_counted_and_left_out(records: list[RunRecord]):
-    waiting = finish(records[2], finished=False, quality=0.0)
+    waiting = finish(records[2], finished=False, accuracy=0.0)
     (row,) = comparison_rows([*records[:2], waiting])
     assert (row["runs"], row["unfinished"], row["seeds"]) == (2, 1, "0, 1")
-    assert row["accuracy_mean"] == pytest.approx(
-        (records[0].summary.quality + records[1].summary.quality) / 2
-    )
+    assert row["accuracy_mean"] == pytest.approx((records[0].quality + records[1].quality) / 2)
     (alone,) = comparison_rows([waiting])
     assert (alone["runs"], alone["accuracy_mean"], alone["adapter_mb_up"]) == (0, None, None)
     assert alone["below_majority"] is False
@@ -137,7 +135,7 @@ def test_rounds_to_target_needs_one_target(records: list[RunRecord]):
     runs = [finish(r, rounds_to_target=n) for r, n in zip(records[:3], (4, None, 6), strict=True)]
     (row,) = comparison_rows(runs)
     assert (row["rounds_to_target"], row["target_reached"]) == (6, 2)
-    other = [runs[0], finish(runs[1], target=0.5)]
+    other = [runs[0], finish(runs[1], target_accuracy=0.5)]
     (row,) = comparison_rows(other)
     assert (row["rounds_to_target"], row["target_reached"], row["target_accuracy"]) == (
         None,
@@ -148,9 +146,9 @@ def test_rounds_to_target_needs_one_target(records: list[RunRecord]):
 
 def test_no_better_than_the_majority_is_marked(records: list[RunRecord]):
     majority = records[0].partition.majority_rate
-    failed = finish(records[0], quality=majority)
+    failed = finish(records[0], accuracy=majority)
     assert comparison_rows([failed])[0]["below_majority"] is True
-    assert comparison_rows([finish(failed, quality=majority + 1e-9)])[0]["below_majority"] is False
+    assert comparison_rows([finish(failed, accuracy=majority + 1e-9)])[0]["below_majority"] is False
     assert any(note.startswith("Failed") for note in run_notes(failed))
 
 
@@ -177,7 +175,7 @@ def test_notes_tell_what_a_reader_must_know(tmp_path: Path):
     assert "One run, seed 0" in text
     assert f"{run.partition.smallest_test} examples" in text
     assert outcome(run).startswith("After 5 rounds with 4 clients, held-out accuracy is 0.")
-    unmeasured = replace(run.rounds[-1], accuracy=None)
+    unmeasured = run.rounds[-1].model_copy(update={"accuracy": None})
     late = replace(run, rounds=(*run.rounds[:-1], unmeasured))
     assert "(last measured after round 4)" in outcome(late)
     cut = replace(run, rounds=run.rounds[:-2])

@@ -11,7 +11,6 @@ ROW = {
     "linear": True,
     "mixed_ranks": False,
     "personalised": False,
-    "streaming": True,
     "uplink": "r d_in",
     "downlink": "r d_out",
     "server_cost": "2 N r d_in",
@@ -22,12 +21,12 @@ ROW = {
 def test_a_row_holds_every_trait_in_its_column():
     head, rule, row = methods_markdown([ROW]).splitlines()
     assert head == (
-        "| method | adapter | exact | linear | mixed ranks | personalised | streaming | up | down "
+        "| method | adapter | exact | linear | mixed ranks | personalised | up | down "
         "| server cost | source |"
     )
-    assert rule == "| " + " | ".join([":---"] * 11) + " |"
+    assert rule == "| " + " | ".join([":---"] * 10) + " |"
     assert row == (
-        "| `some` | lora | when a &lt;= b \\| c | yes | no | no | yes | r d_in | r d_out "
+        "| `some` | lora | when a &lt;= b \\| c | yes | no | no | r d_in | r d_out "
         "| 2 N r d_in | arXiv 0000.00000 |"
     )
 

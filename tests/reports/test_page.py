@@ -70,7 +70,7 @@ def test_run_page_shows_the_run_and_needs_nothing_else(tmp_path: Path):
     path = write_run_page(folder)
     assert path == folder / "report.html"
     page = check_self_contained(path)
-    assert f"held-out accuracy is {record.summary.quality:.3f}" in page.text
+    assert f"held-out accuracy is {record.quality:.3f}" in page.text
     assert "client-01 (non-finite values)" in page.text
     assert record.recipe in page.text
     assert "made-up CPU" in page.text

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from fedcore.errors import FedcoreError
+from fedcore.federation.records import Round
 from fedcore.reports import plots
 from fedcore.reports.comparison import group_runs
 from fedcore.reports.plots.labels import plain, short_names, spread
@@ -132,10 +133,11 @@ def test_figures_without_data_say_so(tmp_path: Path):
 
 
 def test_clients_that_train_alone_show_their_own_models(record: RunRecord):
-    rounds = tuple(
-        replace(r, clients=tuple(replace(c, global_accuracy=None) for c in r.clients))
-        for r in record.rounds
-    )
+    def alone(r: Round) -> Round:
+        clients = (c.model_copy(update={"global_accuracy": None}) for c in r.clients)
+        return r.model_copy(update={"clients": tuple(clients)})
+
+    rounds = tuple(alone(r) for r in record.rounds)
     figure = plots.client_spread(replace(record, rounds=rounds))
     names = [text.get_text() for text in figure.axes[0].texts]
     assert names == ["best client", "mean, own models", "worst client"]
@@ -149,7 +151,7 @@ def test_comparison_bands_are_the_intervals(tmp_path: Path):
     ]
     groups = group_runs(runs)
     (axes,) = plots.compared_by_round(groups).axes
-    finals = [run.summary.quality for run in runs[:3]]
+    finals = [run.quality for run in runs[:3]]
     half = 4.302652730 * np.std(finals, ddof=1) / np.sqrt(3)
     band = axes.collections[0].get_paths()[0].vertices
     at_end = band[band[:, 0] == 4][:, 1]
@@ -163,7 +165,9 @@ def test_comparison_bands_are_the_intervals(tmp_path: Path):
         without_overlaps(draw(groups))
     lone = plots.final_quality(group_runs(runs[:1])).axes[0]
     assert [t.get_text() for t in lone.texts] == [f"{finals[0]:.3f}, one run"]
-    waiting = group_runs([replace(runs[0], summary=replace(runs[0].summary, finished=False))])
+    waiting = group_runs(
+        [replace(runs[0], summary=runs[0].summary.model_copy(update={"finished": False}))]
+    )
     with pytest.raises(FedcoreError, match="no run is finished"):
         plots.final_quality(waiting)
 

@@ -67,10 +67,16 @@ def test_the_terminal_shows_it_after_every_round_and_at_the_end(tmp_path):
     assert rows["largest epsilon of an example"] == "7.89 at delta 1.0e-5 (client-01, prv)"
     assert "epsilon of a whole client" not in rows
     shown = io.StringIO()
-    line = {"round": 4, "train_loss": 1.5, "accuracy": None, "loss": None}
+    line = (
+        record.rounds[-1]
+        .model_copy(update={"train_loss": 1.5, "accuracy": None, "loss": None})
+        .plain()
+    )
+    del line["privacy"]
+    central = {**SPENT, "max_norm": 1.0, "epsilon": 3.456}
     display = ProgressDisplay(Console(file=shown, width=200))
-    for extra in ({}, {"privacy": SPENT}, {"central_privacy": {"epsilon": 3.456}}):
-        display.round_finished({**line, "dropped": [], "flags": [], **extra})
+    for extra in ({}, {"privacy": SPENT}, {"central_privacy": central}):
+        display.round_finished({**line, **extra})
     plain, single, central = shown.getvalue().splitlines()
     assert "epsilon" not in plain
     assert single.endswith("train loss 1.500   largest epsilon 7.89")

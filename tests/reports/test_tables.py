@@ -8,6 +8,7 @@ import pytest
 from rich.console import Console, RenderableType
 
 from fedcore.reports.comparison import comparison_rows
+from fedcore.reports.document import Page, Section, render
 from fedcore.reports.formatting import DASH, duration, scientific, significant, with_half_width
 from fedcore.reports.grid import Column, Grid
 from fedcore.reports.reading import read_run
@@ -70,14 +71,8 @@ def test_run_table_has_a_row_per_evaluated_round_with_cumulated_traffic(tmp_path
     assert rows[0][10:] == (DASH, DASH)
     errors = last.module_values("aggregation_error")
     assert rows[-1][10] == significant(sum(errors) / len(errors))
-    assert rows[-1][3:6] == tuple(
-        f"{v:.3f}"
-        for v in (
-            min(last.client_qualities),
-            sum(last.client_qualities) / 3,
-            max(last.client_qualities),
-        )
-    )
+    spread = last.client_qualities(record.measure)
+    assert rows[-1][3:6] == tuple(f"{v:.3f}" for v in (min(spread), sum(spread) / 3, max(spread)))
 
 
 def test_every_number_fits_a_terminal_of_80_columns(tmp_path: Path):
@@ -111,7 +106,8 @@ def test_markdown_escapes_what_would_break_a_row():
 
 def test_html_escapes_every_cell():
     hostile = "<script>alert('1')</script>"
+    grid = Grid(hostile, (Column(hostile), Column("b")), ((hostile, "2"),), hostile)
     parser = Cells()
-    parser.feed(Grid(hostile, (Column(hostile), Column("b")), ((hostile, "2"),), hostile).html())
+    parser.feed(render(Page("kind", "title", "outcome", [Section(tables=[grid])])))
     assert "script" not in parser.tags
     assert parser.cells[:3] == [hostile, "b", hostile]

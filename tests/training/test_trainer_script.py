@@ -74,7 +74,6 @@ def run_all(jobs: list[list[str]]) -> None:
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(homes),
-        "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
     }
     running = [

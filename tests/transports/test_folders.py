@@ -51,7 +51,7 @@ def test_two_rounds_give_what_the_method_gives_of_the_uploads(tmp_path: Path, na
         sent = method.upload_layout(before.state.layout, t)
         rows = []
         for site in EXAMPLES:
-            factors = method.uploads == "factors"
+            factors = method.capabilities.uploads == "factors"
             file = "adapter_model.safetensors" if factors else "statistics.safetensors"
             named = load_file(tmp_path / f"uploads-{t}" / site / file)
             row = torch.zeros(sent.size)
@@ -230,7 +230,7 @@ def test_a_federation_is_started_once_and_from_its_methods_family(tmp_path: Path
         FileServer.create(tmp_path, start, "fedit")
     with pytest.raises(FedcoreError, match=r"family 'lora'; florg.truncated needs 'gram'"):
         FileServer.create(tmp_path / "other", start, "florg")
-    with pytest.raises(FedcoreError, match="ce_lora needs more of its clients"):
+    with pytest.raises(FedcoreError, match="ce_lora sends statistics of the clients' examples"):
         FileServer.create(tmp_path / "other", start, "ce_lora")
     with pytest.raises(FedcoreError, match="holds no federation"):
         FileServer.open(tmp_path / "nothing")

@@ -15,8 +15,9 @@ from fedcore.data.cohort import Cohort
 from fedcore.data.keyed_rows import tensors_from_row
 from fedcore.data.peft_files import read_adapter, write_adapter
 from fedcore.errors import FedcoreError
-from fedcore.methods import METHODS, create_method
+from fedcore.methods import create_method
 from fedcore.methods.base import Broadcast, Method
+from fedcore.methods.requirements import EXCHANGES, methods_meeting, of_family
 from fedcore.training.live_adapter import live_adapter
 from fedcore.training.trainer_client import FederatedClient
 from fedcore_kernels.layout import FactorLayout
@@ -38,7 +39,7 @@ BUILD: Mapping[str, Callable[[], Any]] = {
     "florg.whitened": gram_llama,
 }
 WEIGHTS = {"site-1": 6.0, "site-2": 10.0}
-LORA_METHODS = [m for m in METHODS if m.family == "lora" and m.population == "clients"]
+LORA_METHODS = [type(m) for m in methods_meeting((EXCHANGES, of_family("lora")))]
 
 
 def random_row(layout: FactorLayout, seed: int) -> torch.Tensor:
@@ -302,8 +303,8 @@ def test_a_job_goes_on_from_its_checkpoints(start: Callable[[str], str], tmp_pat
 @pytest.mark.parametrize(
     ("method", "options", "message"),
     [
-        ("ce_lora", {}, "ce_lora needs more of its clients"),
-        ("local_only", {}, "local_only needs more of its clients"),
+        ("ce_lora", {}, "ce_lora sends statistics of the clients' examples"),
+        ("local_only", {}, "local_only exchanges nothing"),
         ("florg", {}, "family 'lora'; florg.truncated needs 'gram'"),
         ("fedit", {"on_invalid": "ignore"}, "on_invalid is 'ignore'"),
     ],
@@ -321,7 +322,7 @@ def test_a_method_that_updates_base_weights_is_refused_before_anyone_trains(
 ) -> None:
     with pytest.raises(FedcoreError, match=f"{method} updates base weights"):
         FedLoRAAggregator(start("fedit"), method)
-    with pytest.raises(FedcoreError, match="robust_median updates base weights"):
+    with pytest.raises(FedcoreError, match=f"robust_median with host {method} updates base"):
         FedLoRAAggregator(start("fedit"), "robust_median", {"host": method})
 
 
@@ -333,7 +334,7 @@ def test_methods_say_whether_they_update_base_weights(method: type[Method]) -> N
     rows = [random_row(sent, seed) for seed in range(1, 6)]
     cohort = cohort_of(sent, torch.stack(rows), (1.0, 2.0, 3.0, 4.0, 5.0), tuple("abcde"), 0)
     result = made.aggregate(cohort, Broadcast(layout, random_row(layout, 0)))
-    assert bool(result.residual) == made.updates_base
+    assert bool(result.residual) == made.capabilities.updates_base
 
 
 def test_the_stand_ins_take_what_nvflare_takes() -> None:

@@ -27,7 +27,6 @@ from peft.tuners.lora import LoraModel
 from safetensors.torch import load_file
 from transformers import BertForSequenceClassification, GPT2LMHeadModel, LlamaForCausalLM
 
-torch.set_num_threads(1)
 classes = dict(bert=BertForSequenceClassification, gpt2=GPT2LMHeadModel, llama=LlamaForCausalLM)
 for folder in sorted(Path(sys.argv[1]).iterdir()):
     base = classes[folder.name].from_pretrained(folder / "base")

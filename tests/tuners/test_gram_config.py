@@ -10,14 +10,14 @@ from fedcore.tuners import GramConfig
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"r": 0}, r"r is 0; pass a whole number >= 1"),
+        ({"r": 0}, r"r is 0; pass an integer of 1 or more"),
         ({"r": 2.0}, r"r is 2.0"),
         ({"r": True}, r"r is True"),
-        ({"lora_alpha": 0}, r"lora_alpha is 0; pass a positive number"),
+        ({"lora_alpha": 0}, r"lora_alpha is 0; pass a finite number above 0"),
         ({"lora_alpha": float("nan")}, r"lora_alpha is nan"),
         ({"rank_pattern": {"query": -1}}, r"rank_pattern\['query'\] is -1"),
         ({"alpha_pattern": {"query": "8"}}, r"alpha_pattern\['query'\] is '8'"),
-        ({"frame_seed": -1}, r"frame_seed is -1; pass a whole number >= 0"),
+        ({"frame_seed": -1}, r"frame_seed is -1; pass an integer of 0 or more"),
         ({"init_seed": 0.5}, r"init_seed is 0.5"),
         ({"init_std": 0}, r"init_std is 0; A = 0 is a stationary point"),
         ({"init_std": -0.1}, r"init_std is -0.1"),

@@ -31,11 +31,6 @@ NAMES = list(BUILD)
 VARIANTS = [{}, {"frame": "qr"}, {"offset": False}]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
-
-
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("fields", [{}, {"frame": "qr", "init_std": 1.0}])
 def test_round_zero_is_the_base_model_to_the_bit(name, fields):

@@ -10,13 +10,13 @@ from fedcore.tuners import TriConfig
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"r": 0}, r"r is 0; pass a whole number >= 1"),
+        ({"r": 0}, r"r is 0; pass an integer of 1 or more"),
         ({"r": True}, r"r is True"),
-        ({"lora_alpha": 0}, r"lora_alpha is 0; pass a positive number"),
+        ({"lora_alpha": 0}, r"lora_alpha is 0; pass a finite number above 0"),
         ({"lora_alpha": float("inf")}, r"lora_alpha is inf"),
         ({"rank_pattern": {"query": 2.5}}, r"rank_pattern\['query'\] is 2.5"),
         ({"alpha_pattern": {"query": -8}}, r"alpha_pattern\['query'\] is -8"),
-        ({"init_seed": -1}, r"init_seed is -1; pass a whole number >= 0"),
+        ({"init_seed": -1}, r"init_seed is -1; pass an integer of 0 or more"),
         ({"init": "svd"}, r"unknown init 'svd'"),
         ({"init": None}, r"unknown init 'None'"),
         ({"bias": "all"}, r"bias is 'all'"),

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from html import escape
 from pathlib import Path
 
 from fedcore.data.folders import write_text
-from fedcore.reports import markup
+from fedcore.reports.document import Page, Picture, Section, render
 from fedcore_theory.running import Result
 from fedcore_theory.tables import failures, measured_grid, results_grid
 
@@ -38,27 +37,30 @@ def write_report(results: Sequence[Result], path: str | Path) -> Path:
         else f"{len({line.split(':')[0] for line in odd})} of {len(results)} checks did not come "
         "out as their verdicts say."
     )
-    body = [
-        markup.header("Numeric checks", "Claims on federated low-rank adaptation", sentence),
-        markup.facts(
-            {
-                "claims that hold": (str(verdicts["holds"]), "with the stated constants"),
-                "errata": (str(verdicts["erratum"]), "printed claims that fail"),
-                "artefacts": (str(verdicts["artefact"]), "of how something is measured"),
-                "time": (f"{sum(result.seconds for result in results):.0f} s", "of one core"),
-            }
-        ),
-        markup.notes(odd),
-        results_grid(results).html(),
-    ]
-    for letters, title in PARTS.items():
-        own = [result for result in results if _letters(result.check.id) == letters]
-        if own:
-            body.append(markup.section(title))
-            body.extend(_section(result) for result in own)
+    parts = {
+        title: [_part(result) for result in results if _letters(result.check.id) == letters]
+        for letters, title in PARTS.items()
+    }
+    page = Page(
+        kind="Numeric checks",
+        title="Claims on federated low-rank adaptation",
+        outcome=sentence,
+        facts={
+            "claims that hold": (str(verdicts["holds"]), "with the stated constants"),
+            "errata": (str(verdicts["erratum"]), "printed claims that fail"),
+            "artefacts": (str(verdicts["artefact"]), "of how something is measured"),
+            "time": (f"{sum(result.seconds for result in results):.0f} s", "of one core"),
+        },
+        notes=odd,
+        sections=[
+            Section(tables=[results_grid(results)]),
+            *(Section(title, parts=checks) for title, checks in parts.items() if checks),
+        ],
+        tab="Numeric checks of fedcore",
+    )
     out = Path(path)
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_text(markup.document("Numeric checks of fedcore", body), out)
+    write_text(render(page), out)
     return out
 
 
@@ -66,7 +68,7 @@ def _letters(name: str) -> str:
     return "".join(letter for letter in name if letter.isupper())
 
 
-def _section(result: Result) -> str:
+def _part(result: Result) -> Section:
     check, outcome = result.check, result.outcome
     words = {
         "Claim": check.claim,
@@ -78,14 +80,12 @@ def _section(result: Result) -> str:
         "Excludes": outcome.excludes,
         "Finding": check.finding,
     }
-    lines = "\n".join(
-        f"<p><b>{escape(name)}.</b> {escape(text)}</p>" for name, text in words.items() if text
-    )
-    shown = markup.Picture(f"check-{check.id}", _caption(result), check.picture(outcome))
-    return (
-        f'<section id="{escape(check.id)}">\n'
-        f"<h3>{escape(check.id)}: {escape(check.title)} ({escape(check.verdict)})</h3>\n"
-        f"{lines}\n{measured_grid(outcome).html()}\n{markup.picture(shown)}\n</section>"
+    return Section(
+        f"{check.id}: {check.title} ({check.verdict})",
+        terms={name: text for name, text in words.items() if text},
+        tables=[measured_grid(outcome)],
+        pictures=[Picture(f"check-{check.id}", _caption(result), check.picture(outcome))],
+        anchor=check.id,
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -16,16 +16,17 @@ from fedcore.methods.base import (
     EMPTY_ROUND,
     Aggregate,
     Broadcast,
+    Capabilities,
+    Description,
     Family,
-    History,
     Method,
     StepReport,
-    Traits,
     checked_ranks,
     unchanged,
 )
 from fedcore.methods.shared.linear import LinearMethod
-from fedcore_kernels import FlorgRound, florg_round, truncated_step
+from fedcore.methods.shared.reports import rank_flags, steps_of
+from fedcore_kernels import florg_round, truncated_step
 
 _SOURCE = "arXiv 2602.17095"
 
@@ -57,18 +58,15 @@ class FlorgTruncated(Method):
 
     name: ClassVar[str] = "florg.truncated"
     aliases: ClassVar[tuple[str, ...]] = ("florg", "FLoRG")
-    summary: ClassVar[str] = "Gram adapter, best rank-r Gram, Procrustes-aligned"
-    paper: ClassVar[str] = _SOURCE
     family: ClassVar[Family] = "gram"
-    history: ClassVar[History] = "alignment"
-    any_rank: ClassVar[bool] = True
     variant: ClassVar[Literal["truncated", "sketched"]] = "truncated"
-    traits: ClassVar[Traits] = Traits(
+    capabilities: ClassVar[Capabilities] = Capabilities(
+        mixed_ranks=True, history="alignment", any_rank=True
+    )
+    description: ClassVar[Description] = Description(
+        summary="Gram adapter, best rank-r Gram, Procrustes-aligned",
+        paper=_SOURCE,
         exact="when rank Q <= r, otherwise the best rank r",
-        linear=False,
-        mixed_ranks=True,
-        personalised=False,
-        streaming=False,
         uplink="r k",
         downlink="r k",
         server_cost="m^2 k + 9 m^3 + 4 r m k, m = N r",
@@ -98,28 +96,28 @@ class FlorgTruncated(Method):
             variant=self.variant,
             align=self.align,
         )
-        steps = _reports(result)
-        lost = [
-            f"{module}: rank {step.rank} of {layout.by_name[f'{module}.A'].rows} kept"
-            for module, step in steps.items()
-            if step.rank < layout.by_name[f"{module}.A"].rows
-        ]
-        return Aggregate(result.row.to(previous.row.dtype), layout, steps, tuple(lost))
+        steps: dict[str, StepReport] = {}
+        flags: list[str] = []
+        for group, step in result.steps.items():
+            reports = steps_of(group.modules, step.rank, step.condition, step.gap)
+            steps |= reports
+            flags += rank_flags(layout, reports)
+        return Aggregate(result.row.to(previous.row.dtype), layout, steps, tuple(flags))
 
     def for_client(self, state: Broadcast, held: Broadcast, ranks: Sequence[int]) -> Tensor:
         """The best Gram of the client's ranks, aligned with the leading rows of ``held``.
 
         Leading rows of the global factor would not be the best of their rank once it was turned.
         """
-        layout, kept = state.layout, checked_ranks(state.layout, ranks)
+        layout, rank_of = state.layout, checked_ranks(state.layout, ranks)
         row = state.row.clone()
         one = torch.ones(1, dtype=torch.float64)
         for group in layout.groups:
-            own, before, out = group.view(state.row), group.view(held.row), group.view(row)
-            for rank in {kept[module] for module in group.modules} - {group.rows}:
-                where = [j for j, module in enumerate(group.modules) if kept[module] == rank]
+            factors, before, out = group.view(state.row), group.view(held.row), group.view(row)
+            for rank in {rank_of[module] for module in group.modules} - {group.rows}:
+                where = [j for j, module in enumerate(group.modules) if rank_of[module] == rank]
                 step = truncated_step(
-                    own[None, where], one, before[where][:, :rank], rank, align=self.align
+                    factors[None, where], one, before[where][:, :rank], rank, align=self.align
                 )
                 out[where] = F.pad(step.factor, (0, 0, 0, group.rows - rank)).to(row.dtype)
         return row
@@ -140,17 +138,13 @@ class FlorgSketched(FlorgTruncated):
 
     name: ClassVar[str] = "florg.sketched"
     aliases: ClassVar[tuple[str, ...]] = ()
-    summary: ClassVar[str] = "Gram adapter, the paper's rectangular Procrustes (a Nystrom step)"
-    history: ClassVar[History] = "previous"
-    any_rank: ClassVar[bool] = False
     variant: ClassVar[Literal["truncated", "sketched"]] = "sketched"
-    traits: ClassVar[Traits] = Traits(
+    # The whitened upload form is linear; this is the batch form, which needs every factor.
+    capabilities: ClassVar[Capabilities] = Capabilities(mixed_ranks=True, history="previous")
+    description: ClassVar[Description] = Description(
+        summary="Gram adapter, the paper's rectangular Procrustes (a Nystrom step)",
+        paper=_SOURCE,
         exact="when rank Q <= r, otherwise the Nystrom approximation",
-        # The whitened upload form is linear; this is the batch form, which needs every factor.
-        linear=False,
-        mixed_ranks=True,
-        personalised=False,
-        streaming=False,
         uplink="r k",
         downlink="r k",
         server_cost="4 r m k, m = N r",
@@ -167,29 +161,13 @@ class FlorgAvgA(LinearMethod):
 
     name: ClassVar[str] = "florg.avg_a"
     aliases: ClassVar[tuple[str, ...]] = ("avg_a",)
-    summary: ClassVar[str] = "Gram adapter, FedAvg of A: FLoRG's honest baseline"
-    paper: ClassVar[str] = "baseline"
     family: ClassVar[Family] = "gram"
-    history: ClassVar[History] = "none"
-    traits: ClassVar[Traits] = Traits(
+    capabilities: ClassVar[Capabilities] = Capabilities(linear=True, history="none")
+    description: ClassVar[Description] = Description(
+        summary="Gram adapter, FedAvg of A: FLoRG's honest baseline",
+        paper="baseline",
         exact="no: misses the covariance of A",
-        linear=True,
-        mixed_ranks=False,
-        personalised=False,
-        streaming=True,
         uplink="r k",
         downlink="r k",
         server_cost="2 N r k",
     )
-
-
-def _reports(result: FlorgRound) -> Mapping[str, StepReport]:
-    reports = {}
-    for group, step in result.steps.items():
-        for j, module in enumerate(group.modules):
-            reports[module] = StepReport(
-                rank=int(step.rank[j]),
-                condition=float(step.condition[j]),
-                gap=float(step.gap[j]),
-            )
-    return reports

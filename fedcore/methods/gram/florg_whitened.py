@@ -4,19 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from math import inf
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from fedcore.checks import number
 from fedcore.errors import FedcoreError
-from fedcore.methods.base import Aggregate, Broadcast, Family, StepReport, Traits, Upload
+from fedcore.methods.base import (
+    Aggregate,
+    Broadcast,
+    Capabilities,
+    Description,
+    Family,
+    StepReport,
+    Upload,
+)
 from fedcore.methods.shared.linear import LinearMethod
-from fedcore_kernels import whitened_basis, whitened_step, whitened_upload
-from fedcore_kernels.layout import FactorLayout, SlotGroup
-from fedcore_kernels.spectra import column_signs
-from fedcore_kernels.steps import EPS_REL
+from fedcore.methods.shared.reports import rank_flags, steps_of
+from fedcore_kernels import (
+    EPS_REL,
+    FactorLayout,
+    SlotGroup,
+    column_signs,
+    whitened_basis,
+    whitened_step,
+    whitened_upload,
+)
 
 # A wire of fp32 or of 2^22 levels leaves less than 1e-4; one client in a hundred with a basis of
 # its own, or a row of the other sign, leaves more.
@@ -70,28 +84,22 @@ class FlorgWhitened(LinearMethod):
     eps_rel: float = EPS_REL
 
     name: ClassVar[str] = "florg.whitened"
-    summary: ClassVar[str] = "Gram adapter, the sketched step from a secure or streaming sum"
-    paper: ClassVar[str] = "arXiv 2602.17095"
     family: ClassVar[Family] = "gram"
-    uploads: ClassVar[Literal["factors", "statistics"]] = "statistics"
-    traits: ClassVar[Traits] = Traits(
+    capabilities: ClassVar[Capabilities] = Capabilities(
+        linear=True, mixed_ranks=True, uploads="statistics"
+    )
+    description: ClassVar[Description] = Description(
+        summary="Gram adapter, the sketched step from a secure or streaming sum",
+        paper="arXiv 2602.17095",
         exact="when rank Q <= r, otherwise the Nystrom approximation",
-        linear=True,
-        mixed_ranks=True,
-        personalised=False,
-        streaming=True,
         uplink="r k",
         downlink="r k, or r k + r^2 with the basis",
         server_cost="2 N r k + 6 r^2 k",
     )
 
     def __post_init__(self) -> None:
-        if not (_is_number(self.scale) and 0 < self.scale < inf):
-            raise FedcoreError(
-                f"{self.name}: scale is {self.scale!r}; pass a finite number above 0"
-            )
-        if not (_is_number(self.eps_rel) and 0 <= self.eps_rel < 1):
-            raise FedcoreError(f"{self.name}: eps_rel is {self.eps_rel!r}; pass a number in [0, 1)")
+        number(self.name, "scale", self.scale, above=0)
+        number(self.name, "eps_rel", self.eps_rel, least=0, below=1)
 
     def prepare_upload(
         self, row: Tensor, layout: FactorLayout, broadcast: Broadcast, round: int
@@ -111,8 +119,8 @@ class FlorgWhitened(LinearMethod):
         statistics = row.clone()
         for group in layout.groups:
             _, basis = _basis(group, broadcast)
-            found = whitened_upload(group.view(row), basis)
-            group.view(statistics).copy_(found * self.scale)
+            statistic = whitened_upload(group.view(row), basis)
+            group.view(statistics).copy_(statistic * self.scale)
         return Upload(statistics)
 
     def from_mean(self, mean: Tensor, layout: FactorLayout, previous: Broadcast) -> Aggregate:
@@ -128,22 +136,13 @@ class FlorgWhitened(LinearMethod):
         for group in layout.groups:
             mixing, basis = _basis(group, previous)
             total = group.view(mean).double() / self.scale
-            found = whitened_step(total, mixing, basis, self.eps_rel)
+            step = whitened_step(total, mixing, basis, self.eps_rel)
             target = previous.layout.by_name
-            for module, factor in zip(group.modules, found.factor, strict=True):
+            for module, factor in zip(group.modules, step.factor, strict=True):
                 previous.layout.view(row, target[f"{module}.A"]).copy_(factor)
-            reports = zip(
-                found.rank.tolist(), found.condition.tolist(), found.gap.tolist(), strict=True
-            )
-            steps |= {
-                module: StepReport(*report)
-                for module, report in zip(group.modules, reports, strict=True)
-            }
-            flags += [
-                f"{module}: rank {steps[module].rank} of {group.rows} kept"
-                for module in group.modules
-                if steps[module].rank < group.rows
-            ]
+            reports = steps_of(group.modules, step.rank, step.condition, step.gap)
+            steps |= reports
+            flags += rank_flags(layout, reports)
             flags += [
                 f"{module}: the uploads are not statistics of one basis (off by {gap:.1e})"
                 for module, gap in zip(group.modules, _asymmetry(total @ basis.mT), strict=True)
@@ -152,20 +151,16 @@ class FlorgWhitened(LinearMethod):
         return Aggregate(row, layout, steps, tuple(flags))
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
 def _basis(group: SlotGroup, broadcast: Broadcast) -> tuple[Tensor, Tensor]:
     """``T (L, r, r)`` and ``V (L, r, k)`` of the broadcast factors of a group of uploads, fp64."""
     layout, factors = broadcast.layout, []
     for module in group.modules:
         slot = layout.by_name.get(f"{module}.A")
         if slot is None or (slot.rows, slot.width) != (group.rows, group.width):
-            held = "missing from" if slot is None else f"{slot.rows} x {slot.width} in"
+            there = "missing from" if slot is None else f"{slot.rows} x {slot.width} in"
             raise FedcoreError(
                 f"florg.whitened: {module}.A of the upload is {group.rows} x {group.width}; it is "
-                f"{held} the broadcast"
+                f"{there} the broadcast"
             )
         if slot.rows > slot.width:
             raise FedcoreError(
@@ -186,5 +181,5 @@ def _asymmetry(core: Tensor) -> Iterable[float]:
     skew = torch.linalg.matrix_norm(core - core.mT) / 2
     negative = core.diagonal(dim1=-2, dim2=-1).clamp(max=0).norm(dim=-1)
     size = torch.linalg.matrix_norm(core)
-    found: list[float] = torch.where(size > 0, (skew + negative) / size, 0.0).tolist()
-    return found
+    asymmetry: list[float] = torch.where(size > 0, (skew + negative) / size, 0.0).tolist()
+    return asymmetry

@@ -9,27 +9,26 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from fedcore.checks import count
 from fedcore.data.cohort import Cohort
 from fedcore.data.low_rank import LowRank
-from fedcore.errors import FedcoreError
 from fedcore.methods.base import (
     EMPTY_ROUND,
     Aggregate,
     Broadcast,
+    Capabilities,
+    Description,
     Family,
-    History,
     Method,
     StepReport,
-    Traits,
     unchanged,
 )
-from fedcore.methods.shared.factor_pairs import check_whole_upload, pair_groups
-from fedcore_kernels import product_svd, weighted_mean
-from fedcore_kernels.rows import joint_copies
-from fedcore_kernels.steps import EPS_REL, spread
+from fedcore.methods.shared.factor_pairs import pair_groups
+from fedcore.methods.shared.uploads import check_whole_upload
+from fedcore_kernels import EPS_REL, joint_copies, product_svd, spread, weighted_mean
 
 
-def helmert_deviations(rows: Tensor, shares: Tensor) -> Tensor:
+def weighted_deviations(rows: Tensor, shares: Tensor) -> Tensor:
     """All rows but one of ``H diag(sqrt(w))`` applied to the clients, for an orthogonal H.
 
     The row left out, ``sqrt(w)`` in H, would give the weighted mean. For two stacks ``X_n`` and
@@ -54,7 +53,7 @@ def helmert_deviations(rows: Tensor, shares: Tensor) -> Tensor:
     Returns:
         ``(L, (N - 1) r, k)``, clients in their order without p.
 
-    Cost: 5 N r k flops a module. Source: Helmert's contrasts; this weighted form is ours.
+    Cost: 5 N r k flops per module. Source: Helmert's contrasts; this weighted form is ours.
     """
     clients = rows.unflatten(1, (len(shares), -1))
     pivot = shares.argmax()
@@ -81,6 +80,32 @@ class _Residual(NamedTuple):
     lost: list[float]
 
 
+def _without_zero_rows(outer: Tensor, inner: Tensor) -> LowRank:
+    """The rows that contribute to ``outer^T inner``."""
+    contributes = outer.any(-1) & inner.any(-1)
+    return LowRank(outer[contributes], inner[contributes])
+
+
+def _whole(outer: Tensor, inner: Tensor) -> _Residual:
+    """All of ``outer^T inner``."""
+    unknown = [nan] * len(outer)
+    return _Residual(outer, inner, unknown, unknown, [0.0] * len(outer))
+
+
+def _best(outer: Tensor, inner: Tensor, rank: int) -> _Residual:
+    """The best approximation of ``outer^T inner`` by products of ``rank``."""
+    one = torch.ones(1, dtype=torch.float64)
+    best = product_svd(outer[None], inner[None], one, rank)
+    norms = torch.linalg.vector_norm(best.values, dim=-1)
+    return _Residual(
+        best.left,
+        best.right,
+        spread(best.values, best.rank).tolist(),
+        best.gap.tolist(),
+        torch.where(norms > 0, best.tail / norms, 0.0).tolist(),
+    )
+
+
 @dataclass(frozen=True)
 class FedEx(Method):
     """Average the factors, and add their covariance to the base weights.
@@ -88,7 +113,7 @@ class FedEx(Method):
         M = sum_n w_n B_n A_n = Bbar Abar + sum_n w_n (B_n - Bbar)(A_n - Abar)
 
     The sum on the right, ``Cov``, is the error of :class:`~fedcore.methods.lora.fedit.FedIT`. Its N
-    terms are linearly dependent; ``helmert_deviations`` gives N - 1 pairs of weighted deviations
+    terms are linearly dependent; ``weighted_deviations`` gives N - 1 pairs of weighted deviations
     with the same sum, ``Cov = sum B~_n A~_n`` of rank (N - 1) r, for any weights and without
     a matrix of the size of a weight. Each is rounded relative to itself: clients that agree in
     ``A`` or in ``B`` leave exactly nothing, and rows that are zero are not sent. The residual is an
@@ -106,24 +131,19 @@ class FedEx(Method):
     weights are ours.
 
     Raises:
-        FedcoreError: ``residual_rank`` is no positive integer.
+        FedcoreError: ``residual_rank`` is not a positive integer.
     """
 
     residual_rank: int | None = None
 
     name: ClassVar[str] = "fedex"
     aliases: ClassVar[tuple[str, ...]] = ("FedEx-LoRA", "fedex-lora")
-    summary: ClassVar[str] = "FedAvg, with its error added to the base weights"
-    paper: ClassVar[str] = "arXiv 2410.09432"
     family: ClassVar[Family] = "lora"
-    updates_base: ClassVar[bool] = True
-    history: ClassVar[History] = "none"
-    traits: ClassVar[Traits] = Traits(
+    capabilities: ClassVar[Capabilities] = Capabilities(updates_base=True, history="none")
+    description: ClassVar[Description] = Description(
+        summary="FedAvg, with its error added to the base weights",
+        paper="arXiv 2410.09432",
         exact="yes; with residual_rank when the covariance has no higher rank",
-        linear=False,
-        mixed_ranks=False,
-        personalised=False,
-        streaming=False,
         uplink="r (d_in + d_out)",
         downlink="N r (d_in + d_out)",
         server_cost="7 N r (d_in + d_out)",
@@ -132,23 +152,9 @@ class FedEx(Method):
     )
 
     def __post_init__(self) -> None:
-        whole = isinstance(self.residual_rank, int) and not isinstance(self.residual_rank, bool)
-        if self.residual_rank is not None and not (whole and self.residual_rank >= 1):
-            raise FedcoreError(
-                f"{self.name}: residual_rank is {self.residual_rank!r}; pass an integer of 1 or "
-                "more, or None for all of it"
-            )
-
-    def check_cohort(self, cohort: Cohort) -> None:
-        """Refuse mixed ranks.
-
-        Raises:
-            FedcoreError: naming the client and its ranks.
-        """
-        try:
-            super().check_cohort(cohort)
-        except FedcoreError as error:
-            raise FedcoreError(f"{error}; flora is exact with them") from None
+        if self.residual_rank is not None:
+            remedy = ", or None for all of it"
+            count(self.name, "residual_rank", self.residual_rank, least=1, otherwise=remedy)
 
     def aggregate(self, cohort: Cohort, previous: Broadcast) -> Aggregate:
         """The mean of everything, and the covariance of the factors as the residual.
@@ -172,15 +178,17 @@ class FedEx(Method):
         lost = dict.fromkeys(cohort.layout.modules, 0.0)
         for group in pair_groups(cohort.layout) if len(shares) > 1 else ():
             for part, rows in joint_copies(*group.stacks(updates)):
-                outer, inner = (helmert_deviations(side, shares) for side in rows)
+                outer, inner = (weighted_deviations(side, shares) for side in rows)
                 cut = self.residual_rank
-                found = _all(outer, inner) if cut is None else _best(outer, inner, cut)
+                covariance = _whole(outer, inner) if cut is None else _best(outer, inner, cut)
                 for j, module in enumerate(group.modules[part]):
-                    kept = _without_zero_rows(found.outer[j].to(row), found.inner[j].to(row))
-                    steps[module] = StepReport(kept.rank, found.condition[j], found.gap[j])
-                    lost[module] = found.lost[j]
-                    if kept.rank:
-                        residual[module] = kept
+                    sides = covariance.outer[j].to(row), covariance.inner[j].to(row)
+                    update = _without_zero_rows(*sides)
+                    report = update.rank, covariance.condition[j], covariance.gap[j]
+                    steps[module] = StepReport(*report)
+                    lost[module] = covariance.lost[j]
+                    if update.rank:
+                        residual[module] = update
         return Aggregate(row, cohort.layout, steps, self._flags(lost), residual)
 
     def _flags(self, lost: dict[str, float]) -> tuple[str, ...]:
@@ -192,28 +200,3 @@ class FedEx(Method):
             f"residual_rank {self.residual_rank} leaves out up to {share} of the residual, most in "
             f"{worst}",
         )
-
-
-def _without_zero_rows(outer: Tensor, inner: Tensor) -> LowRank:
-    """The rows that contribute to ``outer^T inner``."""
-    kept = outer.any(-1) & inner.any(-1)
-    return LowRank(outer[kept], inner[kept])
-
-
-def _all(outer: Tensor, inner: Tensor) -> _Residual:
-    unknown = [nan] * len(outer)
-    return _Residual(outer, inner, unknown, unknown, [0.0] * len(outer))
-
-
-def _best(outer: Tensor, inner: Tensor, rank: int) -> _Residual:
-    """The best approximation of ``outer^T inner`` by products of ``rank``."""
-    one = torch.ones(1, dtype=torch.float64)
-    found = product_svd(outer[None], inner[None], one, rank)
-    norms = torch.linalg.vector_norm(found.values, dim=-1)
-    return _Residual(
-        found.left,
-        found.right,
-        spread(found.values, found.rank).tolist(),
-        found.gap.tolist(),
-        torch.where(norms > 0, found.tail / norms, 0.0).tolist(),
-    )

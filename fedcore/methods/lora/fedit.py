@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from fedcore.methods.base import Family, History, Traits
+from fedcore.methods.base import Capabilities, Description, Family
 from fedcore.methods.shared.linear import LinearMethod
 
 
@@ -22,16 +22,12 @@ class FedIT(LinearMethod):
 
     name: ClassVar[str] = "fedit"
     aliases: ClassVar[tuple[str, ...]] = ("fedavg", "FedIT", "FedAvg")
-    summary: ClassVar[str] = "FedAvg of the two factors"
-    paper: ClassVar[str] = "arXiv 2305.05644"
     family: ClassVar[Family] = "lora"
-    history: ClassVar[History] = "none"
-    traits: ClassVar[Traits] = Traits(
+    capabilities: ClassVar[Capabilities] = Capabilities(linear=True, history="none")
+    description: ClassVar[Description] = Description(
+        summary="FedAvg of the two factors",
+        paper="arXiv 2305.05644",
         exact="no: misses the covariance of the factors",
-        linear=True,
-        mixed_ranks=False,
-        personalised=False,
-        streaming=True,
         uplink="r (d_in + d_out)",
         downlink="r (d_in + d_out)",
         server_cost="2 N r (d_in + d_out)",

@@ -8,12 +8,12 @@ from typing import ClassVar, Literal, get_args
 import torch
 from torch import Tensor
 
-from fedcore.errors import FedcoreError, unknown_name
-from fedcore.methods.base import Broadcast, Family, Traits, Upload
+from fedcore.checks import choice, number
+from fedcore.errors import FedcoreError
+from fedcore.methods.base import Broadcast, Capabilities, Description, Family, Upload
 from fedcore.methods.shared.factor_pairs import pair_groups
 from fedcore.methods.shared.linear import LinearMethod
-from fedcore_kernels import rotate, rotations
-from fedcore_kernels.layout import FactorLayout
+from fedcore_kernels import FactorLayout, rotate, rotations
 
 Reference = Literal["alternate", "both"]
 
@@ -54,7 +54,7 @@ class FedRot(LinearMethod):
     Source: FedRot-LoRA, arXiv 2602.23638.
 
     Raises:
-        FedcoreError: ``strength`` is no number in [0, 1], or ``reference`` is unknown.
+        FedcoreError: ``strength`` is not a number in [0, 1], or ``reference`` is unknown.
     """
 
     strength: float = 0.5
@@ -62,26 +62,20 @@ class FedRot(LinearMethod):
 
     name: ClassVar[str] = "fedrot"
     aliases: ClassVar[tuple[str, ...]] = ("FedRot-LoRA",)
-    summary: ClassVar[str] = "factors turned towards the last broadcast, then averaged"
-    paper: ClassVar[str] = "arXiv 2602.23638"
     family: ClassVar[Family] = "lora"
-    traits: ClassVar[Traits] = Traits(
+    capabilities: ClassVar[Capabilities] = Capabilities(linear=True)
+    description: ClassVar[Description] = Description(
+        summary="factors turned towards the last broadcast, then averaged",
+        paper="arXiv 2602.23638",
         exact="no: misses the covariance of the turned factors",
-        linear=True,
-        mixed_ranks=False,
-        personalised=False,
-        streaming=True,
         uplink="r (d_in + d_out)",
         downlink="r (d_in + d_out)",
         server_cost="2 N r (d_in + d_out)",
     )
 
     def __post_init__(self) -> None:
-        number = isinstance(self.strength, int | float) and not isinstance(self.strength, bool)
-        if not number or not 0 <= self.strength <= 1:
-            raise FedcoreError(f"fedrot: strength is {self.strength!r}; pass a number in [0, 1]")
-        if self.reference not in get_args(Reference):
-            raise unknown_name("reference of fedrot", str(self.reference), get_args(Reference))
+        number(self.name, "strength", self.strength, least=0, most=1)
+        choice(self.name, "reference", self.reference, get_args(Reference))
 
     def references(self, round: int) -> tuple[str, ...]:
         """The factors that are turned towards the broadcast's in ``round``, the server's count."""
@@ -109,11 +103,13 @@ class FedRot(LinearMethod):
         for group in pair_groups(layout):
             stacks, goals = group.stacks(row[None]), group.stacks(before)
             chosen = [g if f in used else None for f, g in zip("BA", goals, strict=True)]
-            found = rotations(stacks, chosen, self.strength)
-            outer, inner = (rotate(stack, found.rotation)[0] for stack in stacks)
+            fit = rotations(stacks, chosen, self.strength)
+            outer, inner = (rotate(stack, fit.rotation)[0] for stack in stacks)
             group.write(turned, outer, inner)
-            lost = found.singular[0].tolist()
-            unturned += [m for m, singular in zip(group.modules, lost, strict=True) if singular]
+            ambiguous = fit.singular[0].tolist()
+            unturned += [
+                m for m, singular in zip(group.modules, ambiguous, strict=True) if singular
+            ]
         if not unturned:
             return Upload(turned)
         count = f"{len(unturned)} of {len(layout.modules)} modules not turned"

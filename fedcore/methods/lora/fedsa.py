@@ -7,9 +7,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from fedcore.methods.base import Aggregate, Broadcast, ClientPlan, Family, Traits
+from fedcore.methods.base import Aggregate, Broadcast, Capabilities, ClientPlan, Description, Family
 from fedcore.methods.shared.linear import LinearMethod
-from fedcore_kernels.layout import FactorLayout
+from fedcore_kernels import FactorLayout
 
 
 @dataclass(frozen=True)
@@ -33,15 +33,12 @@ class FedSA(LinearMethod):
 
     name: ClassVar[str] = "fedsa"
     aliases: ClassVar[tuple[str, ...]] = ("fedsa_lora", "FedSA-LoRA")
-    summary: ClassVar[str] = "A averaged, B and the head private to each client"
-    paper: ClassVar[str] = "arXiv 2410.01463"
     family: ClassVar[Family] = "lora"
-    traits: ClassVar[Traits] = Traits(
+    capabilities: ClassVar[Capabilities] = Capabilities(linear=True, personalised=True)
+    description: ClassVar[Description] = Description(
+        summary="A averaged, B and the head private to each client",
+        paper="arXiv 2410.01463",
         exact="no global model",
-        linear=True,
-        mixed_ranks=False,
-        personalised=True,
-        streaming=True,
         uplink="r d_in",
         downlink="r d_in",
         server_cost="2 N r d_in",

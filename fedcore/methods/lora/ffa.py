@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from fedcore.data.cohort import Cohort
-from fedcore.methods.base import Aggregate, Broadcast, ClientPlan, Family, History, Traits
-from fedcore.methods.shared.linear import LinearMethod, with_held_rows
+from fedcore.methods.base import Capabilities, ClientPlan, Description, Family
+from fedcore.methods.shared.linear import LinearMethod
 
 
 @dataclass(frozen=True)
@@ -25,16 +24,14 @@ class FFA(LinearMethod):
 
     name: ClassVar[str] = "ffa"
     aliases: ClassVar[tuple[str, ...]] = ("ffa_lora", "FFA-LoRA")
-    summary: ClassVar[str] = "A random and frozen, B averaged"
-    paper: ClassVar[str] = "arXiv 2403.12313"
     family: ClassVar[Family] = "lora"
-    history: ClassVar[History] = "none"
-    traits: ClassVar[Traits] = Traits(
+    capabilities: ClassVar[Capabilities] = Capabilities(
+        always_exact=True, linear=True, mixed_ranks=True, history="none"
+    )
+    description: ClassVar[Description] = Description(
+        summary="A random and frozen, B averaged",
+        paper="arXiv 2403.12313",
         exact="yes",
-        linear=True,
-        mixed_ranks=True,
-        personalised=False,
-        streaming=True,
         uplink="r d_out",
         downlink="r d_out",
         server_cost="2 N r d_out",
@@ -43,11 +40,3 @@ class FFA(LinearMethod):
     def plan(self, round: int) -> ClientPlan:
         """Train and send ``B`` in every round."""
         return ClientPlan(trains=frozenset("B"), sends=frozenset("B"))
-
-    def completed(self, cohort: Cohort, previous: Broadcast) -> Cohort:
-        """Clients of lower rank leave the rows that they lack as they are."""
-        return with_held_rows(cohort, previous)
-
-    def aggregate(self, cohort: Cohort, previous: Broadcast) -> Aggregate:
-        """The weighted mean of what was sent, rows that a client lacks standing as they were."""
-        return super().aggregate(self.completed(cohort, previous), previous)

@@ -8,6 +8,7 @@ from typing import ClassVar
 
 import torch
 
+from fedcore.checks import count
 from fedcore.data.cohort import Cohort
 from fedcore.data.low_rank import LowRank
 from fedcore.errors import FedcoreError
@@ -15,19 +16,15 @@ from fedcore.methods.base import (
     EMPTY_ROUND,
     Aggregate,
     Broadcast,
+    Capabilities,
+    Description,
     Family,
-    History,
     Method,
     StepReport,
-    Traits,
     unchanged,
 )
-from fedcore.methods.shared.factor_pairs import (
-    check_whole_upload,
-    fresh_adapter,
-    pair_groups,
-    with_dense_means,
-)
+from fedcore.methods.shared.factor_pairs import fresh_adapter, pair_groups
+from fedcore.methods.shared.uploads import check_whole_upload, with_dense_means
 
 
 @dataclass(frozen=True)
@@ -55,7 +52,7 @@ class Flora(Method):
     Source: FLoRA, arXiv 2409.05976.
 
     Raises:
-        FedcoreError: ``max_rank`` is no positive integer, or ``seed`` no integer.
+        FedcoreError: ``max_rank`` is not a positive integer, or ``seed`` not an integer.
     """
 
     max_rank: int | None = None
@@ -63,18 +60,14 @@ class Flora(Method):
 
     name: ClassVar[str] = "flora"
     aliases: ClassVar[tuple[str, ...]] = ("FLoRA", "stacking")
-    summary: ClassVar[str] = "all factors stacked into the base weights, any client ranks"
-    paper: ClassVar[str] = "arXiv 2409.05976"
     family: ClassVar[Family] = "lora"
-    history: ClassVar[History] = "none"
-    restarts: ClassVar[bool] = True
-    updates_base: ClassVar[bool] = True
-    traits: ClassVar[Traits] = Traits(
+    capabilities: ClassVar[Capabilities] = Capabilities(
+        always_exact=True, mixed_ranks=True, restarts=True, updates_base=True, history="none"
+    )
+    description: ClassVar[Description] = Description(
+        summary="all factors stacked into the base weights, any client ranks",
+        paper="arXiv 2409.05976",
         exact="yes",
-        linear=False,
-        mixed_ranks=True,
-        personalised=False,
-        streaming=False,
         uplink="r (d_in + d_out)",
         downlink="m (d_in + d_out), m = sum of the clients' ranks",
         server_cost="m d_out",
@@ -82,13 +75,9 @@ class Flora(Method):
     )
 
     def __post_init__(self) -> None:
-        whole = isinstance(self.max_rank, int) and not isinstance(self.max_rank, bool)
-        if self.max_rank is not None and not (whole and self.max_rank >= 1):
-            raise FedcoreError(
-                f"{self.name}: max_rank is {self.max_rank!r}; pass an integer of 1 or more, or None"
-            )
-        if not isinstance(self.seed, int) or isinstance(self.seed, bool):
-            raise FedcoreError(f"{self.name}: seed is {self.seed!r}; pass an integer")
+        if self.max_rank is not None:
+            count(self.name, "max_rank", self.max_rank, least=1, otherwise=", or None")
+        count(self.name, "seed", self.seed)
 
     def aggregate(self, cohort: Cohort, previous: Broadcast) -> Aggregate:
         """The stacked factors as the residual, a fresh adapter, dense tensors averaged.
@@ -115,9 +104,9 @@ class Flora(Method):
         for group in pair_groups(layout):
             outer, inner = group.stacks(cohort.updates)
             for j, module in enumerate(group.modules):
-                own = ranks[:, columns[module]]
-                real = (torch.arange(group.rank) < own[:, None]).to(row.device)
-                weights = shares.repeat_interleave(own).to(row.device)[:, None]
+                real_ranks = ranks[:, columns[module]]
+                real = (torch.arange(group.rank) < real_ranks[:, None]).to(row.device)
+                weights = shares.repeat_interleave(real_ranks).to(row.device)[:, None]
                 residual[module] = LowRank(
                     (weights * outer[:, j][real]).to(row.dtype), inner[:, j][real].to(row.dtype)
                 )

@@ -7,29 +7,24 @@ from typing import ClassVar
 
 import torch
 
+from fedcore.checks import count, number
 from fedcore.data.cohort import Cohort
 from fedcore.data.low_rank import LowRank
-from fedcore.errors import FedcoreError
 from fedcore.methods.base import (
     EMPTY_ROUND,
     Aggregate,
     Broadcast,
+    Capabilities,
+    Description,
     Family,
-    History,
     Method,
     StepReport,
-    Traits,
     unchanged,
 )
-from fedcore.methods.shared.factor_pairs import (
-    check_whole_upload,
-    fresh_adapter,
-    pair_groups,
-    with_dense_means,
-)
-from fedcore_kernels import product_svd
-from fedcore_kernels.product_svd import energy_rank, tail_and_gap
-from fedcore_kernels.steps import spread
+from fedcore.methods.shared.factor_pairs import fresh_adapter, pair_groups
+from fedcore.methods.shared.reports import steps_of
+from fedcore.methods.shared.uploads import check_whole_upload, with_dense_means
+from fedcore_kernels import energy_rank, product_svd, spread, tail_and_gap
 
 
 @dataclass(frozen=True)
@@ -58,8 +53,8 @@ class Florist(Method):
     core gives the same.
 
     Raises:
-        FedcoreError: ``tau`` is no number in (0, 1], ``max_rank`` no positive integer, or ``seed``
-            no integer.
+        FedcoreError: ``tau`` is not a number in (0, 1], ``max_rank`` not a positive integer, or
+            ``seed`` not an integer.
     """
 
     tau: float = 0.9
@@ -68,34 +63,24 @@ class Florist(Method):
 
     name: ClassVar[str] = "florist"
     aliases: ClassVar[tuple[str, ...]] = ("FLoRIST",)
-    summary: ClassVar[str] = "leading directions of the mean update into the base weights"
-    paper: ClassVar[str] = "arXiv 2506.09199"
     family: ClassVar[Family] = "lora"
-    history: ClassVar[History] = "none"
-    restarts: ClassVar[bool] = True
-    updates_base: ClassVar[bool] = True
-    traits: ClassVar[Traits] = Traits(
+    capabilities: ClassVar[Capabilities] = Capabilities(
+        mixed_ranks=True, restarts=True, updates_base=True, history="none"
+    )
+    description: ClassVar[Description] = Description(
+        summary="leading directions of the mean update into the base weights",
+        paper="arXiv 2506.09199",
         exact="when tau = 1, otherwise the best rank p",
-        linear=False,
-        mixed_ranks=True,
-        personalised=False,
-        streaming=False,
         uplink="r (d_in + d_out)",
         downlink="p (d_in + d_out), p by energy",
         server_cost="4 (d_in + d_out) m^2 + 24 m^3 + 2 (d_in + d_out) m p, m = N r",
     )
 
     def __post_init__(self) -> None:
-        number = isinstance(self.tau, int | float) and not isinstance(self.tau, bool)
-        if not number or not 0 < self.tau <= 1:
-            raise FedcoreError(f"{self.name}: tau is {self.tau!r}; pass a number in (0, 1]")
-        whole = isinstance(self.max_rank, int) and not isinstance(self.max_rank, bool)
-        if self.max_rank is not None and not (whole and self.max_rank >= 1):
-            raise FedcoreError(
-                f"{self.name}: max_rank is {self.max_rank!r}; pass an integer of 1 or more, or None"
-            )
-        if not isinstance(self.seed, int) or isinstance(self.seed, bool):
-            raise FedcoreError(f"{self.name}: seed is {self.seed!r}; pass an integer")
+        number(self.name, "tau", self.tau, above=0, most=1)
+        if self.max_rank is not None:
+            count(self.name, "max_rank", self.max_rank, least=1, otherwise=", or None")
+        count(self.name, "seed", self.seed)
 
     def aggregate(self, cohort: Cohort, previous: Broadcast) -> Aggregate:
         """The leading directions as the residual, a fresh adapter, dense tensors averaged.
@@ -117,19 +102,18 @@ class Florist(Method):
         short: dict[str, float] = {}
         for group in pair_groups(layout):
             outer, inner = group.stacks(cohort.updates)
-            found = product_svd(outer, inner, cohort.weights, self.max_rank)
-            wanted = energy_rank(found.values, self.tau)
-            ranks = torch.minimum(wanted, found.rank)
-            tail, gap = tail_and_gap(found.values, ranks)
-            kept = 1 - (tail / torch.linalg.vector_norm(found.values, dim=-1)).square()
-            condition = spread(found.values, ranks)
+            best = product_svd(outer, inner, cohort.weights, self.max_rank)
+            wanted = energy_rank(best.values, self.tau)
+            ranks = torch.minimum(wanted, best.rank)
+            tail, gap = tail_and_gap(best.values, ranks)
+            energy = 1 - (tail / torch.linalg.vector_norm(best.values, dim=-1)).square()
+            steps |= steps_of(group.modules, ranks, spread(best.values, ranks), gap)
             for j, module in enumerate(group.modules):
-                rank = int(ranks[j])
-                steps[module] = StepReport(rank, float(condition[j]), float(gap[j]))
+                rank = steps[module].rank
                 if rank < wanted[j]:
-                    short[module] = float(kept[j])
+                    short[module] = float(energy[j])
                 if rank:
-                    sides = (side[j, :rank].to(row.dtype) for side in (found.left, found.right))
+                    sides = (side[j, :rank].to(row.dtype) for side in (best.left, best.right))
                     residual[module] = LowRank(*(side.clone() for side in sides))
         flags: tuple[str, ...] = ()
         if short:

@@ -3,28 +3,29 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import inf, nan
+from math import inf
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from fedcore.checks import number
 from fedcore.data.cohort import Cohort
-from fedcore.errors import FedcoreError
 from fedcore.methods.base import (
     EMPTY_ROUND,
     Aggregate,
     Broadcast,
+    Capabilities,
+    Description,
     Family,
-    History,
     Method,
     StepReport,
-    Traits,
     unchanged,
 )
-from fedcore.methods.shared.factor_pairs import check_whole_upload, pair_groups
-from fedcore_kernels import apply_cores, cross_gram, eigh_small, weighted_mean
-from fedcore_kernels.steps import EPS_REL
+from fedcore.methods.shared.factor_pairs import pair_groups
+from fedcore.methods.shared.reports import rank_flags, steps_of
+from fedcore.methods.shared.uploads import check_whole_upload
+from fedcore_kernels import EPS_REL, apply_cores, cross_gram, eigh_small, weighted_mean
 
 
 @dataclass(frozen=True)
@@ -56,25 +57,19 @@ class LoRAFair(Method):
 
     name: ClassVar[str] = "lora_fair"
     aliases: ClassVar[tuple[str, ...]] = ("LoRA-FAIR",)
-    summary: ClassVar[str] = "FedAvg of A, and the least-squares B for it"
-    paper: ClassVar[str] = "arXiv 2411.14961"
     family: ClassVar[Family] = "lora"
-    history: ClassVar[History] = "none"
-    traits: ClassVar[Traits] = Traits(
+    capabilities: ClassVar[Capabilities] = Capabilities(history="none")
+    description: ClassVar[Description] = Description(
+        summary="FedAvg of A, and the least-squares B for it",
+        paper="arXiv 2411.14961",
         exact="no: the least-squares B for the mean A",
-        linear=False,
-        mixed_ranks=False,
-        personalised=False,
-        streaming=False,
         uplink="r (d_in + d_out)",
         downlink="r (d_in + d_out)",
         server_cost="2 N r (r + 1) (d_in + d_out)",
     )
 
     def __post_init__(self) -> None:
-        number = isinstance(self.lam, int | float) and not isinstance(self.lam, bool)
-        if not number or not 0 <= self.lam < inf:
-            raise FedcoreError(f"{self.name}: lam is {self.lam!r}; pass a finite number >= 0")
+        number(self.name, "lam", self.lam, least=0)
 
     def aggregate(self, cohort: Cohort, previous: Broadcast) -> Aggregate:
         """The mean of everything, and of ``B`` the corrected one.
@@ -101,17 +96,8 @@ class LoRAFair(Method):
             eye = torch.eye(group.rank, dtype=gram.dtype, device=gram.device)
             cores = shares[:, None, None] * (eye + inverse[:, None] @ gaps)
             group.write(row, apply_cores(cores.transpose(1, 2), outer), mean)
-            reports = zip(rank.tolist(), condition.tolist(), strict=True)
-            steps |= {
-                module: StepReport(*report, gap=nan)
-                for module, report in zip(group.modules, reports, strict=True)
-            }
-        flags = tuple(
-            f"{module}: the mean A has rank {steps[module].rank} of "
-            f"{layout.by_name[f'{module}.A'].rows}"
-            for module in layout.modules
-            if steps[module].rank < layout.by_name[f"{module}.A"].rows
-        )
+            steps |= steps_of(group.modules, rank, condition)
+        flags = rank_flags(layout, steps, "the mean A has rank {} of {}")
         return Aggregate(row.to(previous.row.dtype), layout, steps, flags)
 
 
@@ -123,9 +109,9 @@ def _ridge_inverse(gram: Tensor, lam: float) -> tuple[Tensor, Tensor, Tensor]:
     """
     values, vectors = eigh_small(gram)
     shifted = values + lam * gram.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True)
-    kept = (shifted > EPS_REL * shifted[:, :1]) & (shifted > 0)
-    inverse = torch.where(kept, shifted.reciprocal(), 0.0)
+    usable = (shifted > EPS_REL * shifted[:, :1]) & (shifted > 0)
+    inverse = torch.where(usable, shifted.reciprocal(), 0.0)
     rank = ((values > EPS_REL * values[:, :1]) & (values > 0)).sum(-1)
-    smallest = torch.where(kept, shifted, inf).amin(-1)
-    condition = torch.where(kept[:, 0], shifted[:, 0] / smallest, inf)
+    smallest = torch.where(usable, shifted, inf).amin(-1)
+    condition = torch.where(usable[:, 0], shifted[:, 0] / smallest, inf)
     return (vectors * inverse[:, None, :]) @ vectors.mT, rank, condition

@@ -9,29 +9,25 @@ from typing import ClassVar, get_args
 import torch
 from torch import Tensor
 
+from fedcore.checks import choice
 from fedcore.data.cohort import Cohort
-from fedcore.errors import FedcoreError, unknown_name
+from fedcore.errors import FedcoreError
 from fedcore.methods.base import (
     EMPTY_ROUND,
     Aggregate,
     Broadcast,
+    Capabilities,
+    Description,
     Family,
-    History,
     Method,
     StepReport,
-    Traits,
     checked_ranks,
     unchanged,
 )
-from fedcore.methods.shared.factor_pairs import (
-    PairGroup,
-    check_whole_upload,
-    pair_groups,
-    with_dense_means,
-)
-from fedcore_kernels import procrustes, product_svd
-from fedcore_kernels.product_svd import Split
-from fedcore_kernels.steps import spread
+from fedcore.methods.shared.factor_pairs import PairGroup, pair_groups
+from fedcore.methods.shared.reports import rank_flags, steps_of
+from fedcore.methods.shared.uploads import check_whole_upload, with_dense_means
+from fedcore_kernels import Split, procrustes, product_svd, spread
 
 
 @dataclass(frozen=True)
@@ -67,25 +63,21 @@ class ProductSvd(Method):
 
     name: ClassVar[str] = "product_svd"
     aliases: ClassVar[tuple[str, ...]] = ("flexlora", "FlexLoRA")
-    summary: ClassVar[str] = "best rank r of the mean product, any client ranks"
-    paper: ClassVar[str] = "arXiv 2402.11505"
     family: ClassVar[Family] = "lora"
-    history: ClassVar[History] = "alignment"
-    any_rank: ClassVar[bool] = True
-    traits: ClassVar[Traits] = Traits(
+    capabilities: ClassVar[Capabilities] = Capabilities(
+        mixed_ranks=True, history="alignment", any_rank=True
+    )
+    description: ClassVar[Description] = Description(
+        summary="best rank r of the mean product, any client ranks",
+        paper="arXiv 2402.11505",
         exact="when rank M <= r, otherwise the best rank r",
-        linear=False,
-        mixed_ranks=True,
-        personalised=False,
-        streaming=False,
         uplink="r (d_in + d_out)",
         downlink="r (d_in + d_out)",
         server_cost="4 (d_in + d_out) m^2 + 24 m^3 + 2 (d_in + d_out) m r, m = N r",
     )
 
     def __post_init__(self) -> None:
-        if self.split not in get_args(Split):
-            raise unknown_name(f"split of {self.name}", str(self.split), get_args(Split))
+        choice(self.name, "split", self.split, get_args(Split))
         if self.align and self.split != "balanced":
             raise FedcoreError(
                 f"{self.name}: align is true with split {self.split!r}, in which a rotation would "
@@ -107,13 +99,7 @@ class ProductSvd(Method):
         for group in pair_groups(cohort.layout):
             outer, inner = group.stacks(cohort.updates)
             steps |= self._write(row, group, outer, inner, cohort.weights, previous.row)
-        flags = tuple(
-            f"{module}: rank {steps[module].rank} of {cohort.layout.by_name[f'{module}.A'].rows} "
-            "kept"
-            for module in cohort.layout.modules
-            if steps[module].rank < cohort.layout.by_name[f"{module}.A"].rows
-        )
-        return Aggregate(row, cohort.layout, steps, flags)
+        return Aggregate(row, cohort.layout, steps, rank_flags(cohort.layout, steps))
 
     def for_client(self, state: Broadcast, held: Broadcast, ranks: Sequence[int]) -> Tensor:
         """The global row as a client of lower ranks receives it: the best approximation of them.
@@ -129,9 +115,9 @@ class ProductSvd(Method):
         Raises:
             FedcoreError: a rank out of its range, or another number of ranks than modules.
         """
-        layout, kept = state.layout, checked_ranks(state.layout, ranks)
+        layout, rank_of = state.layout, checked_ranks(state.layout, ranks)
         row = state.row.clone()
-        for group in pair_groups(layout, kept):
+        for group in pair_groups(layout, rank_of):
             outer, inner = group.stacks(state.row)
             self._write(row, group, outer[None], inner[None], torch.ones(1), held.row)
         return row
@@ -146,18 +132,13 @@ class ProductSvd(Method):
         held: Tensor,
     ) -> dict[str, StepReport]:
         """Put the factors of one group into ``row`` and report its modules."""
-        found = product_svd(outer, inner, weights, group.kept, split=self.split)
-        factors = found.left, found.right
+        best = product_svd(outer, inner, weights, group.kept, split=self.split)
+        factors = best.left, best.right
         if self.align:
             factors = _turned(factors, group.stacks(held), group.kept)
         group.write(row, *factors)
-        reports = zip(
-            found.rank.tolist(),
-            spread(found.values, found.rank).tolist(),
-            found.gap.tolist(),
-            strict=True,
-        )
-        return dict(zip(group.modules, (StepReport(*report) for report in reports), strict=True))
+        condition = spread(best.values, best.rank)
+        return steps_of(group.modules, best.rank, condition, best.gap)
 
 
 def _turned(

@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from fedcore.data.cohort import Cohort
-from fedcore.methods.base import Aggregate, Broadcast, ClientPlan, Family, Traits
-from fedcore.methods.shared.linear import LinearMethod, with_held_rows
+from fedcore.methods.base import Capabilities, ClientPlan, Description, Family
+from fedcore.methods.shared.linear import LinearMethod
 
 
 @dataclass(frozen=True)
@@ -25,15 +24,14 @@ class RoLoRA(LinearMethod):
 
     name: ClassVar[str] = "rolora"
     aliases: ClassVar[tuple[str, ...]] = ("RoLoRA",)
-    summary: ClassVar[str] = "B and A trained in alternate rounds"
-    paper: ClassVar[str] = "arXiv 2502.01755"
     family: ClassVar[Family] = "lora"
-    traits: ClassVar[Traits] = Traits(
+    capabilities: ClassVar[Capabilities] = Capabilities(
+        always_exact=True, linear=True, mixed_ranks=True
+    )
+    description: ClassVar[Description] = Description(
+        summary="B and A trained in alternate rounds",
+        paper="arXiv 2502.01755",
         exact="yes",
-        linear=True,
-        mixed_ranks=True,
-        personalised=False,
-        streaming=True,
         uplink="r d_out or r d_in",
         downlink="r d_out or r d_in",
         server_cost="2 N r d_out or 2 N r d_in",
@@ -43,11 +41,3 @@ class RoLoRA(LinearMethod):
         """``B`` in even rounds, ``A`` in odd ones."""
         factor = frozenset("A" if round % 2 else "B")
         return ClientPlan(trains=factor, sends=factor)
-
-    def completed(self, cohort: Cohort, previous: Broadcast) -> Cohort:
-        """Clients of lower rank leave the rows that they lack as they are."""
-        return with_held_rows(cohort, previous)
-
-    def aggregate(self, cohort: Cohort, previous: Broadcast) -> Aggregate:
-        """The weighted mean of what was sent, rows that a client lacks standing as they were."""
-        return super().aggregate(self.completed(cohort, previous), previous)

@@ -1,33 +1,60 @@
-"""Robust rules: judge the clients' products, then let another method aggregate."""
+"""What all robust rules share: they judge the clients' products, then a host aggregates."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import wraps
 from math import inf
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
+from fedcore.checks import number
 from fedcore.data.cohort import Cohort
 from fedcore.errors import FedcoreError, unknown_name
 from fedcore.methods.base import (
     Aggregate,
     Broadcast,
-    ClientPlan,
+    Capabilities,
     Decision,
+    Description,
     Family,
-    History,
     Method,
     Rule,
-    Traits,
-    Upload,
 )
-from fedcore.methods.shared.factor_pairs import check_whole_upload, pair_groups
+from fedcore.methods.registry import method_classes
+from fedcore.methods.requirements import EXCHANGES, ONE_MODEL, SENDS_FACTORS, meets, of_family
+from fedcore.methods.shared.factor_pairs import pair_groups
+from fedcore.methods.shared.uploads import check_whole_upload
 from fedcore_kernels import product_gram
-from fedcore_kernels.layout import FactorLayout
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+NOISE = 64 * torch.finfo(torch.float64).eps
+"""A squared distance is a difference of squared norms; below this share of them it is rounding."""
+
+# Gram matrices of so many modules exist at a time.
+_GRAM_BYTES = 64 << 20
+
+
+def chosen(cohort: Cohort, kept: Tensor) -> Cohort:
+    """The clients that ``kept (N,)``, boolean, names; ``cohort`` itself where it names all."""
+    if bool(kept.all()):
+        return cohort
+    places = kept.nonzero()[:, 0]
+    on_device = places.to(cohort.updates.device)
+    return replace(
+        cohort,
+        updates=cohort.updates[on_device],
+        weights=cohort.weights[places],
+        client_ids=tuple(cohort.client_ids[n] for n in places.tolist()),
+        ranks=cohort.ranks[places],
+        scalings=cohort.scalings[places],
+    )
 
 
 def follow(cohort: Cohort, decision: Decision) -> Cohort:
@@ -49,29 +76,6 @@ def follow(cohort: Cohort, decision: Decision) -> Cohort:
         if slot.factor == "B":
             left.layout.view(updates, slot).mul_(scales.to(updates)[:, None, None])
     return replace(left, updates=updates)
-
-
-def chosen(cohort: Cohort, kept: Tensor) -> Cohort:
-    """The clients that ``kept (N,)``, boolean, names; ``cohort`` itself where it names all."""
-    if bool(kept.all()):
-        return cohort
-    places = kept.nonzero()[:, 0]
-    on_device = places.to(cohort.updates.device)
-    return replace(
-        cohort,
-        updates=cohort.updates[on_device],
-        weights=cohort.weights[places],
-        client_ids=tuple(cohort.client_ids[n] for n in places.tolist()),
-        ranks=cohort.ranks[places],
-        scalings=cohort.scalings[places],
-    )
-
-
-# Gram matrices of so many modules exist at a time.
-_GRAM_BYTES = 64 << 20
-
-NOISE = 64 * torch.finfo(torch.float64).eps
-"""A squared distance is a difference of squared norms; below this share of them it is rounding."""
 
 
 def cohort_gram(cohort: Cohort) -> Tensor:
@@ -106,17 +110,24 @@ def distances(gram: Tensor) -> Tensor:
     return torch.where(gaps > NOISE * size, gaps, 0.0).sqrt()
 
 
-TRAITS = Traits(
-    exact="no: unusual clients count less, or not at all",
-    linear=False,
-    mixed_ranks=True,
-    personalised=False,
-    streaming=False,
-    uplink="as the host",
-    downlink="as the host",
-    server_cost="(d_in + d_out) m^2 + N^2, m = N r, and the host",
-)
-"""Of every rule with its default host; an instance has its own host's."""
+def median(values: Tensor) -> Tensor:
+    """The median along the last axis, the mean of the middle two of an even number."""
+    return values.quantile(0.5, dim=-1)
+
+
+def _sends_both(method: Method) -> bool:
+    return all(method.plan(round).sends == {"A", "B"} for round in range(2))
+
+
+def _of_host(method: Callable[Concatenate[Any, _P], _R]) -> Callable[Concatenate[Any, _P], _R]:
+    """The host's method of the same name."""
+
+    @wraps(method)
+    def delegate(self: Any, *args: _P.args, **named: _P.kwargs) -> _R:
+        result: _R = getattr(self.inner(), method.__name__)(*args, **named)
+        return result
+
+    return delegate
 
 
 @dataclass(frozen=True)
@@ -136,37 +147,41 @@ class RobustMethod(Method):
         weight_cap: reported weights above it count as it, because a client can report any number.
 
     Raises:
-        FedcoreError: ``host`` is none of those methods, or ``weight_cap`` is not above 0.
+        FedcoreError: ``host`` is not one of those methods, or ``weight_cap`` is not above 0.
     """
 
     host: str = "product_svd"
     weight_cap: float | None = None
 
     family: ClassVar[Family] = "lora"
-    # As the default host; an instance has its own host's, as it has its traits.
-    history: ClassVar[History] = "none"
-    any_rank: ClassVar[bool] = True
-    traits: ClassVar[Traits] = TRAITS
+    summary: ClassVar[str]
+    paper: ClassVar[str]
 
     def __post_init__(self) -> None:
         if self.weight_cap is not None:
-            check_number(self.name, "weight_cap", self.weight_cap, or_none=True)
-        host = self.inner()
-        own = replace(
-            type(self).traits,
-            mixed_ranks=host.traits.mixed_ranks,
-            uplink=host.traits.uplink,
-            downlink=host.traits.downlink,
-            privacy_note=host.traits.privacy_note,
-        )
-        # Facts of the class elsewhere; here they are those of the host that was chosen.
-        object.__setattr__(self, "traits", own)
-        object.__setattr__(self, "restarts", host.restarts)
-        object.__setattr__(self, "updates_base", host.updates_base)
-        object.__setattr__(self, "any_rank", host.any_rank)
+            number(self.name, "weight_cap", self.weight_cap, above=0, otherwise=", or None")
+        self.inner()
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """The host's, but that the rule needs every upload and may leave some out."""
+        host = self.inner().capabilities
         # Hosts have their default options, with which none aligns to an earlier state.
-        aligned = host.history == "alignment"
-        object.__setattr__(self, "history", "none" if aligned else host.history)
+        history = "none" if host.history == "alignment" else host.history
+        return replace(host, always_exact=False, linear=False, history=history)
+
+    @property
+    def description(self) -> Description:
+        """The rule's, with what the host lets clients see of each other."""
+        return Description(
+            summary=self.summary,
+            paper=self.paper,
+            exact="no: unusual clients count less, or not at all",
+            uplink="as the host",
+            downlink="as the host",
+            server_cost="(d_in + d_out) m^2 + N^2, m = N r, and the host",
+            privacy_note=self.inner().description.privacy_note,
+        )
 
     @property
     def rule(self) -> Rule:
@@ -210,21 +225,21 @@ class RobustMethod(Method):
         finite = gram.diagonal().isfinite()
         if bool(finite.all()):
             self.check_clients(len(clients))
-            found = self.judge(clients, capped, gram)
-            return replace(found, flags=(*flags, *found.flags))
+            decision = self.judge(clients, capped, gram)
+            return replace(decision, flags=(*flags, *decision.flags))
         places = finite.nonzero()[:, 0]
         others = [clients[n] for n in places.tolist()]
-        gone = [clients[n] for n in (~finite).nonzero()[:, 0].tolist()]
+        overflowing = [clients[n] for n in (~finite).nonzero()[:, 0].tolist()]
         if not others:
             raise FedcoreError(f"{self.name}: the norm of every update overflows")
         self.check_clients(len(others))
         part = self.judge(others, capped[places], gram[places][:, places])
-        flags += [f"{client}: left out, the norm of its update overflows" for client in gone]
+        flags += [f"{client}: left out, the norm of its update overflows" for client in overflowing]
         scales = None
         if part.scales is not None:
             scales = torch.ones_like(capped).index_copy(0, places, part.scales)
-        kept = torch.zeros_like(capped).index_copy(0, places, part.weights)
-        return Decision(kept, scales, (*flags, *part.flags))
+        all_weights = torch.zeros_like(capped).index_copy(0, places, part.weights)
+        return Decision(all_weights, scales, (*flags, *part.flags))
 
     def inner(self) -> Method:
         """The host.
@@ -259,75 +274,16 @@ class RobustMethod(Method):
         result = host.aggregate(follow(present, decision), previous)
         return replace(result, flags=(*decision.flags, *result.flags))
 
-    @property
-    def adapter_options(self) -> Mapping[str, Any]:
-        """The host's."""
-        return self.inner().adapter_options
-
-    def plan(self, round: int) -> ClientPlan:
-        """The host's."""
-        return self.inner().plan(round)
-
-    def prepare_upload(
-        self, row: Tensor, layout: FactorLayout, broadcast: Broadcast, round: int
-    ) -> Upload:
-        """The host's."""
-        return self.inner().prepare_upload(row, layout, broadcast, round)
-
-    def completed(self, cohort: Cohort, previous: Broadcast) -> Cohort:
-        """The host's."""
-        return self.inner().completed(cohort, previous)
-
-    def for_client(self, state: Broadcast, held: Broadcast, ranks: Sequence[int]) -> Tensor:
-        """The host's."""
-        return self.inner().for_client(state, held, ranks)
+    # The client half, and what a client of lower rank starts from.
+    adapter_options = property(lambda self: self.inner().adapter_options)
+    plan = _of_host(Method.plan)
+    prepare_upload = _of_host(Method.prepare_upload)
+    completed = _of_host(Method.completed)
+    for_client = _of_host(Method.for_client)
 
 
 def possible_hosts() -> tuple[Method, ...]:
     """LoRA methods whose clients send both factors in every round, as they are created by name."""
-    # The catalog imports the rules; they look into it once they are used.
-    from fedcore.methods.catalog import METHODS
-
-    found = []
-    for method in METHODS:
-        if issubclass(method, RobustMethod) or method.family != "lora":
-            continue
-        host = method()
-        sends_both = all(host.plan(t).sends == {"A", "B"} for t in range(2))
-        common = host.population == "clients" and not host.traits.personalised
-        if sends_both and common and host.uploads == "factors":
-            found.append(host)
-    return tuple(found)
-
-
-def check_number(name: str, option: str, value: object, *, or_none: bool = False) -> None:
-    """Refuse what is no finite number above 0.
-
-    Raises:
-        FedcoreError: with the method's ``name``, the option and its value.
-    """
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not 0 < value < inf:  # type: ignore[operator]
-        other = ", or None" if or_none else ""
-        raise FedcoreError(f"{name}: {option} is {value!r}; pass a finite number above 0{other}")
-
-
-def check_count(
-    name: str, option: str, value: object, least: int, *, or_none: bool = False
-) -> None:
-    """Refuse what is no integer of ``least`` or more.
-
-    Raises:
-        FedcoreError: with the method's ``name``, the option and its value.
-    """
-    whole = isinstance(value, int) and not isinstance(value, bool)
-    if not whole or value < least:  # type: ignore[operator]
-        other = ", or None" if or_none else ""
-        raise FedcoreError(
-            f"{name}: {option} is {value!r}; pass an integer of {least} or more{other}"
-        )
-
-
-def median(values: Tensor) -> Tensor:
-    """The median along the last axis, the mean of the middle two of an even number."""
-    return values.quantile(0.5, dim=-1)
+    others = (kind() for kind in method_classes() if not issubclass(kind, RobustMethod))
+    needs = (of_family("lora"), EXCHANGES, ONE_MODEL, SENDS_FACTORS)
+    return tuple(host for host in others if meets(host, needs) and _sends_both(host))

@@ -1,4 +1,7 @@
-"""Multi-Krum on the clients' products."""
+"""The robust rules: norm clipping, Multi-Krum, distance from the medoid, geometric median.
+
+Each judges the clients by the inner products of their updates alone.
+"""
 
 from __future__ import annotations
 
@@ -10,16 +13,47 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from fedcore.checks import count, number
 from fedcore.errors import FedcoreError
 from fedcore.methods.robust.base import (
     Decision,
     RobustMethod,
-    check_count,
-    check_number,
     distances,
     median,
     norms,
 )
+
+# Distances that differ by less are equal: rounding of the Gram matrix reaches that far.
+_EQUAL = 1e-6
+
+# The largest change of a weight at which the geometric median has converged.
+_CONVERGED = 1e-9
+
+
+def medoid(gaps: Tensor) -> int:
+    """The first client ``i`` whose distances ``gaps[i]`` have the lowest median."""
+    middles = median(gaps)
+    return int((middles <= middles.min() * (1 + _EQUAL)).nonzero()[0])
+
+
+class _Fit(NamedTuple):
+    weights: Tensor
+    converged: bool
+
+
+def _weiszfeld(gram: Tensor, shares: Tensor, nu: float, sweeps: int) -> _Fit:
+    """``beta (N,)``, which sums to 1, from the Gram matrix ``(N, N)`` and ``w (N,)``."""
+    beta, squares = shares, gram.diagonal()
+    for _ in range(sweeps):
+        pull = gram @ beta
+        gaps = (squares - 2 * pull + beta @ pull).clamp(min=0).sqrt()
+        weighted = shares / gaps.clamp(min=nu)
+        updated = weighted / weighted.sum()
+        change = float((updated - beta).abs().max())
+        beta = updated
+        if change <= _CONVERGED:
+            return _Fit(beta, True)
+    return _Fit(beta, False)
 
 
 @dataclass(frozen=True)
@@ -40,7 +74,7 @@ class RobustClip(RobustMethod):
     Source: norm bounding, arXiv 1911.07963; taking it on products is ours.
 
     Raises:
-        FedcoreError: ``limit`` is no finite number above 0.
+        FedcoreError: ``limit`` is not a finite number above 0.
     """
 
     limit: float | None = None
@@ -52,7 +86,7 @@ class RobustClip(RobustMethod):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.limit is not None:
-            check_number(self.name, "limit", self.limit, or_none=True)
+            number(self.name, "limit", self.limit, above=0, otherwise=", or None")
 
     def judge(self, clients: Sequence[str], weights: Tensor, gram: Tensor) -> Decision:
         """Everyone, those above the limit with a smaller ``B``."""
@@ -87,7 +121,7 @@ class RobustKrum(RobustMethod):
     Source: Machine Learning with Adversaries, arXiv 1703.02757; taking it on products is ours.
 
     Raises:
-        FedcoreError: ``faulty`` is no integer from 0, or ``keep`` none from 1.
+        FedcoreError: ``faulty`` is not an integer from 0, or ``keep`` not one from 1.
     """
 
     faulty: int = 1
@@ -99,9 +133,9 @@ class RobustKrum(RobustMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_count(self.name, "faulty", self.faulty, 0)
+        count(self.name, "faulty", self.faulty, least=0)
         if self.keep is not None:
-            check_count(self.name, "keep", self.keep, 1, or_none=True)
+            count(self.name, "keep", self.keep, least=1, otherwise=", or None")
 
     def check_clients(self, clients: int) -> None:
         """Refuse a number of clients of which the rule promises nothing.
@@ -130,19 +164,15 @@ class RobustKrum(RobustMethod):
         scores = nearest.sum(1)
         # Rows stand in the order of client ids, which a stable sort keeps among equals.
         order = scores.argsort(stable=True)
-        kept = torch.zeros_like(weights)
-        kept[order[:keep]] = weights[order[:keep]]
+        remaining = torch.zeros_like(weights)
+        remaining[order[:keep]] = weights[order[:keep]]
         worst = float(scores[order[keep - 1]])
         flags = tuple(
             f"{clients[n]}: left out, its score {scores[n]:.3g} is not among the "
             f"{keep} lowest, up to {worst:.3g}"
             for n in sorted(order[keep:].tolist())
         )
-        return Decision(kept, flags=flags)
-
-
-# Distances that differ by less are equal: rounding of the Gram matrix reaches that far.
-_EQUAL = 1e-6
+        return Decision(remaining, flags=flags)
 
 
 @dataclass(frozen=True)
@@ -165,7 +195,7 @@ class RobustMedian(RobustMethod):
     Source: ours.
 
     Raises:
-        FedcoreError: ``cutoff`` is no finite number above 0.
+        FedcoreError: ``cutoff`` is not a finite number above 0.
     """
 
     cutoff: float = 3.0
@@ -176,41 +206,26 @@ class RobustMedian(RobustMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_number(self.name, "cutoff", self.cutoff)
+        number(self.name, "cutoff", self.cutoff, above=0)
 
     def judge(self, clients: Sequence[str], weights: Tensor, gram: Tensor) -> Decision:
         """The clients within the threshold."""
-        count = len(clients)
-        if count < 3:
+        total = len(clients)
+        if total < 3:
             return Decision(weights)
         gaps = distances(gram)
-        others = gaps[~torch.eye(count, dtype=torch.bool)].view(count, count - 1)
+        others = gaps[~torch.eye(total, dtype=torch.bool)].view(total, total - 1)
         centre = medoid(others)
         middle = float(median(others[centre]))
         deviation = float(median((others[centre] - middle).abs()))
         threshold = middle + self.cutoff * deviation
-        kept = gaps[centre] <= threshold * (1 + _EQUAL)
+        near = gaps[centre] <= threshold * (1 + _EQUAL)
         flags = tuple(
             f"{clients[n]}: left out, {gaps[centre, n]:.3g} from the most central client "
             f"{clients[centre]}, more than {threshold:.3g}"
-            for n in (~kept).nonzero()[:, 0].tolist()
+            for n in (~near).nonzero()[:, 0].tolist()
         )
-        return Decision(weights * kept, flags=flags)
-
-
-def medoid(gaps: Tensor) -> int:
-    """The first client ``i`` whose distances ``gaps[i]`` have the lowest median."""
-    middles = median(gaps)
-    return int((middles <= middles.min() * (1 + _EQUAL)).nonzero()[0])
-
-
-# The largest change of a weight at which the fit has settled.
-_SETTLED = 1e-9
-
-
-class _Fit(NamedTuple):
-    weights: Tensor
-    settled: bool
+        return Decision(weights * near, flags=flags)
 
 
 @dataclass(frozen=True)
@@ -228,13 +243,14 @@ class RobustGeomedian(RobustMethod):
     of the weight is faulty: reported weights matter here, and ``weight_cap`` bounds them.
 
     Clients that all stand at one distance keep their weights. A client whose share falls below
-    half of what it reported is flagged; so is a round whose weights have not settled to 1e-9
-    within ``sweeps``, which uses the last ones.
+    half of what it reported is flagged; so is a round whose weights have not converged to
+    1e-9 within ``sweeps``, which uses the last ones.
 
     Source: Robust Aggregation for Federated Learning, arXiv 1912.13445; products are ours.
 
     Raises:
-        FedcoreError: ``smoothing`` is no finite number above 0, or ``sweeps`` no integer from 1.
+        FedcoreError: ``smoothing`` is not a finite number above 0, or ``sweeps`` not an integer
+            from 1.
     """
 
     smoothing: float = 1e-6
@@ -246,8 +262,8 @@ class RobustGeomedian(RobustMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_number(self.name, "smoothing", self.smoothing)
-        check_count(self.name, "sweeps", self.sweeps, 1)
+        number(self.name, "smoothing", self.smoothing, above=0)
+        count(self.name, "sweeps", self.sweeps, least=1)
 
     def judge(self, clients: Sequence[str], weights: Tensor, gram: Tensor) -> Decision:
         """Everyone, with the weights of the median."""
@@ -261,21 +277,6 @@ class RobustGeomedian(RobustMethod):
             for client, new, old in zip(clients, fit.weights.tolist(), shares.tolist(), strict=True)
             if new < 0.5 * old
         ]
-        if not fit.settled:
-            flags.append(f"the weights have not settled after {self.sweeps} sweeps")
+        if not fit.converged:
+            flags.append(f"the weights have not converged after {self.sweeps} sweeps")
         return Decision(fit.weights, flags=tuple(flags))
-
-
-def _weiszfeld(gram: Tensor, shares: Tensor, nu: float, sweeps: int) -> _Fit:
-    """``beta (N,)``, which sums to 1, from the Gram matrix ``(N, N)`` and ``w (N,)``."""
-    beta, squares = shares, gram.diagonal()
-    for _ in range(sweeps):
-        pull = gram @ beta
-        gaps = (squares - 2 * pull + beta @ pull).clamp(min=0).sqrt()
-        found = shares / gaps.clamp(min=nu)
-        found = found / found.sum()
-        change = float((found - beta).abs().max())
-        beta = found
-        if change <= _SETTLED:
-            return _Fit(beta, True)
-    return _Fit(beta, False)

@@ -1,4 +1,4 @@
-"""The two factors of the same modules as matching stacks.
+"""The two factors of the same modules: as matching stacks, and drawn afresh.
 
 ``A`` and ``B`` of a module stand in different groups of a layout, and a group of equal ``A`` may
 hold modules of different ``B``. A pair group holds the modules that agree in both.
@@ -12,12 +12,22 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fedcore.data.cohort import Cohort
 from fedcore.data.seeding import derive_seed
 from fedcore.errors import FedcoreError
-from fedcore.methods.base import Broadcast
-from fedcore_kernels import weighted_mean
-from fedcore_kernels.layout import FactorLayout, SlotGroup
+from fedcore_kernels import FactorLayout, SlotGroup
+
+
+def _places(group: SlotGroup, modules: tuple[str, ...]) -> list[int]:
+    places = {name: j for j, name in enumerate(group.modules)}
+    return [places[name] for name in modules]
+
+
+def _part(group: SlotGroup, modules: tuple[str, ...], flat: Tensor) -> Tensor:
+    stack = group.view(flat)
+    if group.modules == modules:
+        return stack
+    places = torch.tensor(_places(group, modules), device=flat.device)
+    return stack.index_select(-3, places)
 
 
 @dataclass(frozen=True)
@@ -61,84 +71,17 @@ def pair_groups(
         FedcoreError: a module lacks one of its factors, or they differ in rank.
     """
     where = {(group.factor, name): group for group in layout.groups for name in group.modules}
-    found: dict[tuple[int, int, int, int], list[str]] = {}
+    modules: dict[tuple[int, int, int, int], list[str]] = {}
     for name in layout.modules:
         outer, inner = where.get(("B", name)), where.get(("A", name))
         if outer is None or inner is None or outer.rows != inner.rows:
             raise FedcoreError(f"module {name} needs factors A and B of one rank in the upload")
         limit = inner.rows if kept is None else kept[name]
-        found.setdefault((inner.rows, outer.width, inner.width, limit), []).append(name)
+        modules.setdefault((inner.rows, outer.width, inner.width, limit), []).append(name)
     return tuple(
         PairGroup(tuple(names), key[0], key[3], where["B", names[0]], where["A", names[0]])
-        for key, names in found.items()
+        for key, names in modules.items()
     )
-
-
-def with_dense_means(cohort: Cohort, previous: Broadcast) -> Tensor:
-    """A copy of the broadcast row ``(P,)`` whose dense tensors are the clients' weighted means."""
-    row = previous.row.clone()
-    for slot in cohort.layout.dense_slots:
-        columns = slice(slot.offset, slot.offset + slot.numel)
-        row[columns] = weighted_mean(cohort.updates[:, columns], cohort.weights).to(row.dtype)
-    return row
-
-
-def check_whole_upload(cohort: Cohort, previous: Broadcast, method: str) -> None:
-    """Refuse uploads that do not hold exactly what was broadcast.
-
-    Raises:
-        FedcoreError: naming the first tensor that differs.
-    """
-    if cohort.layout == previous.layout:
-        return
-    sent, held = _shapes(cohort.layout), _shapes(previous.layout)
-    differing = [name for name in sorted(sent | held) if sent.get(name) != held.get(name)]
-    what = differing[0] if differing else "a tensor"
-    raise FedcoreError(
-        f"round {cohort.round}: {method} needs every trained tensor as it was broadcast; {what} is "
-        "missing, of another shape or elsewhere in the row"
-    )
-
-
-def _shapes(layout: FactorLayout) -> dict[str, tuple[int, ...]]:
-    return {slot.name: slot.shape or (slot.rows, slot.width) for slot in layout}
-
-
-def _places(group: SlotGroup, modules: tuple[str, ...]) -> list[int]:
-    places = {name: j for j, name in enumerate(group.modules)}
-    return [places[name] for name in modules]
-
-
-def _part(group: SlotGroup, modules: tuple[str, ...], flat: Tensor) -> Tensor:
-    stack = group.view(flat)
-    if group.modules == modules:
-        return stack
-    places = torch.tensor(_places(group, modules), device=flat.device)
-    return stack.index_select(-3, places)
-
-
-def check_cores(layout: FactorLayout, expected: FactorLayout, method: str) -> None:
-    """Refuse uploads of any other layout than ``expected``.
-
-    Raises:
-        FedcoreError: naming the first tensor that differs.
-    """
-    if layout == expected:
-        return
-    sent, wanted = (
-        {slot.name: slot.shape or (slot.rows, slot.width) for slot in found}
-        for found in (layout, expected)
-    )
-    differing = [name for name in sorted(sent | wanted) if sent.get(name) != wanted.get(name)]
-    what = differing[0] if differing else "a tensor"
-    raise FedcoreError(
-        f"{method} needs exactly {_listed(expected)} in an upload; {what} is missing, too much, of "
-        "another shape than in the broadcast or elsewhere in the row"
-    )
-
-
-def _listed(expected: FactorLayout) -> str:
-    return "the core R of every module" + (", and the head" if expected.dense_slots else "")
 
 
 def fresh_adapter(row: Tensor, layout: FactorLayout, seed: int, *purpose: str | int) -> Tensor:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
@@ -12,37 +10,8 @@ from fedcore.data.validation import check_row, check_weight
 from fedcore.errors import FedcoreError
 from fedcore.methods.base import EMPTY_ROUND, Aggregate, Broadcast, Method, unchanged
 from fedcore.methods.shared.exact_sum import WeightedSum
-from fedcore_kernels import weighted_mean
-from fedcore_kernels.layout import FactorLayout
-
-
-def with_held_rows(cohort: Cohort, previous: Broadcast) -> Cohort:
-    """The cohort with the broadcast's rows where a client of lower rank has none of its own.
-
-    Such a client trains the leading rows and leaves the others as they are. Averaging its missing
-    rows as zeros would shrink them by their coverage in every round until the model has lost that
-    rank; with the broadcast's in their place the mean of the uploads is the broadcast plus the mean
-    of what the clients changed.
-
-    Args:
-        cohort: its layout holds factors of ``previous``, at the same ranks.
-
-    Returns:
-        A cohort of full rank; ``cohort`` itself where no rank is lower.
-    """
-    if not len(cohort) or not cohort.mixed_ranks:
-        return cohort
-    layout, updates, ranks = cohort.layout, cohort.updates.clone(), cohort.ranks.clone()
-    for j, module in enumerate(layout.modules):
-        for slot in layout.factor_slots:
-            if slot.module != module:
-                continue
-            held = previous.layout.view(previous.row, previous.layout.by_name[slot.name])
-            for n in (cohort.ranks[:, j] < slot.rows).nonzero()[:, 0].tolist():
-                rank = int(cohort.ranks[n, j])
-                layout.view(updates[n], slot)[rank:] = held[rank:].to(updates.dtype)
-            ranks[:, j] = slot.rows
-    return replace(cohort, updates=updates, ranks=ranks)
+from fedcore.methods.shared.uploads import with_broadcast_rows
+from fedcore_kernels import FactorLayout, weighted_mean
 
 
 class LinearMethod(Method):
@@ -54,7 +23,7 @@ class LinearMethod(Method):
     """
 
     def aggregate(self, cohort: Cohort, previous: Broadcast) -> Aggregate:
-        """:meth:`from_mean` of ``sum_n w_n upload_n``.
+        """:meth:`from_mean` of ``sum_n w_n upload_n``, of the :meth:`completed` cohort.
 
         Raises:
             FedcoreError: clients of different ranks where the method needs equal ones.
@@ -62,9 +31,13 @@ class LinearMethod(Method):
         self.check_cohort(cohort)
         if not len(cohort):
             return unchanged(previous, EMPTY_ROUND)
-        return self.from_mean(
-            weighted_mean(cohort.updates, cohort.weights), cohort.layout, previous
-        )
+        full = self.completed(cohort, previous)
+        return self.from_mean(weighted_mean(full.updates, full.weights), full.layout, previous)
+
+    def completed(self, cohort: Cohort, previous: Broadcast) -> Cohort:
+        """Clients of lower rank leave the rows that they lack as they are."""
+        rows_of_factors = self.capabilities.mixed_ranks and self.capabilities.uploads == "factors"
+        return with_broadcast_rows(cohort, previous) if rows_of_factors else cohort
 
     def from_mean(self, mean: Tensor, layout: FactorLayout, previous: Broadcast) -> Aggregate:
         """The mean itself, in the slots of the upload; the rest as it was.

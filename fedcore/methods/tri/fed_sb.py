@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_args
 
-from fedcore.errors import unknown_name
-from fedcore.methods.base import ClientPlan, Family, Traits
+from fedcore.checks import choice
+from fedcore.methods.base import Capabilities, ClientPlan, Description, Family
 from fedcore.methods.shared.linear import LinearMethod
 
 Init = Literal["random", "xs"]
@@ -48,23 +48,19 @@ class FedSB(LinearMethod):
 
     name: ClassVar[str] = "fed_sb"
     aliases: ClassVar[tuple[str, ...]] = ("fedsb", "Fed-SB")
-    summary: ClassVar[str] = "common frozen bases, the r x r core averaged"
-    paper: ClassVar[str] = "arXiv 2502.15436"
     family: ClassVar[Family] = "tri"
-    traits: ClassVar[Traits] = Traits(
+    capabilities: ClassVar[Capabilities] = Capabilities(always_exact=True, linear=True)
+    description: ClassVar[Description] = Description(
+        summary="common frozen bases, the r x r core averaged",
+        paper="arXiv 2502.15436",
         exact="yes",
-        linear=True,
-        mixed_ranks=False,
-        personalised=False,
-        streaming=True,
         uplink="r^2",
         downlink="r^2",
         server_cost="2 N r^2",
     )
 
     def __post_init__(self) -> None:
-        if self.init not in get_args(Init):
-            raise unknown_name("init of fed_sb", str(self.init), get_args(Init))
+        choice(self.name, "init", self.init, get_args(Init))
 
     @property
     def adapter_options(self) -> Mapping[str, Any]:

@@ -8,6 +8,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from fedcore.errors import FedcoreError
+from fedcore.federation.measures import Measure
+from fedcore.federation.records import Round
 from fedcore.reports.plots.labels import EndLabel, label_ends, plain, short_names
 from fedcore.reports.plots.style import (
     GLOBAL,
@@ -20,7 +22,7 @@ from fedcore.reports.plots.style import (
     new_figure,
     whole_numbers,
 )
-from fedcore.reports.record import ClientRound, RunRecord
+from fedcore.reports.record import RunRecord
 
 _MOST_TICKS = 40
 
@@ -41,19 +43,19 @@ def client_spread(record: RunRecord) -> Figure:
     name = record.measure.name
     _over_rounds(dress(upper, "rounds completed", f"client {name}"), record)
     axes = dress(lower, y=f"client {name}")
-    _by_client(axes, rounds[-1].clients, rounds[-1].done)
+    _by_client(axes, rounds[-1][0], record.measure)
     axes.set_xlabel(f"{axes.get_xlabel()}, by {name}")
     return figure
 
 
 def _over_rounds(axes: Axes, record: RunRecord) -> None:
-    rounds = record.client_evaluated
-    done = [r.done for r in rounds]
-    low = [min(r.client_qualities) for r in rounds]
-    high = [max(r.client_qualities) for r in rounds]
-    worst, best = (high, low) if record.measure.lower_is_better else (low, high)
-    mean = [fmean(r.client_qualities) for r in rounds]
-    alone = all(c.global_quality is None for r in rounds for c in r.clients)
+    measure, rounds = record.measure, record.client_evaluated
+    done = [r.done for r, _ in rounds]
+    low = [min(qualities) for _, qualities in rounds]
+    high = [max(qualities) for _, qualities in rounds]
+    worst, best = (high, low) if measure.lower_is_better else (low, high)
+    mean = [fmean(qualities) for _, qualities in rounds]
+    alone = all(c.global_quality(measure) is None for r, _ in rounds for c in r.clients)
     color = LOCAL if alone else GLOBAL
     axes.fill_between(done, low, high, color=color, alpha=0.15, linewidth=0)
     axes.vlines(done, low, high, color=color, alpha=0.35, linewidth=0.8)
@@ -64,9 +66,9 @@ def _over_rounds(axes: Axes, record: RunRecord) -> None:
         EndLabel(done[-1], mean[-1], f"mean, {whose}", color),
         EndLabel(done[-1], worst[-1], "worst client", color),
     ]
-    if len(rounds[-1].client_qualities) == 1:
+    if len(rounds[-1][1]) == 1:
         ends = [EndLabel(done[-1], mean[-1], whose, color)]
-    own = [(r.done, [c.local_quality for c in r.clients]) for r in rounds]
+    own = [(r.done, [c.local_quality(measure) for c in r.clients]) for r, _ in rounds]
     local = [(d, fmean(known)) for d, v in own if (known := [a for a in v if a is not None])]
     if local and not alone:
         # A single point makes no line to be seen.
@@ -79,22 +81,21 @@ def _over_rounds(axes: Axes, record: RunRecord) -> None:
     label_ends(axes, ends)
 
 
-def _by_client(axes: Axes, clients: tuple[ClientRound, ...], done: int) -> None:
-    shown = [c for c in clients if c.global_quality is not None or c.local_quality is not None]
-    shown.sort(key=lambda c: (_either(c), c.client))
-    prefix, names = short_names([c.client for c in shown])
-    both = [
-        (x, c.global_quality, c.local_quality)
-        for x, c in enumerate(shown)
-        if c.global_quality is not None and c.local_quality is not None
+def _by_client(axes: Axes, last: Round, measure: Measure) -> None:
+    qualities = [
+        (c.client, c.global_quality(measure), c.local_quality(measure)) for c in last.clients
     ]
-    for x, there, own in both:
-        axes.plot([x, x], [there, own], color=MUTED, linewidth=1.0, zorder=2)
+    shown = [entry for entry in qualities if entry[1:] != (None, None)]
+    shown.sort(key=lambda entry: (_either(*entry[1:]), entry[0]))
+    prefix, names = short_names([client for client, _, _ in shown])
+    for x, (_, there, own) in enumerate(shown):
+        if there is not None and own is not None:
+            axes.plot([x, x], [there, own], color=MUTED, linewidth=1.0, zorder=2)
     size = 5.0 if len(shown) <= 30 else 3.5
     ends = []
     for values, marker, color, name in (
-        ([c.global_quality for c in shown], "o", GLOBAL, "global model"),
-        ([c.local_quality for c in shown], "s", LOCAL, "own model"),
+        ([there for _, there, _ in shown], "o", GLOBAL, "global model"),
+        ([own for _, _, own in shown], "s", LOCAL, "own model"),
     ):
         points = [(x, value) for x, value in enumerate(values) if value is not None]
         if points:
@@ -116,11 +117,10 @@ def _by_client(axes: Axes, clients: tuple[ClientRound, ...], done: int) -> None:
     axes.grid(axis="x", visible=False)
     axes.set_xlim(-0.5, len(shown) - 0.5)
     start = f" ({plain(prefix)}…)" if prefix else ""
-    axes.set_xlabel(f"clients{start} after round {done}")
+    axes.set_xlabel(f"clients{start} after round {last.done}")
     freeze(axes)
     label_ends(axes, ends)
 
 
-def _either(client: ClientRound) -> float:
-    found = client.global_quality
-    return (client.local_quality or 0.0) if found is None else found
+def _either(there: float | None, own: float | None) -> float:
+    return (own or 0.0) if there is None else there

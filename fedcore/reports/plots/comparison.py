@@ -103,7 +103,7 @@ def final_quality(groups: Sequence[RunGroup]) -> Figure:
     """
     found = []
     for style, group in zip(_styles(groups), groups, strict=True):
-        seeds = [a for run in group.runs if (a := run.summary.quality) is not None]
+        seeds = [a for run in group.runs if (a := run.quality) is not None]
         if seeds:
             found.append((style["color"], group.label, seeds, estimate(seeds)))
     if not found:
@@ -143,7 +143,7 @@ def _curves(
 ) -> list[_Curve]:
     curves = []
     for style, group in zip(_styles(groups), groups, strict=True):
-        runs = [{r.index: r.quality for r in run.evaluated} for run in group.runs]
+        runs = [{r.index: quality for r, quality in run.evaluated} for run in group.runs]
         indices = sorted(set.intersection(*(set(run) for run in runs))) if runs else []
         if indices:
             x = tuple(fmean([position(run, index) for run in group.runs]) for index in indices)

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from fedcore.errors import FedcoreError
+from fedcore.federation.records import Round
 from fedcore.reports.plots.labels import EndLabel, label_ends, plain
 from fedcore.reports.plots.style import (
     GLOBAL,
@@ -28,7 +29,7 @@ from fedcore.reports.plots.style import (
     new_figure,
     whole_numbers,
 )
-from fedcore.reports.record import RoundRecord, RunRecord
+from fedcore.reports.record import RunRecord
 
 _COLORS = "viridis"
 _MOST_LABELS = 60
@@ -112,7 +113,7 @@ def _by_layer(record: RunRecord, quantity: str, name: str) -> Figure:
     return figure
 
 
-def _matrix(rounds: Sequence[RoundRecord], modules: Sequence[str], quantity: str) -> np.ndarray:
+def _matrix(rounds: Sequence[Round], modules: Sequence[str], quantity: str) -> np.ndarray:
     """Values as (modules, rounds); NaN where undefined."""
     found = np.full((len(modules), len(rounds)), nan)
     row = {module: i for i, module in enumerate(modules)}

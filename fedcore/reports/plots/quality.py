@@ -70,7 +70,7 @@ def quality_by_bytes(record: RunRecord) -> Figure:
         FedcoreError: no round was evaluated, or nothing was sent.
     """
     qualities = [quality for _, quality in _qualities(record)]
-    sent = [record.cumulated[r.index] for r in record.evaluated]
+    sent = [record.cumulated[r.index] for r, _ in record.evaluated]
     adapter = [(up.adapter + down.adapter) / 1e6 for up, down in sent]
     everything = [(up.total + down.total) / 1e6 for up, down in sent]
     if not everything[-1]:
@@ -96,7 +96,7 @@ def quality_by_bytes(record: RunRecord) -> Figure:
 
 
 def _qualities(record: RunRecord) -> list[tuple[int, float]]:
-    points = [(r.done, r.quality) for r in record.rounds if r.quality is not None]
+    points = [(r.done, quality) for r, quality in record.evaluated]
     if not points:
         name = record.measure.name
         raise FedcoreError(f"{record.folder}: no round was evaluated, so there is no {name}")
@@ -106,7 +106,7 @@ def _qualities(record: RunRecord) -> list[tuple[int, float]]:
 def _reference_lines(axes: Axes, record: RunRecord) -> list[EndLabel]:
     """The target and the majority rate, and the axes' final limits."""
     lines = [
-        (record.summary.target, "target", TARGET_DASH),
+        (record.target, "target", TARGET_DASH),
         (record.majority_rate, "most frequent class", (0, (1, 2))),
     ]
     known = [(value, name, dash) for value, name, dash in lines if value is not None]

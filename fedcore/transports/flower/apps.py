@@ -5,19 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from importlib.metadata import version
+from logging import WARNING
 from pathlib import Path
 
-import torch
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
+from flwr.common.logger import log
 from flwr.serverapp import Grid, ServerApp
 
 from fedcore.data.folders import is_free, write_files, writing
 from fedcore.errors import FedcoreError, missing_extra
+from fedcore.experiments.environment import recipe_threads
 from fedcore.experiments.observer import Observer
 from fedcore.experiments.privacy import check_local
 from fedcore.experiments.run_folder import RunFolder
-from fedcore.experiments.setup import Workbench, build_workbench, client_ids
+from fedcore.experiments.setup import Experiment, build_experiment, client_ids
+from fedcore.methods.requirements import EXCHANGES, ONE_MODEL, refuse
 from fedcore.recipes import Recipe, parse_recipe, to_toml
 from fedcore.transports.flower.client import introduce, model_tensors, train
 from fedcore.transports.flower.messages import to_arrays
@@ -34,14 +37,8 @@ def check_recipe(recipe: Recipe) -> None:
         FedcoreError: naming the key and what to do.
     """
     method = recipe.method.create()
-    if method.population != "clients":
-        raise FedcoreError(f"{method.name} exchanges nothing; run it with engine = 'local'")
-    if method.traits.personalised:
-        raise FedcoreError(
-            f"{method.name} leaves each client a model of its own, which a server behind Flower's "
-            "messages never sees and so cannot evaluate or save; use FedLoRA in an app of your "
-            "own, or engine = 'local'"
-        )
+    otherwise = ", engine = 'local', or FedLoRA in an app of your own"
+    refuse(method, (EXCHANGES, ONE_MODEL), "the flower engine", otherwise)
     for key, is_set in (
         ("round.secure_sum", recipe.round.secure_sum),
         ("round.codec = 'int8'", recipe.round.codec == "int8"),
@@ -52,18 +49,18 @@ def check_recipe(recipe: Recipe) -> None:
 
 
 def serve(
-    bench: Workbench,
+    experiment: Experiment,
     folder: RunFolder,
     grid: Grid,
     observer: Observer,
     timeout: float = ROUND_SECONDS,
 ) -> RecipeStrategy:
     """Run the rounds that are left after the newest state in ``folder``, which has one."""
-    strategy = RecipeStrategy(bench, folder, observer)
+    strategy = RecipeStrategy(experiment, folder, observer)
     strategy.start(
         grid,
-        to_arrays(model_tensors(bench)),
-        bench.recipe.rounds,
+        to_arrays(model_tensors(experiment)),
+        experiment.recipe.rounds,
         timeout,
         checkpoint_dir=folder.states,
         resume=True,
@@ -71,26 +68,27 @@ def serve(
     return strategy
 
 
-def client_app(read: Callable[[Context], str], threads: int | None = None) -> ClientApp:
+def client_app(read: Callable[[Context], str]) -> ClientApp:
     """The clients' app: node i of a federation, by its ``partition-id``, is the recipe's client i.
 
     Args:
         read: the recipe's TOML text from a node's context.
-        threads: of torch in the client's process; the last bits of a run depend on it.
     """
     app = ClientApp()
 
     @app.query()
     def who(message: Message, context: Context) -> Message:
-        return introduce(message, client_of(context, parse_recipe(read(context))))
+        recipe = parse_recipe(read(context))
+        with recipe_threads(recipe):
+            return introduce(message, client_of(context, recipe))
 
     @app.train()
-    def turn(message: Message, context: Context) -> Message:
-        if threads is not None:
-            torch.set_num_threads(threads)
-        bench = _bench(read(context))
-        client = client_of(context, bench.recipe)
-        return train(message, context, bench, client, run=str(context.run_id))
+    def trained(message: Message, context: Context) -> Message:
+        text = read(context)
+        with recipe_threads(parse_recipe(text)):
+            experiment = _experiment(text)
+            client = client_of(context, experiment.recipe)
+            return train(message, context, experiment, client, run=str(context.run_id))
 
     return app
 
@@ -135,24 +133,32 @@ def server_app() -> ServerApp:
         check_recipe(recipe)
         path = Path(str(context.run_config.get("out", f"runs/{recipe.name}-flower")))
         timeout = float(str(context.run_config.get("timeout", ROUND_SECONDS)))
+        observer = _Logged()
 
-        def rounds(bench: Workbench, folder: RunFolder, *rest: object) -> object:
-            return iter(serve(bench, folder, grid, Observer(), timeout).states)
+        def rounds(experiment: Experiment, folder: RunFolder, *rest: object) -> object:
+            return iter(serve(experiment, folder, grid, observer, timeout).states)
 
         if (path / "recipe.toml").is_file():
-            local.resume(path, rounds=rounds)  # type: ignore[arg-type]
+            local.resume(path, observer, rounds=rounds)  # type: ignore[arg-type]
         else:
-            local.start(recipe, path, rounds=rounds)  # type: ignore[arg-type]
+            local.start(recipe, path, observer, rounds=rounds)  # type: ignore[arg-type]
 
     return app
 
 
+class _Logged(Observer):
+    """What a person should know goes to Flower's log, which ``flwr run --stream`` shows."""
+
+    def message(self, text: str) -> None:
+        log(WARNING, text)
+
+
 @lru_cache(maxsize=1)
-def _bench(text: str) -> Workbench:
+def _experiment(text: str) -> Experiment:
     """The workbench of this process: a client's process serves many rounds and often many clients,
     and what is built depends on the recipe alone.
     """
-    return build_workbench(parse_recipe(text), Observer())
+    return build_experiment(parse_recipe(text), Observer())
 
 
 _MODULE = '''"""A federated fine-tuning job: the recipe is in pyproject.toml."""

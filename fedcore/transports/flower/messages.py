@@ -74,8 +74,8 @@ server's ranks, and what a client tells of its data."""
 
 
 @dataclass(frozen=True)
-class Order:
-    """The server's order of a round, in the message's ConfigRecord.
+class RoundConfig:
+    """The server's configuration of a round, in the message's ConfigRecord.
 
     Attributes:
         round: counted from 0; Flower's own ``server-round`` is one more.
@@ -93,14 +93,14 @@ class Order:
     tell: bool
 
     def write(self, config: ConfigRecord) -> None:
-        """Add the order to ``config``."""
+        """Add it to ``config``."""
         for name, value in vars(self).items():
             config[f"{RECORD}.{name}"] = value
         config["server-round"] = self.round + 1
 
     @classmethod
-    def read(cls, content: RecordDict) -> Order:
-        """The order in a message.
+    def read(cls, content: RecordDict) -> RoundConfig:
+        """The configuration in a message.
 
         Raises:
             FedcoreError: the message holds none.
@@ -111,11 +111,13 @@ class Order:
                     name: config[f"{RECORD}.{name}"] for name in cls.__dataclass_fields__
                 }
                 return cls(**values)
-        raise FedcoreError("the message is no order of FedLoRA: it names no round")
+        raise FedcoreError(
+            "the message is not one of FedLoRA: it names no round; run FedLoRA on the server"
+        )
 
 
 @dataclass(frozen=True)
-class Reply:
+class ReplyInfo:
     """What a client says of its upload; a client that says nothing is known by its node.
 
     Attributes:
@@ -123,16 +125,18 @@ class Reply:
         round: the round it trained for, -1 where it does not say.
         frozen: digest of what it must not have changed, empty where it does not say.
         flags: trouble that it met.
+        threads: on which its process computes, 0 where it does not say.
     """
 
     client: str = ""
     round: int = -1
     frozen: str = ""
     flags: tuple[str, ...] = ()
+    threads: int = 0
 
     def record(self) -> ConfigRecord:
         """As it travels."""
-        return ConfigRecord(
+        record = ConfigRecord(
             {
                 "client": self.client,
                 "round": self.round,
@@ -140,9 +144,12 @@ class Reply:
                 "flags": "\n".join(self.flags),
             }
         )
+        if self.threads:
+            record["threads"] = self.threads
+        return record
 
     @classmethod
-    def read(cls, content: RecordDict) -> Reply:
+    def read(cls, content: RecordDict) -> ReplyInfo:
         """What a reply says, defaults where it does not.
 
         Raises:
@@ -159,11 +166,15 @@ class Reply:
             raise FedcoreError("its record 'fedcore' holds something else than text")
         if not isinstance(round, int):
             raise FedcoreError(f"its record 'fedcore' names the round {round!r}")
-        return cls(client, round, frozen, tuple(line for line in flags.split("\n") if line))
+        threads = record.get("threads", 0)
+        if not isinstance(threads, int):
+            raise FedcoreError(f"its record 'fedcore' names {threads!r} threads")
+        lines = tuple(line for line in flags.split("\n") if line)
+        return cls(client, round, frozen, lines, threads)
 
 
 @dataclass(frozen=True)
-class Wire:
+class KeyMap:
     """Which key each slot of a row travels under.
 
     Attributes:
@@ -179,8 +190,8 @@ class Wire:
     constants: Mapping[str, Tensor]
 
     @classmethod
-    def of(cls, tensors: Mapping[str, Tensor]) -> tuple[Wire, Tensor]:
-        """The wire of the adapter ``tensors``, by PEFT's keys, and its row ``(P,)``: fp64 where the
+    def of(cls, tensors: Mapping[str, Tensor]) -> tuple[KeyMap, Tensor]:
+        """The key map of ``tensors``, an adapter by PEFT's keys, and its row ``(P,)``: fp64 where the
         adapter is, otherwise fp32.
 
         Raises:
@@ -189,9 +200,9 @@ class Wire:
         """
         adapter = AdapterState.from_tensors(tensors)
         layout = adapter.layout()
-        wire = cls(layout, adapter.keys, adapter.family, adapter.constants)
+        key_map = cls(layout, adapter.keys, adapter.family, adapter.constants)
         row = adapter.to_row(layout)
-        return wire, row if row.dtype == torch.float64 else row.float()
+        return key_map, row if row.dtype == torch.float64 else row.float()
 
     def pack(
         self, row: Tensor, part: FactorLayout, ranks: Ranks | None = None
@@ -233,7 +244,7 @@ class Wire:
 def broadcast_content(
     state: ServerState,
     method: Method,
-    wire: Wire,
+    key_map: KeyMap,
     client: str,
     ranks: Ranks | None,
     download: Download,
@@ -249,28 +260,28 @@ def broadcast_content(
         arrays_key, config_key: the names under which Flower's strategy sends its records.
     """
     part = download.part
-    tensors = wire.pack(state.layout.gather(download.start, part), part, ranks)
+    tensors = key_map.pack(state.layout.gather(download.start, part), part, ranks)
     if not download.known:
-        tensors |= {wire.keys[name]: tensor for name, tensor in wire.constants.items()}
+        tensors |= {key_map.keys[name]: tensor for name, tensor in key_map.constants.items()}
     plan = method.plan(state.round)
-    order = Order(
+    round_config = RoundConfig(
         round=state.round,
         method=method.name,
         trains=",".join(sorted(plan.trains)),
         sends=",".join(sorted(plan.sends)),
         whole=download.whole,
-        tell=method.wants_features and not statistics_of(state, client),
+        tell=method.capabilities.wants_features and not statistics_of(state, client),
     )
-    round_config = ConfigRecord(dict(config))
-    order.write(round_config)
-    content = RecordDict({arrays_key: to_arrays(tensors), config_key: round_config})
+    sent_config = ConfigRecord(dict(config))
+    round_config.write(sent_config)
+    content = RecordDict({arrays_key: to_arrays(tensors), config_key: sent_config})
     personal = personal_of(state, client)
     if personal:
         content[PERSONAL] = to_arrays(personal)
     if download.residual:
         content[RESIDUAL] = to_arrays(packed(state.residual))
-    if method.uploads == "statistics" and ranks is not None:
-        content[BROADCAST] = to_arrays(wire.pack(state.row, state.layout))
+    if method.capabilities.uploads == "statistics" and ranks is not None:
+        content[BROADCAST] = to_arrays(key_map.pack(state.row, state.layout))
     return content
 
 
@@ -287,13 +298,13 @@ class ReplyContent:
 
     row: Tensor
     weight: float
-    reply: Reply
+    reply: ReplyInfo
     statistics: Mapping[str, Tensor]
 
 
 def read_reply(
     content: RecordDict,
-    wire: Wire,
+    key_map: KeyMap,
     layout: FactorLayout,
     client: str,
     ranks: Ranks | None,
@@ -310,13 +321,13 @@ def read_reply(
     Raises:
         FedcoreError: what is wrong with the reply.
     """
-    reply = Reply.read(content)
+    reply = ReplyInfo.read(content)
     if reply.client and reply.client != client:
         raise FedcoreError(f"its reply is from {reply.client!r}")
     records = {name: r for name, r in content.array_records.items() if name != TOLD}
     if len(records) != 1:
         raise FedcoreError(f"its reply has {len(records)} array records; one is needed")
-    row = wire.unpack(from_arrays(next(iter(records.values()))), layout, ranks, unchanged)
+    row = key_map.unpack(from_arrays(next(iter(records.values()))), layout, ranks, unchanged)
     statistics = content.array_records.get(TOLD)
     return ReplyContent(
         row,

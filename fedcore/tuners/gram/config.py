@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 
 from peft import PeftConfig
 
-from fedcore.errors import FedcoreError, unknown_name
-from fedcore.tuners.shared.config_checks import POSITIVE, RANK, SEED, check_numbers
+from fedcore.checks import choice, count, number
+from fedcore.errors import FedcoreError
 from fedcore.tuners.shared.frames import FRAME_KINDS
 from fedcore.tuners.shared.registration import extend_peft_type
 
@@ -78,21 +78,22 @@ class GramConfig(PeftConfig):
             self.exclude_modules = set(self.exclude_modules)
         self.rank_pattern = dict(self.rank_pattern or {})
         self.alpha_pattern = dict(self.alpha_pattern or {})
-        check_numbers("r", {"": self.r}, RANK)
-        check_numbers("rank_pattern", self.rank_pattern, RANK)
-        check_numbers("lora_alpha", {"": self.lora_alpha}, POSITIVE)
-        check_numbers("alpha_pattern", self.alpha_pattern, POSITIVE)
-        check_numbers("frame_seed", {"": self.frame_seed}, SEED)
-        check_numbers("init_seed", {"": self.init_seed}, SEED)
+        count("", "r", self.r, least=1)
+        for pattern, rank in self.rank_pattern.items():
+            count("", f"rank_pattern[{pattern!r}]", rank, least=1)
+        number("", "lora_alpha", self.lora_alpha, above=0)
+        for pattern, alpha in self.alpha_pattern.items():
+            number("", f"alpha_pattern[{pattern!r}]", alpha, above=0)
+        count("", "frame_seed", self.frame_seed, least=0)
+        count("", "init_seed", self.init_seed, least=0)
         if self.init_std == 0:
             raise FedcoreError(
                 "init_std is 0; A = 0 is a stationary point of A^T A and would never train; "
                 "pass a positive number, offset=True makes the model start as the base model"
             )
         if self.init_std is not None:
-            check_numbers("init_std", {"": self.init_std}, POSITIVE)
-        if self.frame not in FRAME_KINDS:
-            raise unknown_name("frame", self.frame, FRAME_KINDS)
+            number("", "init_std", self.init_std, above=0)
+        choice("", "frame", self.frame, FRAME_KINDS)
         if self.bias != "none":
             raise FedcoreError(f"bias is {self.bias!r}; a Gram adapter trains none, pass 'none'")
         if self.layers_pattern and self.layers_to_transform is None:

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 
 from peft import PeftConfig
 
-from fedcore.errors import FedcoreError, unknown_name
-from fedcore.tuners.shared.config_checks import POSITIVE, RANK, SEED, check_numbers
+from fedcore.checks import choice, count, flag, number
+from fedcore.errors import FedcoreError
 from fedcore.tuners.shared.registration import extend_peft_type
 
 STARTS_AT_ZERO = {"lora": "B", "ce": "B", "random": "R", "xs": None, "sb": None}
@@ -88,13 +88,14 @@ class TriConfig(PeftConfig):
             self.exclude_modules = set(self.exclude_modules)
         self.rank_pattern = dict(self.rank_pattern or {})
         self.alpha_pattern = dict(self.alpha_pattern or {})
-        check_numbers("r", {"": self.r}, RANK)
-        check_numbers("rank_pattern", self.rank_pattern, RANK)
-        check_numbers("lora_alpha", {"": self.lora_alpha}, POSITIVE)
-        check_numbers("alpha_pattern", self.alpha_pattern, POSITIVE)
-        check_numbers("init_seed", {"": self.init_seed}, SEED)
-        if self.init not in STARTS_AT_ZERO:
-            raise unknown_name("init", str(self.init), STARTS_AT_ZERO)
+        count("", "r", self.r, least=1)
+        for pattern, rank in self.rank_pattern.items():
+            count("", f"rank_pattern[{pattern!r}]", rank, least=1)
+        number("", "lora_alpha", self.lora_alpha, above=0)
+        for pattern, alpha in self.alpha_pattern.items():
+            number("", f"alpha_pattern[{pattern!r}]", alpha, above=0)
+        count("", "init_seed", self.init_seed, least=0)
+        choice("", "init", self.init, STARTS_AT_ZERO)
         if self.bias != "none":
             raise FedcoreError(
                 f"bias is {self.bias!r}; a tri-factor adapter trains none, pass 'none'"
@@ -118,8 +119,7 @@ class TriConfig(PeftConfig):
             name = f"train_{factor}"
             if getattr(self, name) is None:
                 setattr(self, name, factor == "R" or self.init not in _CORE_ONLY)
-            elif not isinstance(getattr(self, name), bool):
-                raise FedcoreError(f"{name} is {getattr(self, name)!r}; pass true or false")
+            flag("", name, getattr(self, name))
         if not self.trains:
             raise FedcoreError("train_A, train_R and train_B are all false; nothing would train")
         zero = STARTS_AT_ZERO[self.init]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from fedcore.methods.lora.flora_na.method import FloraNA, common_gauge, turned_blocks
+from fedcore.methods.lora.flora_na.method import FloraNA, align_clients, rotated_blocks
 from fedcore.methods.lora.flora_na.objective import PairObjective, apply
 from fedcore.methods.lora.flora_na.solver import alternate, nearest_combination, starts
 from fedcore_kernels import block_grams
@@ -274,8 +274,8 @@ def turns_the_grams_alone(clients):
     )
     shares = torch.from_numpy(clients.weights)
     blocks = block_grams(left), block_grams(right)
-    turns = common_gauge(*blocks, shares)
-    objective = PairObjective.build(*(turned_blocks(side, turns) for side in blocks), shares)
+    turns = align_clients(*blocks, shares)
+    objective = PairObjective.build(*(rotated_blocks(side, turns) for side in blocks), shares)
     fit = nearest_combination(objective)
     return combined(clients, Coefficients(fit.p[0].numpy(), fit.q[0].numpy()))
 

@@ -39,7 +39,7 @@ def permits_all(method):
 
 
 def permits_exact_ones(method):
-    if method.traits.exact == "no":
+    if method.description.exact == "no":
         raise FedcoreError("refused")
 
 

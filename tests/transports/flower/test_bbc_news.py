@@ -22,7 +22,6 @@ def test_fedcore_run_on_flower_leaves_the_local_engines_adapter(tmp_path):
             env={
                 **os.environ,
                 "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "kernels"))),
-                "OMP_NUM_THREADS": "1",
                 # Other tests run beside it; Ray's processes would stand back for them.
                 "RAY_worker_niceness": "0",
             },

@@ -118,10 +118,10 @@ def test_states_are_written_and_gone_on_from(tmp_path):
 @pytest.mark.parametrize(
     ("method", "message"),
     [
-        ("product_svd", "product_svd needs every upload and a secure sum shows the server their"),
+        ("product_svd", "product_svd needs every upload, and a sum shows the server their mean"),
         ("fedex", "fedex needs every upload"),
-        ("local_only", "local_only needs every upload"),
-        ("florg.whitened", "clients of florg.whitened send what they compute"),
+        ("local_only", "local_only exchanges nothing"),
+        ("florg.whitened", "florg.whitened sends what its clients compute"),
         ("florg.avg_a", "adapter is of family 'lora'; florg.avg_a needs 'gram'"),
     ],
 )

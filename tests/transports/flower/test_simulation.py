@@ -11,19 +11,24 @@ from fedcore.experiments import run as local
 from fedcore.federation.state import latest_state, read_state
 from fedcore.transports.choice import find_engine
 from tests.experiments.jobs import tiny_recipe
+from tests.experiments.messages import Messages
 
 
 @pytest.mark.slow
 def test_ray_ends_with_the_local_engines_files(home, tmp_path):
-    settings = {"method.name": "florg", "clients": 2, "engine": "flower"}
-    engine = find_engine("flower")
-    summary = engine.start(tiny_recipe(home, **settings), tmp_path / "flower")
+    settings = {"method.name": "florg", "clients": 2, "engine": "flower", "training.threads": 2}
+    engine, messages = find_engine("flower"), Messages()
+    summary = engine.start(tiny_recipe(home, **settings), tmp_path / "flower", messages)
+    # A process of Ray's that computed on one thread, as this one does, would be named.
+    assert not messages.texts
     expected = local.start(tiny_recipe(home, **settings), tmp_path / "local")
     for name in ("accuracy", "bytes_up", "bytes_down", "best_client", "adapters", "finished"):
         assert summary[name] == expected[name], name
     ours, theirs = (
         read_state(latest_state(tmp_path / name / "state")) for name in ("flower", "local")
     )
+    for name in ("flower", "local"):
+        assert json.loads((tmp_path / name / "environment.json").read_text())["threads"] == 2
     assert torch.equal(ours.row, theirs.row)
     assert ours.traffic == theirs.traffic
     lines = [
@@ -43,7 +48,7 @@ def test_ray_ends_with_the_local_engines_files(home, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"method.name": "local_only"}, "local_only exchanges nothing; run it with engine"),
+        ({"method.name": "local_only"}, "local_only exchanges nothing .*, engine = 'local'"),
         ({"method.name": "fedsa"}, "fedsa leaves each client a model of its own"),
         ({"round.secure_sum": True, "method.name": "fedit"}, "no round.secure_sum"),
         ({"round.codec": "int8"}, "no round.codec = 'int8'"),

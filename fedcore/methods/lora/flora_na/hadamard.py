@@ -11,6 +11,8 @@ which the Gram blocks of the factors no longer hold: every half-step reads W0 on
 r x r matrices ``A^ diag(E_o) A^^T`` of the rows o of W0, T those of its columns, and both are
 products of blocks of rows of E with the ``r (r + 1) / 2`` products of two rows of a factor.
 
+Nothing calls it yet: it waits until HiRA adapters can be trained.
+
 Source: the problem is FLoRA-NA's, arXiv 2509.26399; the weighted form and its solver are ours.
 """
 
@@ -23,6 +25,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fedcore.checks import count, number
 from fedcore.errors import FedcoreError
 from fedcore.methods.lora.flora_na.objective import PairObjective
 from fedcore.methods.lora.flora_na.solver import alternate, nearest_combination
@@ -137,8 +140,9 @@ def hadamard_combination(
     never above either; where W0 is constant the former is the answer. The gauge is that of
     :func:`~fedcore.methods.lora.flora_na.solver.nearest_combination`.
 
-    For whoever holds the base weights: it reads them twice a sweep, and no server step calls it.
-    Exact methods need no weighting, for an ``M`` met exactly is met in every norm.
+    Waits for HiRA: no adapter of that kind can be trained here yet, and no server step calls it. It
+    is for whoever holds the base weights, which it reads twice per sweep. Exact methods need no
+    weighting, for an ``M`` met exactly is met in every norm.
 
     Args:
         left: ``(N, r, d_out)`` ``B_n^T`` with its scale, floating point.
@@ -265,7 +269,5 @@ def _check(left: Tensor, right: Tensor, shares: Tensor, base: Tensor) -> None:
 
 def _check_options(sweeps: int, tolerance: float, rows: int) -> None:
     for name, value in (("sweeps", sweeps), ("rows", rows)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise FedcoreError(f"{name} is {value!r}; pass an integer of 1 or more")
-    if isinstance(tolerance, bool) or not 0 <= tolerance < 1:
-        raise FedcoreError(f"tolerance is {tolerance!r}; pass a number in [0, 1)")
+        count("", name, value, least=1)
+    number("", "tolerance", tolerance, least=0, below=1)

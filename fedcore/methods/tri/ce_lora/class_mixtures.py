@@ -1,4 +1,4 @@
-"""What a CE-LoRA client tells of its data: a small Gaussian mixture for each of its classes."""
+"""The statistics that a CE-LoRA client sends of its data: a small Gaussian mixture per class."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class ClassMixtures:
         sizes: ``(K,)`` number of components of each class.
         weights: ``(T,)`` of all components, class after class, summing to one in each.
         means, deviations: ``(T, D)``; ``deviations`` are standard deviations.
-        encoder: what the client says of its encoder, empty if nothing.
+        encoder: the client's digest of its encoder, empty if it sent none.
     """
 
     shares: NDArray[np.float64]
@@ -55,16 +55,16 @@ def fit_class_mixtures(
     """Fit ``G_c = min(3, floor(n_c / min_per_component))`` Gaussians to each class of a client.
 
     Fewer where a component would rest on less than ``min_per_component`` examples, counted by their
-    responsibilities: it would tell them. A class with ``G_c = 0`` is left out. Classes are numbered
-    in the order of their labels, which themselves are not told: distances between clients do not
-    need them.
+    responsibilities: it would reveal them. A class with ``G_c = 0`` is left out. Classes are
+    numbered in the order of their labels, which themselves are not sent: distances between clients
+    do not need them.
 
     Args:
         features: ``(n, D)`` finite, from the frozen encoder.
         labels: ``(n,)`` integers.
         seed: draws the starts of the fits.
         min_per_component: examples that stand behind every component, at least.
-        share_counts: tell the number of examples of every class as well.
+        share_counts: send the number of examples of every class as well.
 
     Returns:
         ``weights (T,)``, ``means (T, D)``, ``variances (T, D)`` in fp32, ``classes (T,)`` int64
@@ -80,22 +80,22 @@ def fit_class_mixtures(
     classes: list[int] = []
     counts: list[int] = []
     for place, label in enumerate(np.unique(kinds)):
-        own = points[kinds == label]
-        if len(own) < min_per_component:
+        examples = points[kinds == label]
+        if len(examples) < min_per_component:
             continue
         (state,) = np.random.SeedSequence((seed, place)).generate_state(1)
-        found = _fit_class(own, int(state), min_per_component)
-        for name, values in found.items():
+        mixture = _fit_class(examples, int(state), min_per_component)
+        for name, values in mixture.items():
             parts[name].append(values)
-        classes += [len(counts)] * len(found["weights"])
-        counts.append(len(own))
+        classes += [len(counts)] * len(mixture["weights"])
+        counts.append(len(examples))
     if not counts:
         return {}
-    told = {name: torch.from_numpy(np.concatenate(p)).float() for name, p in parts.items()}
-    told["classes"] = torch.tensor(classes, dtype=torch.int64)
+    statistics = {name: torch.from_numpy(np.concatenate(p)).float() for name, p in parts.items()}
+    statistics["classes"] = torch.tensor(classes, dtype=torch.int64)
     if share_counts:
-        told["counts"] = torch.tensor(counts, dtype=torch.int64)
-    return told
+        statistics["counts"] = torch.tensor(counts, dtype=torch.int64)
+    return statistics
 
 
 def _fit_class(
@@ -104,13 +104,17 @@ def _fit_class(
     """The largest mixture of ``points (n, D)`` whose components all rest on enough of them."""
     try:
         from sklearn.mixture import GaussianMixture
+        from threadpoolctl import threadpool_limits
     except ImportError:
         raise missing_extra("scikit-learn", "run") from None
     least = min_per_component / len(points) * (1 - _ROUNDING)
     for components in range(min(MOST_COMPONENTS, len(points) // min_per_component), 1, -1):
-        fit = GaussianMixture(
+        mixture = GaussianMixture(
             components, covariance_type="diag", reg_covar=VARIANCE_FLOOR, random_state=seed
-        ).fit(points)
+        )
+        # Its k-means adds what several threads found in the order in which they finish.
+        with threadpool_limits(1, user_api="openmp"):
+            fit = mixture.fit(points)
         if fit.weights_.min() >= least:
             return {"weights": fit.weights_, "means": fit.means_, "variances": fit.covariances_}
     return {
@@ -121,9 +125,9 @@ def _fit_class(
 
 
 def read_class_mixtures(statistics: Mapping[str, Tensor], client_id: str) -> ClassMixtures:
-    """The mixtures that a client told, checked; rounding of the weights' sum is divided out.
+    """The mixtures that a client sent, checked; rounding of the weights' sum is divided out.
 
-    Classes whose sizes were not told have equal shares.
+    Classes whose sizes were not sent have equal shares.
 
     Raises:
         FedcoreError: naming the client and the value: a tensor is missing or of the wrong shape,
@@ -196,12 +200,12 @@ def check_comparable(mixtures: Mapping[str, ClassMixtures]) -> None:
 def _shares(counts: Tensor | None, classes: int, who: str) -> NDArray[np.float64]:
     if counts is None:
         return np.full(classes, 1 / classes)
-    found = counts.double().cpu().numpy()
-    if found.shape != (classes,) or not (np.isfinite(found).all() and (found > 0).all()):
+    sizes = counts.double().cpu().numpy()
+    if sizes.shape != (classes,) or not (np.isfinite(sizes).all() and (sizes > 0).all()):
         raise FedcoreError(
-            f"{who} have counts {found.tolist()}; pass a positive one for each of {classes} classes"
+            f"{who} have counts {sizes.tolist()}; pass a positive one for each of {classes} classes"
         )
-    return np.asarray(found / found.sum())
+    return np.asarray(sizes / sizes.sum())
 
 
 def _check_examples(features: Tensor, labels: Tensor) -> None:

@@ -4,26 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import isfinite
 from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from fedcore.checks import choice, count, number
 from fedcore.data.cohort import Cohort
-from fedcore.errors import FedcoreError, unknown_name
 from fedcore.methods.base import (
     EMPTY_ROUND,
     Aggregate,
     Broadcast,
+    Capabilities,
     ClientPlan,
+    Description,
     Family,
     Method,
-    Traits,
     unchanged,
 )
-from fedcore.methods.shared.factor_pairs import check_cores
+from fedcore.methods.shared.uploads import check_cores
 from fedcore.methods.tri.ce_lora.class_mixtures import (
     check_comparable,
     fit_class_mixtures,
@@ -36,7 +36,6 @@ from fedcore.methods.tri.ce_lora.similarity import (
     data_similarity,
 )
 from fedcore_kernels import weighted_mean
-from fedcore_kernels.layout import FactorLayout
 
 Similarity = Literal["cosine", "cka"]
 Reference = Literal["identity", "previous_mean"]
@@ -49,26 +48,38 @@ class Mixing(NamedTuple):
     flags: tuple[str, ...]
 
 
+def _missing(clients: tuple[str, ...], statistics: Mapping[str, object]) -> tuple[str, ...]:
+    """A flag where clients sent no statistics of their data."""
+    silent = [client for client in clients if client not in statistics]
+    if not silent:
+        return ()
+    if not statistics:
+        return ("no client sent data statistics: mixed by similarity of the models alone",)
+    return (
+        f"{len(silent)} of {len(clients)} clients sent no data statistics, first {silent[0]}: "
+        "compared by similarity of the models alone",
+    )
+
+
 @dataclass(frozen=True)
 class CELoRA(Method):
-    """Send the cores of ``s B_n R_n A_n`` alone and give each client the mean of those like it.
+    """Send the cores of ``s B_n R_n A_n`` alone and give each client a mean of similar ones.
 
-    With N participants, ``S_data`` from what they told of their data before their first round and
-    ``S_model`` from their cores,
+    With N participants, ``S_data`` from the statistics of their data that they sent before their
+    first round and ``S_model`` from their cores,
 
         S     = lam S_data + (1 - lam) S_model
         om_ij = exp(S_ij / temperature) / sum_j exp(S_ij / temperature),    j = i included
         R_i   = sum_j om_ij R_j                                             for every module
 
-    and client i goes on from ``R_i`` with its own ``A_i``, ``B_i``, norms and head. The global row
+    and client i resumes from ``R_i`` with its own ``A_i``, ``B_i``, norms and head. The global row
     takes the weighted mean of the cores, from which a new client starts.
 
-    *Data* (:mod:`.similarity`): ``S_data = exp(-D^2 / median D^2)``, with
-    ``D`` a transport distance between small Gaussian mixtures of each class's features. *Model*
-    (:mod:`.similarity`): the cosine of ``R_i - I`` and ``R_j - I``, or of the
-    differences to the last mean (``reference = "previous_mean"``); or CKA of the cores, which is
-    blind to sign and scale and saturated near the identity. A client without statistics is
-    compared by its model alone, which is flagged.
+    *Data* (:mod:`.similarity`): ``S_data = exp(-D^2 / median D^2)``, with ``D`` a transport
+    distance between small Gaussian mixtures of each class's features. *Model*: the cosine of
+    ``R_i - I`` and ``R_j - I``, or of the differences to the last mean (``reference =
+    "previous_mean"``); or CKA of the cores, which is blind to sign and scale and saturated near the
+    identity. A client without statistics is compared by its model alone, which is flagged.
 
     ``temperature``: from 0, everyone keeps its own core, to infinity, everyone gets the plain mean.
     Similarities differ by 1 at most between the same client and an unrelated one; at the default
@@ -83,7 +94,7 @@ class CELoRA(Method):
 
     Privacy: the statistics carry no guarantee of any kind. Features are neither clipped nor
     noised, means and variances describe real examples, and a component fitted to one to three
-    examples *is* those examples, hence ``min_per_component``. ``share_counts`` (off) also tells the
+    examples *is* those examples, hence ``min_per_component``. ``share_counts`` (off) also sends the
     label histogram; without it classes weigh the same.
 
     Cost: ``r^2`` numbers a module each way; the statistics once, ``G (1 + 2 D)`` numbers for the G
@@ -94,8 +105,8 @@ class CELoRA(Method):
     distance, similarities and temperature here are ours.
 
     Raises:
-        FedcoreError: ``lam`` is no number in [0, 1], ``temperature`` not a finite number above 0,
-            ``min_per_component`` no integer from 1, or a name is unknown.
+        FedcoreError: ``lam`` is not a number in [0, 1], ``temperature`` not a finite number above
+            0, ``min_per_component`` not an integer from 1, or a name is unknown.
     """
 
     lam: float = 0.5
@@ -108,16 +119,12 @@ class CELoRA(Method):
 
     name: ClassVar[str] = "ce_lora"
     aliases: ClassVar[tuple[str, ...]] = ("CE-LoRA",)
-    summary: ClassVar[str] = "cores mixed for each client by likeness of data and model"
-    paper: ClassVar[str] = "arXiv 2503.23869"
     family: ClassVar[Family] = "tri"
-    wants_features: ClassVar[bool] = True
-    traits: ClassVar[Traits] = Traits(
+    capabilities: ClassVar[Capabilities] = Capabilities(personalised=True, wants_features=True)
+    description: ClassVar[Description] = Description(
+        summary="cores mixed for each client by likeness of data and model",
+        paper="arXiv 2503.23869",
         exact="no: the mean of cores over private bases",
-        linear=False,
-        mixed_ranks=False,
-        personalised=True,
-        streaming=False,
         uplink="r^2, and once the mixtures of the classes",
         downlink="r^2, its own for each client",
         server_cost="N^2 r^2, and N^2 transport problems",
@@ -125,26 +132,12 @@ class CELoRA(Method):
     )
 
     def __post_init__(self) -> None:
-        if not _number(self.lam) or not 0 <= self.lam <= 1:
-            raise FedcoreError(f"{self.name}: lam is {self.lam!r}; pass a number in [0, 1]")
-        if not _number(self.temperature) or not self.temperature > 0:
-            raise FedcoreError(
-                f"{self.name}: temperature is {self.temperature!r}; pass a finite number above 0"
-            )
-        least = self.min_per_component
-        if not isinstance(least, int) or isinstance(least, bool) or least < 1:
-            raise FedcoreError(
-                f"{self.name}: min_per_component is {least!r}; pass an integer from 1, 10 or more "
-                "unless the examples may be known"
-            )
-        if self.similarity not in get_args(Similarity):
-            raise unknown_name(
-                f"similarity of {self.name}", str(self.similarity), get_args(Similarity)
-            )
-        if self.reference not in get_args(Reference):
-            raise unknown_name(
-                f"reference of {self.name}", str(self.reference), get_args(Reference)
-            )
+        number(self.name, "lam", self.lam, least=0, most=1)
+        number(self.name, "temperature", self.temperature, above=0)
+        unless = ", and 10 or more unless the examples may be known"
+        count(self.name, "min_per_component", self.min_per_component, least=1, otherwise=unless)
+        choice(self.name, "similarity", self.similarity, get_args(Similarity))
+        choice(self.name, "reference", self.reference, get_args(Reference))
 
     @property
     def adapter_options(self) -> Mapping[str, Any]:
@@ -153,16 +146,14 @@ class CELoRA(Method):
 
     def plan(self, round: int) -> ClientPlan:
         """Train everything, send ``R``: with ``B = 0`` at the start ``R`` alone has no gradient."""
-        return ClientPlan(trains=frozenset("ABR"), sends=frozenset("R"), sends_dense=False)
-
-    def private_layout(self, broadcast: FactorLayout, round: int) -> FactorLayout:
-        """Everything: a client goes on from its own bases, norms and head, and from its own mix."""
-        return broadcast
+        # A client resumes from its own bases, norms and head, and from its own mix of the cores.
+        everything = frozenset("ABR")
+        return ClientPlan(everything, frozenset("R"), sends_dense=False, private=everything)
 
     def statistics(self, features: Tensor, labels: Tensor, seed: int) -> Mapping[str, Tensor]:
         """The client's classes as mixtures; nothing where all are below ``min_per_component``.
 
-        What is told is described at :func:`.fit_class_mixtures`.
+        What is sent is described at :func:`.fit_class_mixtures`.
         An engine may add ``"encoder"``, a uint8 digest of the encoder; differing ones are refused.
         """
         return fit_class_mixtures(
@@ -197,27 +188,31 @@ class CELoRA(Method):
         Raises:
             FedcoreError: statistics that are malformed or not comparable.
         """
-        likeness = self._model_similarity(cohort, previous)
-        told = {c: cohort.statistics[c] for c in cohort.client_ids if cohort.statistics.get(c)}
+        similarity = self._model_similarity(cohort, previous)
+        statistics = {
+            client: cohort.statistics[client]
+            for client in cohort.client_ids
+            if cohort.statistics.get(client)
+        }
         flags: tuple[str, ...] = ()
         if self.lam > 0:
-            flags = _missing(cohort.client_ids, told)
-            if told:
-                places = [n for n, c in enumerate(cohort.client_ids) if c in told]
-                mixtures = {c: read_class_mixtures(found, c) for c, found in told.items()}
+            flags = _missing(cohort.client_ids, statistics)
+            if statistics:
+                places = [n for n, client in enumerate(cohort.client_ids) if client in statistics]
+                mixtures = {c: read_class_mixtures(sent, c) for c, sent in statistics.items()}
                 check_comparable(mixtures)
-                near = data_similarity(client_distances(list(mixtures.values())))
+                of_data = data_similarity(client_distances(list(mixtures.values())))
                 both = np.ix_(places, places)
-                known = self.lam * near + (1 - self.lam) * likeness[both]
-                likeness = likeness.copy()
-                likeness[both] = known
+                combined = self.lam * of_data + (1 - self.lam) * similarity[both]
+                similarity = similarity.copy()
+                similarity[both] = combined
         # Relative to the row's largest, so that nothing overflows at a low temperature.
-        exponent = (likeness - likeness.max(axis=1, keepdims=True)) / self.temperature
-        found = np.exp(exponent)
+        exponent = (similarity - similarity.max(axis=1, keepdims=True)) / self.temperature
+        weights = np.exp(exponent)
         if self.weight_by_examples:
-            found = found * cohort.shares.cpu().numpy()
-        found = found / found.sum(axis=1, keepdims=True)
-        return Mixing(torch.from_numpy(found), flags)
+            weights = weights * cohort.shares.cpu().numpy()
+        weights = weights / weights.sum(axis=1, keepdims=True)
+        return Mixing(torch.from_numpy(weights), flags)
 
     def _model_similarity(self, cohort: Cohort, previous: Broadcast) -> np.ndarray:
         groups = cohort.layout.groups
@@ -227,8 +222,8 @@ class CELoRA(Method):
         if self.similarity == "cka":
             return cka_similarity(cores).cpu().numpy()
         if self.reference == "previous_mean":
-            held = previous.layout.gather(previous.row, cohort.layout).to(updates.dtype)
-            starts = [group.view(held) for group in groups]
+            mean = previous.layout.gather(previous.row, cohort.layout).to(updates.dtype)
+            starts = [group.view(mean) for group in groups]
         else:
             # Rows are R times the client's scaling, so what does not move is that times I.
             columns = {module: j for j, module in enumerate(cohort.layout.modules)}
@@ -239,19 +234,3 @@ class CELoRA(Method):
                 starts.append((scale[:, :, None, None] * eye).to(updates))
         moves = [core - start for core, start in zip(cores, starts, strict=True)]
         return cosine_similarity(moves).cpu().numpy()
-
-
-def _number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
-
-
-def _missing(clients: tuple[str, ...], told: Mapping[str, object]) -> tuple[str, ...]:
-    silent = [client for client in clients if client not in told]
-    if not silent:
-        return ()
-    if not told:
-        return ("no client told anything of its data: mixed by likeness of the models alone",)
-    return (
-        f"{len(silent)} of {len(clients)} clients told nothing of their data, first {silent[0]}: "
-        "compared by likeness of the models alone",
-    )

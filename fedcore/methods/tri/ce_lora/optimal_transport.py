@@ -53,18 +53,18 @@ def transport_costs(first: Array, second: Array, costs: Array) -> Array:
         >>> transport_costs(half, half, np.array([[[0.0, 4.0], [4.0, 1.0]]]))
         array([0.5])
     """
-    found = np.empty(len(costs))
+    optima = np.empty(len(costs))
     small = ~(first[:, SMALL:].any(axis=1) | second[:, SMALL:].any(axis=1))
     (places,) = np.nonzero(small)
     for start in range(0, len(places), _BATCH):
         part = places[start : start + _BATCH]
-        found[part] = _three_by_three(
+        optima[part] = _three_by_three(
             first[part, :SMALL], second[part, :SMALL], costs[part, :SMALL, :SMALL]
         )
     large = ~small
     if large.any():
-        found[large] = _one_by_one(first[large], second[large], costs[large])
-    return found
+        optima[large] = _one_by_one(first[large], second[large], costs[large])
+    return optima
 
 
 def _three_by_three(first: Array, second: Array, costs: Array) -> Array:
@@ -94,11 +94,11 @@ def _one_by_one(first: Array, second: Array, costs: Array) -> Array:
         import ot
     except ImportError:
         raise missing_extra("POT", "run") from None
-    found = np.empty(len(costs))
+    optima = np.empty(len(costs))
     for p, (a, b, cost) in enumerate(zip(first, second, costs, strict=True)):
         here, there = a > 0, b > 0
         # Without its own check of the totals, which takes longer than the solver.
-        found[p], about = ot.emd2(
+        optima[p], about = ot.emd2(
             a[here],
             b[there],
             np.ascontiguousarray(cost[here][:, there]),
@@ -109,4 +109,4 @@ def _one_by_one(first: Array, second: Array, costs: Array) -> Array:
         if about["warning"]:
             sizes = f"{int(here.sum())} x {int(there.sum())}"
             raise FedcoreError(f"transport between {sizes} atoms: {about['warning']}")
-    return found
+    return optima

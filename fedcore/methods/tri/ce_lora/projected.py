@@ -9,11 +9,21 @@ from typing import Any, ClassVar, Literal, get_args
 import torch
 from torch import Tensor
 
-from fedcore.errors import FedcoreError, unknown_name
-from fedcore.methods.base import Aggregate, Broadcast, ClientPlan, Family, Traits, Upload
-from fedcore.methods.shared.factor_pairs import PairGroup, check_cores, pair_groups
+from fedcore.checks import choice
+from fedcore.errors import FedcoreError
+from fedcore.methods.base import (
+    Aggregate,
+    Broadcast,
+    Capabilities,
+    ClientPlan,
+    Description,
+    Family,
+    Upload,
+)
+from fedcore.methods.shared.factor_pairs import PairGroup, pair_groups
 from fedcore.methods.shared.linear import LinearMethod
-from fedcore_kernels.layout import FactorLayout
+from fedcore.methods.shared.uploads import check_cores
+from fedcore_kernels import FactorLayout
 
 Init = Literal["random", "xs"]
 
@@ -52,24 +62,19 @@ class CELoRAProjected(LinearMethod):
     init: Init = "xs"
 
     name: ClassVar[str] = "ce_lora.projected"
-    summary: ClassVar[str] = "cores projected onto common bases, averaged"
-    paper: ClassVar[str] = "arXiv 2503.23869, projection ours"
     family: ClassVar[Family] = "tri"
-    uploads: ClassVar[Literal["factors", "statistics"]] = "statistics"
-    traits: ClassVar[Traits] = Traits(
+    capabilities: ClassVar[Capabilities] = Capabilities(linear=True, uploads="statistics")
+    description: ClassVar[Description] = Description(
+        summary="cores projected onto common bases, averaged",
+        paper="arXiv 2503.23869, projection ours",
         exact="when the clients' bases stay in the spans of the common ones, else its projection",
-        linear=True,
-        mixed_ranks=False,
-        personalised=False,
-        streaming=True,
         uplink="r^2",
         downlink="r^2",
         server_cost="2 N r^2",
     )
 
     def __post_init__(self) -> None:
-        if self.init not in get_args(Init):
-            raise unknown_name(f"init of {self.name}", str(self.init), get_args(Init))
+        choice(self.name, "init", self.init, get_args(Init))
 
     @property
     def adapter_options(self) -> Mapping[str, Any]:
@@ -77,16 +82,12 @@ class CELoRAProjected(LinearMethod):
         return {"init": self.init}
 
     def plan(self, round: int) -> ClientPlan:
-        """Train everything; what is sent is a core, and the head."""
-        return ClientPlan(trains=frozenset("ABR"), sends=frozenset("R"))
+        """Train everything; what is sent is a core, which depends on the bases, and the head.
 
-    def read_layout(self, broadcast: FactorLayout, round: int) -> FactorLayout:
-        """All of the broadcast: the core to be sent depends on the bases."""
-        return broadcast.select("ABR")
-
-    def private_layout(self, broadcast: FactorLayout, round: int) -> FactorLayout:
-        """Nothing: every round starts from the common bases."""
-        return broadcast.select((), dense=False)
+        Nothing is a client's own: every round starts from the common bases.
+        """
+        everything = frozenset("ABR")
+        return ClientPlan(everything, frozenset("R"), reads=everything, private=frozenset())
 
     def prepare_upload(
         self, row: Tensor, layout: FactorLayout, broadcast: Broadcast, round: int

@@ -1,7 +1,7 @@
-"""How alike the data of clients is, from the mixtures that they tell of their classes.
+"""How similar clients are: by the mixtures that describe their data, and by their models' cores.
 
-Optimal transport three times over: between Gaussians, between the mixtures of two classes, between
-the classes of two clients,
+*Data.* Optimal transport three times over: between Gaussians, between the mixtures of two classes,
+between the classes of two clients,
 
     W2^2(g, g')   = ||mean - mean'||^2 + ||deviation - deviation'||^2     (diagonal covariances)
     MW2^2(c, c')  = OT(weights, weights', W2^2)
@@ -10,6 +10,8 @@ the classes of two clients,
 all exact. Labels are not compared, so clients without a class in common have a distance too.
 ``D`` is a metric: zero for equal mixtures in any order, symmetric, with the triangle inequality.
 MW2 is due to Delon and Desolneux, arXiv 1907.05254.
+
+*Models.* The mean over modules of the cosine of what training changed, or of linear CKA.
 """
 
 from __future__ import annotations
@@ -24,11 +26,28 @@ from torch import Tensor
 from fedcore.methods.tri.ce_lora.class_mixtures import ClassMixtures
 from fedcore.methods.tri.ce_lora.optimal_transport import Array, transport_costs
 
+# Below this ratio of a distance to the norms behind it, it is summed from the differences.
 _NEAR = 1e-6
-"""Below this ratio of a distance to the norms behind it, it is summed from the differences."""
 
+# Differences that are formed at a time.
 _BATCH = 1024
-"""Differences that are formed at a time."""
+
+
+def _cosines(vectors: Tensor) -> Tensor:
+    """``(L, N, N)`` of vectors ``(L, N, n)``."""
+    # Scaled by the largest entry first, so that tiny moves do not underflow when squared.
+    largest = vectors.abs().amax(-1, keepdim=True)
+    still = largest[..., 0] == 0
+    scaled = vectors / torch.where(largest == 0, 1.0, largest)
+    unit = scaled / torch.where(still[..., None], 1.0, scaled.norm(dim=-1, keepdim=True))
+    cosines = unit @ unit.mT
+    cosines[still[:, :, None] & still[:, None, :]] = 1.0
+    cosines.diagonal(dim1=1, dim2=2).fill_(1.0)
+    return cosines
+
+
+def _mean_over_modules(groups: Sequence[Tensor]) -> Tensor:
+    return torch.cat(list(groups)).mean(0)
 
 
 def component_distances(means: Array, deviations: Array) -> Array:
@@ -51,12 +70,12 @@ def component_distances(means: Array, deviations: Array) -> Array:
     products = centred @ centred.T
     norms = products.diagonal()
     scale = norms[:, None] + norms
-    found = scale - 2 * products
-    first, second = np.nonzero(np.triu(found <= _NEAR * scale))
+    distances = scale - 2 * products
+    first, second = np.nonzero(np.triu(distances <= _NEAR * scale))
     for start in range(0, len(first), _BATCH):
         i, j = first[start : start + _BATCH], second[start : start + _BATCH]
-        found[i, j] = found[j, i] = np.square(points[i] - points[j]).sum(axis=1)
-    return found
+        distances[i, j] = distances[j, i] = np.square(points[i] - points[j]).sum(axis=1)
+    return distances
 
 
 def group_distances(costs: Array, masses: Array, sizes: NDArray[np.int64]) -> Array:
@@ -78,9 +97,9 @@ def group_distances(costs: Array, masses: Array, sizes: NDArray[np.int64]) -> Ar
     padded = np.where(there, masses[atoms], 0.0)
     first, second = np.triu_indices(n, 1)
     between = costs[atoms[first][:, :, None], atoms[second][:, None, :]]
-    found = np.zeros((n, n))
-    found[first, second] = transport_costs(padded[first], padded[second], between)
-    return found + found.T
+    distances = np.zeros((n, n))
+    distances[first, second] = transport_costs(padded[first], padded[second], between)
+    return distances + distances.T
 
 
 def client_distances(mixtures: Sequence[ClassMixtures]) -> Array:
@@ -122,7 +141,7 @@ def cosine_similarity(moves: Sequence[Tensor]) -> Tensor:
     Args:
         moves: ``(N, L, r, r)`` for each group of modules of one rank: what training changed,
             ``R - I`` or the difference to the last mean. On ``R`` itself, which stays near the
-            identity, everybody would look alike.
+            identity, all clients would look the same.
 
     Returns:
         ``(N, N)`` fp64 in [-1, 1] up to rounding, one on the diagonal.
@@ -146,20 +165,3 @@ def cka_similarity(cores: Sequence[Tensor]) -> Tensor:
     # ||X_j^T X_i||^2 = <X_i X_i^T, X_j X_j^T>: the cosine of the Grams.
     grams = [x.double() @ x.double().mT for x in cores]
     return _mean_over_modules([_cosines(x.flatten(2).transpose(0, 1)) for x in grams])
-
-
-def _cosines(vectors: Tensor) -> Tensor:
-    """``(L, N, N)`` of vectors ``(L, N, n)``."""
-    # Scaled by the largest entry first, so that tiny moves do not underflow when squared.
-    largest = vectors.abs().amax(-1, keepdim=True)
-    still = largest[..., 0] == 0
-    scaled = vectors / torch.where(largest == 0, 1.0, largest)
-    unit = scaled / torch.where(still[..., None], 1.0, scaled.norm(dim=-1, keepdim=True))
-    found = unit @ unit.mT
-    found[still[:, :, None] & still[:, None, :]] = 1.0
-    found.diagonal(dim1=1, dim2=2).fill_(1.0)
-    return found
-
-
-def _mean_over_modules(groups: Sequence[Tensor]) -> Tensor:
-    return torch.cat(list(groups)).mean(0)

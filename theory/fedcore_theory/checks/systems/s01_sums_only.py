@@ -11,8 +11,9 @@ import torch
 from fedcore.data.cohort import Cohort, CohortBuilder
 from fedcore.data.validation import identical_rows
 from fedcore.errors import FedcoreError
-from fedcore.experiments.privacy import aggregate_securely, check_sums_suffice
-from fedcore.methods import METHODS, Broadcast, Method, create_method
+from fedcore.experiments.privacy import aggregate_securely
+from fedcore.methods import Broadcast, Method, create_method
+from fedcore.methods.requirements import EXCHANGES, SECURE_SUM, methods_meeting, refuse
 from fedcore_kernels.layout import FactorLayout
 from fedcore_theory.check import Check, Measured, Outcome, least, worst
 from fedcore_theory.figures import bars
@@ -47,10 +48,15 @@ def from_mean_alone(method: Method) -> None:
     method.from_mean(torch.zeros(layout.size), layout, Broadcast(layout, torch.zeros(layout.size)))
 
 
+def behind_a_sum(method: Method) -> None:
+    """Ask for a round behind secure aggregation."""
+    refuse(method, SECURE_SUM, "round.secure_sum")
+
+
 def measure(
     cases: Iterable[Factors],
     notices: Callable[[torch.Tensor], bool] = identical_rows,
-    engine_permits: Permits = check_sums_suffice,
+    engine_permits: Permits = behind_a_sum,
     method_permits: Permits = from_mean_alone,
 ) -> Outcome:
     """What is lost, what notices it, and who may run behind a sum."""
@@ -78,9 +84,9 @@ def measure(
                 "true error of the model": missed[0],
             },
         }
-    exchanging = [kind() for kind in METHODS if kind.population == "clients"]
+    exchanging = methods_meeting((EXCHANGES,))
     wrong = sum(
-        _raises(permits, method) == method.traits.linear
+        _raises(permits, method) == method.capabilities.linear
         for permits in (engine_permits, method_permits)
         for method in exchanging
     )

@@ -1,0 +1,386 @@
+"""Everything a run writes into its folder, as models that its writers and readers share.
+
+Rounds are counted from 0; round -1 is the initial model, evaluated before any training. A number
+that is undefined or was not measured is ``None``, in JSON ``null``, never 0 and never NaN. Bytes
+and seconds of a round are sums over its clients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import isfinite
+from statistics import fmean
+from typing import Annotated, Any
+
+from fedcore.errors import missing_extra
+from fedcore.federation.measures import Measure
+
+try:
+    from pydantic import (
+        AfterValidator,
+        BaseModel,
+        BeforeValidator,
+        ConfigDict,
+        Field,
+        Strict,
+        ValidationInfo,
+        field_validator,
+        model_validator,
+    )
+    from pydantic_core import PydanticCustomError
+except ImportError as error:
+    raise missing_extra("pydantic", "run") from error
+
+
+def _undefined(value: Any) -> bool:
+    return value is None or (isinstance(value, float) and not isfinite(value))
+
+
+def _defined(values: Any) -> Any:
+    if not isinstance(values, dict):
+        return values
+    return {name: value for name, value in values.items() if not _undefined(value)}
+
+
+def _distinct(names: tuple[str, ...]) -> tuple[str, ...]:
+    if len(set(names)) != len(names):
+        raise PydanticCustomError("repeated", "a list of strings that are all different")
+    return names
+
+
+Whole = Annotated[int, Strict()]
+Count = Annotated[int, Strict(), Field(ge=0)]
+Number = Annotated[
+    Annotated[float, Strict()] | None,
+    BeforeValidator(lambda value: None if _undefined(value) else value),
+]
+"""A number, or ``None`` where it is undefined: NaN and infinities become ``None``."""
+
+Numbers = Annotated[dict[str, Annotated[float, Strict()]], BeforeValidator(_defined)]
+"""Numbers by name, without those that are undefined."""
+
+Names = Annotated[tuple[str, ...], AfterValidator(_distinct)]
+
+
+class Record(BaseModel):
+    """Frozen; keys that it does not know are ignored, since later versions may write more."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", populate_by_name=True)
+
+    def plain(self) -> dict[str, Any]:
+        """As JSON values: what was set, so that a record is written as it was read."""
+        return self.model_dump(mode="json", by_alias=True, exclude_unset=True)
+
+
+class Traffic(Record):
+    """Bytes in one direction; heads and other dense tensors never count as adapter traffic."""
+
+    adapter: Count
+    head: Count
+
+    @property
+    def total(self) -> int:
+        """Adapter and head together."""
+        return self.adapter + self.head
+
+    def __add__(self, other: Traffic) -> Traffic:
+        return Traffic(adapter=self.adapter + other.adapter, head=self.head + other.head)
+
+
+NO_TRAFFIC = Traffic(adapter=0, head=0)
+
+
+class ClientRound(Record):
+    """One client in one round.
+
+    ``global_accuracy`` and ``global_loss`` are those of the model which the client holds after the
+    round, the global one or, of personalised methods, its own; ``local_accuracy`` and
+    ``local_loss`` those of its model after local training and before aggregation. All on the
+    client's own held-out shard.
+    """
+
+    client: str
+    examples: Count = 0
+    train_loss: Number = None
+    global_accuracy: Number = None
+    local_accuracy: Number = None
+    global_loss: Number = None
+    local_loss: Number = None
+
+    def global_quality(self, measure: Measure) -> float | None:
+        """Of the model that the client holds after the round."""
+        return measure.of(self.global_accuracy, self.global_loss)
+
+    def local_quality(self, measure: Measure) -> float | None:
+        """Of the client's model after local training."""
+        return measure.of(self.local_accuracy, self.local_loss)
+
+
+class DroppedClient(Record):
+    """A client that was selected and whose upload was not used."""
+
+    client: str
+    reason: str
+
+
+class ModuleRound(Record):
+    """One adapted module in one round.
+
+    ``aggregation_error`` is the Frobenius distance of the broadcast product to the exact weighted
+    mean of products, relative to that mean, and must lie between ``error_floor`` and
+    ``error_ceiling``; ``factor_drift`` is how far the factors moved, relative to their size.
+    """
+
+    module: str
+    aggregation_error: Number = None
+    factor_drift: Number = None
+    kept_rank: Whole | None = None
+    condition: Number = None
+    error_floor: Number = None
+    error_ceiling: Number = None
+
+
+class Spending(Record):
+    """What either kind of differential privacy has in common.
+
+    ``noise`` is ``"seeded"`` where the run's seed gives the noise, ``"secret"`` where nothing does.
+    """
+
+    accountant: str
+    delta: Number
+    noise_multiplier: Number
+    noise: str
+
+
+class PrivacySpent(Spending):
+    """What the clients have spent of their examples' privacy up to the end of a round.
+
+    ``epsilon`` maps a client to the epsilon of (epsilon, ``delta``)-differential privacy of any one
+    of its examples, by ``accountant``; ``steps`` to the noisy steps that it has made.
+    """
+
+    max_grad_norm: Number
+    steps: dict[str, Whole] = {}
+    epsilon: Numbers
+
+    @property
+    def largest(self) -> tuple[str, float] | None:
+        """The client that has spent the most, and its epsilon."""
+        if not self.epsilon:
+            return None
+        client = max(sorted(self.epsilon), key=lambda name: self.epsilon[name])
+        return client, self.epsilon[client]
+
+
+class PrivacySummary(PrivacySpent):
+    """The same after a run, with the client that has spent the most."""
+
+    largest_epsilon: Number = None
+    largest_epsilon_client: str | None = None
+
+
+class CentralPrivacySpent(Spending):
+    """What every client has spent of its privacy, as a whole, up to the end of a round."""
+
+    max_norm: Number
+    sampling_rate: Number = None
+    rounds: Whole | None = None
+    epsilon: Number
+
+
+_OF_TRAINED = ("train_loss", "clients", "dropped", "bytes_up", "bytes_down", "modules")
+"""Fields that every round but the initial one has; one that lacks them had a broken writer."""
+
+
+class Round(Record):
+    """One completed round: a line of ``metrics.jsonl``.
+
+    ``clients`` may hold more than the ``sampled`` ones, which took part; ``flags`` is what the
+    method wants a user to know. ``upload_error`` is what the number format of the uploads lost of
+    them, relative to their norm, on average over the clients.
+    """
+
+    index: Annotated[int, Strict(), Field(ge=-1, alias="round")]
+    accuracy: Number
+    loss: Number
+    train_loss: Number = None
+    clients: tuple[ClientRound, ...] = ()
+    sampled: Names = ()
+    dropped: tuple[DroppedClient, ...] = ()
+    flags: tuple[str, ...] = ()
+    bytes_up: Traffic = NO_TRAFFIC
+    bytes_down: Traffic = NO_TRAFFIC
+    upload_error: Number = None
+    seconds: Numbers = {}
+    modules: tuple[ModuleRound, ...] = ()
+    privacy: PrivacySpent | None = None
+    central_privacy: CentralPrivacySpent | None = None
+
+    @model_validator(mode="after")
+    def _whole(self) -> Round:
+        for name in _OF_TRAINED:
+            if self.index >= 0 and name not in self.model_fields_set:
+                raise PydanticCustomError(
+                    "missing", "field {name} is missing", {"name": repr(name)}
+                )
+        return self
+
+    @property
+    def done(self) -> int:
+        """Rounds completed once this one is: 0 for the initial model."""
+        return self.index + 1
+
+    @property
+    def took_part(self) -> tuple[str, ...]:
+        """The sampled clients; without a list of them, those that trained or were dropped."""
+        if "sampled" in self.model_fields_set:
+            return self.sampled
+        trained = {c.client for c in self.clients if self.index >= 0 and c.train_loss is not None}
+        return tuple(sorted(trained | {d.client for d in self.dropped}))
+
+    def quality(self, measure: Measure) -> float | None:
+        """Of the global model on all held-out examples."""
+        return measure.of(self.accuracy, self.loss)
+
+    def client_qualities(self, measure: Measure) -> list[float]:
+        """Quality at each client that was evaluated: the global model's, or, where clients train
+        alone and there is none, their own models'.
+        """
+        whole = [c.global_quality(measure) for c in self.clients]
+        own = [c.local_quality(measure) for c in self.clients]
+        known = [[q for q in qualities if q is not None] for qualities in (whole, own)]
+        return known[0] or known[1]
+
+    def gap(self, measure: Measure) -> float | None:
+        """Mean of local minus global quality over the clients that have both."""
+        pairs = [(c.local_quality(measure), c.global_quality(measure)) for c in self.clients]
+        return mean_or_none(
+            [own - whole for own, whole in pairs if own is not None and whole is not None]
+        )
+
+    def module_values(self, quantity: str) -> list[float]:
+        """The defined values of a :class:`ModuleRound` field over the modules."""
+        return [v for m in self.modules if (v := getattr(m, quantity)) is not None]
+
+
+class Summary(Record):
+    """``summary.json``: how a run ended. ``rounds`` are those that a finished run has completed.
+
+    The quality is written under the name of the run's measure; ``worst_client``, ``mean_client``
+    and ``best_client`` are on that measure.
+    """
+
+    recipe: str
+    method: str
+    seed: Whole | None
+    rounds: Count
+    clients: Count | None = None
+    finished: Annotated[bool, Strict()]
+    accuracy: Number = None
+    loss: Number = None
+    perplexity: Number = None
+    best_accuracy: Number = None
+    best_perplexity: Number = None
+    worst_client: Number = None
+    mean_client: Number = None
+    best_client: Number = None
+    bytes_up: Traffic
+    bytes_down: Traffic
+    seconds: Numbers = {}
+    peak_memory_bytes: Whole | None = None
+    git: str | None = None
+    versions: dict[str, str] = {}
+    privacy: PrivacySummary | None = None
+    central_privacy: CentralPrivacySpent | None = None
+    target_accuracy: Number = None
+    target_perplexity: Number = None
+    rounds_to_target: Whole | None = None
+    bytes_to_target: Whole | None = None
+    adapters: tuple[str, ...] = ()
+
+    def quality(self, measure: Measure) -> float | None:
+        """Of the global model after the last round in which it was evaluated."""
+        return self._on(measure.name)
+
+    def best_quality(self, measure: Measure) -> float | None:
+        """Of the global model after any round."""
+        return self._on(f"best_{measure.name}")
+
+    def target(self, measure: Measure) -> float | None:
+        """The quality that ``rounds_to_target`` counts up to."""
+        return self._on(f"target_{measure.name}")
+
+    def _on(self, name: str) -> float | None:
+        value: float | None = getattr(self, name)
+        return value
+
+
+class Environment(Record):
+    """``environment.json``: what results may depend on; ``versions`` maps package to version."""
+
+    model_config = ConfigDict(extra="allow")
+
+    python: str | None = None
+    platform: str | None = None
+    machine: str | None = None
+    cpus: Whole | None = None
+    threads: Whole | None = None
+    gpu: str | None = None
+    git_commit: str | None = None
+    versions: dict[str, str] = {}
+
+
+class Partition(Record):
+    """``partition.json``: examples by client and class.
+
+    ``class_counts``, the training examples, and ``test_counts`` are (clients, classes).
+    """
+
+    label_names: Names
+    client_ids: Names
+    class_counts: tuple[tuple[Count, ...], ...]
+    test_counts: tuple[tuple[Count, ...], ...]
+
+    @field_validator("class_counts", "test_counts")
+    @classmethod
+    def _fits(
+        cls, table: tuple[tuple[int, ...], ...], info: ValidationInfo
+    ) -> tuple[tuple[int, ...], ...]:
+        rows, columns = (len(info.data.get(name, ())) for name in ("client_ids", "label_names"))
+        if len(table) != rows or any(len(row) != columns for row in table):
+            raise PydanticCustomError(
+                "size",
+                "{rows} rows (clients) of {columns} counts >= 0 (classes)",
+                {"rows": rows, "columns": columns},
+            )
+        return table
+
+    @property
+    def majority_rate(self) -> float | None:
+        """Accuracy on all held-out examples of always answering their most frequent class."""
+        totals = [sum(column) for column in zip(*self.test_counts, strict=True)]
+        return max(totals) / sum(totals) if sum(totals) else None
+
+    @property
+    def smallest_test(self) -> int | None:
+        """Held-out examples of the client with the fewest."""
+        return min((sum(row) for row in self.test_counts), default=None)
+
+
+class Sample(Record):
+    """``sample.json``: the beginning of a held-out text, its own continuation, and the models'.
+
+    ``client`` names whose model it is where there is no global one.
+    """
+
+    domain: str
+    prompt: str
+    reference: str
+    before: str
+    after: str
+    client: str | None = None
+
+
+def mean_or_none(values: Sequence[float]) -> float | None:
+    """The arithmetic mean, or ``None`` of nothing."""
+    return fmean(values) if values else None
