@@ -64,7 +64,8 @@ from fedcore.tuners import GramConfig, TriConfig
 from fedcore.tuners.gram.frames import FrameRecipe, StructuredFrame
 from fedcore_kernels import FactorLayout
 from tests.experiments.jobs import tiny_causal_recipe, tiny_recipe
-from tests.transports.flower.grid import FakeGrid, recipe_nodes
+from tests.transports.flower.grid import FakeGrid
+from tests.transports.flower.recipe_nodes import recipe_nodes
 from tests.transports.nvflare_stand_in import install
 from tests.tuners.tiny import bert
 

@@ -39,6 +39,18 @@ def random_row(layout: FactorLayout, seed: int) -> Tensor:
     return row
 
 
+def client_rows(
+    method: Method, previous: Broadcast, round: int, seed: int, spread: float = 0.3
+) -> tuple[Tensor, Tensor]:
+    """A client's model ``(P,)`` after training, ``spread`` away from the broadcast in every slot,
+    and what it sends.
+    """
+    layout = previous.layout
+    trained = previous.row + spread * random_row(layout, seed).to(previous.row.dtype)
+    read = method.read_layout(layout, round)
+    return trained, method.prepare_upload(layout.gather(trained, read), read, previous, round).row
+
+
 def make_method_round(
     method: Method,
     weights: Sequence[float],
@@ -51,12 +63,10 @@ def make_method_round(
     """Clients ``c000, c001, ...`` that start from one broadcast and end ``spread`` away from it."""
     layout = family_layout(method.family)
     previous = Broadcast(layout, (0.5 * random_row(layout, seed)).to(dtype))
-    read, sent = method.read_layout(layout, round), method.upload_layout(layout, round)
+    sent = method.upload_layout(layout, round)
     clients = [f"c{n:03d}" for n in range(len(weights))]
     builder = CohortBuilder(sent, clients, round=round, dtype=dtype)
     for n, (client, weight) in enumerate(zip(clients, weights, strict=True)):
-        trained = previous.row + spread * random_row(layout, seed + n + 1).to(dtype)
-        row = layout.gather(trained, read)
-        builder.row(client).copy_(method.prepare_upload(row, read, previous, round).row)
+        builder.row(client).copy_(client_rows(method, previous, round, seed + n + 1, spread)[1])
         builder.receive(client, weight, round=round)
     return builder.finish(), previous

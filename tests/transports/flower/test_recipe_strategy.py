@@ -17,7 +17,8 @@ from fedcore.transports.flower.client import ClientMemory, introduce, model_tens
 from fedcore.transports.flower.messages import to_arrays
 from fedcore.transports.flower.recipe_strategy import RecipeStrategy
 from tests.experiments.jobs import tiny_recipe
-from tests.transports.flower.grid import FakeGrid, recipe_nodes
+from tests.transports.flower.grid import FakeGrid
+from tests.transports.flower.recipe_nodes import recipe_nodes
 
 
 def local_state(recipe, folder):

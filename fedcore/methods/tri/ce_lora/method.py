@@ -216,11 +216,13 @@ class CELoRA(Method):
 
     def _model_similarity(self, cohort: Cohort, previous: Broadcast) -> np.ndarray:
         groups = cohort.layout.groups
-        cores = [group.view(cohort.updates) for group in groups]
+        # The difference to the start must not be rounded to the wire's bf16 or fp16.
+        updates = cohort.updates.to(torch.promote_types(cohort.updates.dtype, torch.float32))
+        cores = [group.view(updates) for group in groups]
         if self.similarity == "cka":
             return cka_similarity(cores).cpu().numpy()
         if self.reference == "previous_mean":
-            mean = previous.layout.gather(previous.row, cohort.layout).to(cohort.updates.dtype)
+            mean = previous.layout.gather(previous.row, cohort.layout).to(updates.dtype)
             starts = [group.view(mean) for group in groups]
         else:
             # Rows are R times the client's scaling, so what does not move is that times I.
@@ -229,6 +231,6 @@ class CELoRA(Method):
             for group in groups:
                 scale = cohort.scalings[:, [columns[module] for module in group.modules]]
                 eye = torch.eye(group.rows, dtype=torch.float64)
-                starts.append((scale[:, :, None, None] * eye).to(cohort.updates))
+                starts.append((scale[:, :, None, None] * eye).to(updates))
         moves = [core - start for core, start in zip(cores, starts, strict=True)]
         return cosine_similarity(moves).cpu().numpy()
