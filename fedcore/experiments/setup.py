@@ -215,7 +215,8 @@ def client_ranks(
     if not given or all(rank == recipe.adapter.rank for rank in given):
         return {}
     needs = (MIXED_RANKS, of_family(method.family))
-    refuse(method, needs, f"adapter.client_ranks is {list(given)}")
+    where, otherwise = f"adapter.client_ranks is {list(given)}", "give all clients one rank"
+    refuse(method, needs, where, otherwise)
     return {
         client: dict.fromkeys(modules, given[i % len(given)])
         for i, client in enumerate(sorted(ids))

@@ -183,7 +183,7 @@ def _ranks(
         return {}
     count("", "rank", rank, least=1)
     needs = (ANY_RANK, NO_ROUNDS, of_family(method.family))
-    refuse(method, needs, f"rank is {rank}", ", or leave it out")
+    refuse(method, needs, f"rank is {rank}", "leave it out")
     if method.family == "gram" and previous is not None:
         raise FedcoreError(
             f"rank is {rank}; factors that are aligned to previous keep its rank, leave rank out"
@@ -237,7 +237,7 @@ def check_usable(method: Method, previous: bool, align: bool | None) -> Method:
     refuse(method, (NO_ROUNDS,), "adapters that were trained elsewhere")
     if not previous:
         needs = (NO_ROUNDS, NO_PREVIOUS, of_family(method.family))
-        refuse(method, needs, "adapters without previous", ", or pass previous")
+        refuse(method, needs, "adapters without previous", "pass previous")
     if method.capabilities.history == "alignment" and not previous and _aligns(method):
         if align:
             raise FedcoreError(

@@ -82,7 +82,7 @@ class FedLoRAAggregator(ModelAggregator):  # type: ignore[misc,unused-ignore]
             raise FedcoreError(f"on_invalid is {on_invalid!r}; pass 'raise' or 'drop'")
         self._method = create_method(method, **(options or {}))
         needs = (*ONE_BROADCAST, KEEPS_BASE)
-        refuse(self._method, needs, "a job of NVFlare", ", or another engine")
+        refuse(self._method, needs, "a job of NVFlare", "take another engine")
         self._start = read_adapter(adapter)
         if self._start.family != self._method.family:
             raise FedcoreError(

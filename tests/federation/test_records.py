@@ -152,6 +152,22 @@ def test_what_is_no_object_is_refused():
         validated(Round, [], "F")
 
 
+def test_a_file_that_cannot_be_read_is_named(tmp_path):
+    file = tmp_path / "environment.json"
+    with pytest.raises(FedcoreError, match=r"cannot read .*environment\.json"):
+        read_record(Environment, file)
+    file.write_text("[" * 100_000)
+    with pytest.raises(FedcoreError, match=r"cannot read .*environment\.json"):
+        read_record(Environment, file)
+
+
+def test_an_infinite_number_of_an_older_file_is_undefined(tmp_path):
+    file = tmp_path / "summary.json"
+    recorded = json.loads((RECORDED / "language-model" / "summary.json").read_text())
+    file.write_text(json.dumps({**recorded, "perplexity": float("inf")}))
+    assert read_record(Summary, file).perplexity is None
+
+
 def test_undefined_numbers_are_counted():
     assert parse_json(b'{"a": NaN, "b": [-Infinity, 1]}', "F") == ({"a": None, "b": [None, 1]}, 2)
 

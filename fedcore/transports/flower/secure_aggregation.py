@@ -80,7 +80,7 @@ class SecureFedLoRA(FedAvg):
         **fedavg: Any,
     ) -> None:
         self.method = create_method(method) if isinstance(method, str) else method
-        otherwise = ", or round.secure_sum of a recipe"
+        otherwise = "take round.secure_sum of a recipe"
         refuse(self.method, (*SECURE_SUM, SENDS_FACTORS), "Flower's secure aggregation", otherwise)
         self.key_map, row = KeyMap.of(adapter)
         if self.key_map.family != self.method.family:
