@@ -87,10 +87,10 @@ class AdapterState:
                 configuration does not declare, tensors of more than two axes, an integer or complex
                 dtype, or no tensor.
         """
-        found = cls.from_tensors(tensors, name=name)
+        state = cls.from_tensors(tensors, name=name)
         scaling = {}
-        for module in found.factors:
-            rank = found.rank(module)
+        for module in state.factors:
+            rank = state.rank(module)
             try:
                 declared, scaling[module] = declared_rank_and_scaling(config, module)
             except FedcoreError as error:
@@ -99,7 +99,7 @@ class AdapterState:
                 raise FedcoreError(
                     f"{name}: module {module} has rank {rank}, its configuration says {declared}"
                 )
-        return replace(found, scaling=scaling, config=config)
+        return replace(state, scaling=scaling, config=config)
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor], *, name: str = "adapter") -> AdapterState:
@@ -249,11 +249,11 @@ def declared_rank_and_scaling(config: Mapping[str, Any], module: str) -> tuple[i
 
 
 def _declared(config: Mapping[str, Any], patterns: str, module: str, default: str) -> Any:
-    """What the first of the ``patterns`` that matches ``module`` says, else ``default``."""
-    found = config.get(patterns) or {}
-    if not isinstance(found, Mapping):
-        raise FedcoreError(f"{patterns} is {found!r:.60}; a mapping of patterns is needed")
-    for pattern, value in found.items():
+    """The value of the first of the ``patterns`` that matches ``module``, else of ``default``."""
+    declared = config.get(patterns) or {}
+    if not isinstance(declared, Mapping):
+        raise FedcoreError(f"{patterns} is {declared!r:.60}; a mapping of patterns is needed")
+    for pattern, value in declared.items():
         if not isinstance(pattern, str) or _NESTED_REPEAT.search(pattern):
             raise FedcoreError(f"{patterns} has {pattern!r:.60}, a repetition of repetitions")
         try:

@@ -1,4 +1,4 @@
-"""One round's uploads as one matrix: a row a client."""
+"""One round's uploads as one matrix: one row per client."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Cohort:
         ranks: ``(N, L)`` int64, the rank of each module (columns as ``layout.modules``).
         scalings: ``(N, L)`` fp64, what was absorbed, relative to the server's own scaling.
         dropped: clients left out, with reasons.
-        statistics: client id to what it told of its data before its first round, by name.
+        statistics: client id to the statistics of its data, sent before its first round, by name.
     """
 
     layout: FactorLayout
@@ -209,8 +209,8 @@ class CohortBuilder:
             raise FedcoreError(f"round {self.round}: client {client_id} reported twice")
         self._received.add(client_id)
         if ranks is not None:
-            kept = [ranks[module] for module in self.layout.modules]
-            self._ranks[place] = torch.tensor(kept, dtype=torch.int64)
+            columns = [ranks[module] for module in self.layout.modules]
+            self._ranks[place] = torch.tensor(columns, dtype=torch.int64)
         stale = round is not None and round != self.round
         changed = expected_frozen is not None and frozen != expected_frozen
         problem = (
@@ -245,18 +245,18 @@ class CohortBuilder:
             if client not in self._received
         ]
         valid = [c for c in self._order if c in self._received and c not in self._problems]
-        kept = [client for client in valid if self._weights[self._index[client]] > 0]
-        if valid and not kept:
+        weighted = [client for client in valid if self._weights[self._index[client]] > 0]
+        if valid and not weighted:
             raise FedcoreError(f"round {self.round}: the weights of all clients are zero")
-        weightless = [Dropped(c, "its weight is zero") for c in valid if c not in kept]
-        places = torch.tensor([self._index[client] for client in kept], dtype=torch.int64)
+        weightless = [Dropped(c, "its weight is zero") for c in valid if c not in weighted]
+        places = torch.tensor([self._index[client] for client in weighted], dtype=torch.int64)
         # The common case keeps the matrix that the uploads were written into.
-        whole = len(kept) == len(self._order)
+        whole = len(weighted) == len(self._order)
         return Cohort(
             layout=self.layout,
             updates=self._updates if whole else self._updates[places],
             weights=self._weights[places],
-            client_ids=tuple(kept),
+            client_ids=tuple(weighted),
             round=self.round,
             ranks=self._ranks[places],
             scalings=self._scalings[places],

@@ -5,8 +5,8 @@ of the factors, in fp64 and without a matrix of a weight's size:
 
     ||M - P||^2 = ||M||^2 - 2 <M, P> + ||P||^2,    <B A, B' A'> = <B^T B', A A'^T>
 
-The terms cancel, so that errors below about 1e-7 of the norms cannot be told from zero; they are
-given as zero.
+The terms cancel: errors below about 1e-7 of the norms are indistinguishable from zero and given as
+zero.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _RESOLUTION = 1e-14
 """Squared errors not above this share of the terms they are the difference of count as zero."""
 
 _COMPARED_ROWS = 4096
-"""Alternatives cost Grams of all stacked factors: above so many rows a module they are skipped."""
+"""Alternatives cost Grams of all stacked factors and are skipped above so many rows per module."""
 
 _Pairs = dict[str, list[LowRank]]
 """Module to the products whose sum is its update."""
@@ -114,9 +114,9 @@ class _Products:
         left, right = self._stacks[module]
         along = cross_gram(left, outer[None]) * cross_gram(right, inner[None])
         mixed = float(along.sum((0, 1, 3)) @ self._shares)
-        own = float(((outer @ outer.T) * (inner @ inner.T)).sum())
-        lost = self._squares[module] - 2 * mixed + own
-        scale = (self._scales[module] + sqrt(max(own, 0.0))) ** 2
+        square = float(((outer @ outer.T) * (inner @ inner.T)).sum())
+        lost = self._squares[module] - 2 * mixed + square
+        scale = (self._scales[module] + sqrt(max(square, 0.0))) ** 2
         return lost if lost > _RESOLUTION * scale else 0.0
 
 
@@ -133,7 +133,7 @@ def _offsets(job: Job) -> dict[str, Tensor]:
 
 
 def _alternatives(job: Job) -> list[Method]:
-    """The other methods that adapters alone are enough for, with their default options."""
+    """The other methods that need nothing but adapters, with their default options."""
     rows = max(sum(s.ranks[module] for s in job.sources) for module in job.first.outline.factors)
     if rows > _COMPARED_ROWS:
         return []
@@ -142,7 +142,7 @@ def _alternatives(job: Job) -> list[Method]:
         check_usable(method(), previous=False, align=None)
         for method in methods_for_merging(job.method.family, previous=False)
         # A method with a factor in common differs from averaging only where there is none; a rule
-        # is no other way of averaging.
+        # is not another way of averaging.
         if method.name != job.method.name
         and method().plan(0).sends == factors
         and method().rule is None
@@ -234,8 +234,8 @@ class ErrorTally:
     def _bytes(self, module: str, part: LowRank) -> int:
         """Of the tensors as they are written; a Gram adapter's factor stands there once."""
         inner, outer = (self.dtypes.get(f"{module}.{factor}") for factor in "AB")
-        own = part.inner.numel() * inner.itemsize if inner else 0
-        return own + (part.outer.numel() * outer.itemsize if outer else 0)
+        inner_bytes = part.inner.numel() * inner.itemsize if inner else 0
+        return inner_bytes + (part.outer.numel() * outer.itemsize if outer else 0)
 
     def _cast(self, module: str, part: LowRank) -> LowRank:
         inner = self.dtypes[f"{module}.A"]

@@ -1,6 +1,6 @@
 """The loop over module groups: run the method on a group's tensors, keep its result.
 
-A method with a rule over whole adapters goes over all groups twice: first for the rule alone,
+A method with a rule over whole adapters goes over all groups twice: first for the rule,
 which sees the inner products of whole updates, then for its host, which sees what the rule leaves.
 """
 
@@ -33,7 +33,7 @@ Observe = Callable[[Cohort, Broadcast, Merged], None]
 def _decide(job: Job, rule: Rule, step: Callable[[], None]) -> Decision:
     """What ``rule`` decides about the whole adapters of ``job``, in the order of its sources.
 
-    Every group is read once and leaves the N x N inner products of its updates alone.
+    Every group is read once; only the N x N inner products of its updates are kept.
 
     Args:
         step: called after every group.

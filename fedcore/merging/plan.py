@@ -270,7 +270,7 @@ def open_sources(
 ) -> tuple[list[Source], list[Dropped]]:
     """Adapters of positive weight that can be averaged, in the order given, and the others.
 
-    With ``on_invalid = "drop"`` every value is read once here; otherwise headers alone.
+    With ``on_invalid = "drop"`` every value is read once here; otherwise only headers.
 
     Raises:
         FedcoreError: naming the first bad adapter, or that no adapter of positive weight is left.

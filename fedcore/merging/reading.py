@@ -37,7 +37,7 @@ def _check_common(
 
 
 def cohorts(job: Job) -> Iterator[Cohort]:
-    """Group after group as a cohort of its own; only one is held at a time.
+    """Group after group as a cohort of its own; only one is in memory at a time.
 
     Raises:
         FedcoreError: naming the adapter whose values are not finite, or whose factors differ where

@@ -47,7 +47,7 @@ class MethodError:
 
     Attributes:
         method: its name.
-        chosen: whether it is the method that was asked for.
+        chosen: whether it is the method of the call.
         error: ``||M - P||_F / ||M||_F`` over all modules; ``nan`` if every M is zero.
         worst: the largest error of a module, relative to its own M.
         worst_module: the module it is in.
@@ -73,7 +73,7 @@ class Aggregated:
     Attributes:
         adapter: the aggregated adapter, as it is written.
         residual: a second adapter that has to be added to the first, where the method has one.
-        errors: one row for the method and one for each alternative; empty if not asked for.
+        errors: one row for the method and one for each alternative; empty with ``compare=False``.
         dropped: adapters that were left out, with reasons.
         flags: what a user should know of the result.
         exact: whether the mean of the products is kept up to the rounding of the written dtype;

@@ -63,8 +63,8 @@ class _Store(Protocol):
 
 
 @dataclass(frozen=True)
-class _Held:
-    """Tensors in memory."""
+class _InMemory:
+    """Tensors that were passed themselves."""
 
     tensors: Mapping[str, Tensor]
 
@@ -221,9 +221,9 @@ def open_source(name: str, adapter: Adapter, budget: int, like: Source | None = 
             f"{name}: an adapter is a {type(adapter).__name__}; pass a folder, an AdapterState, a "
             "PEFT state dict with its configuration under 'config', or a pair of both"
         )
-    held = {key: _tensor(name, key, value) for key, value in _mapping(name, tensors).items()}
-    shapes = {key: (tuple(tensor.shape), tensor.dtype) for key, tensor in held.items()}
-    return Source(name, _outline(name, shapes, config), _Held(held))
+    in_memory = {key: _tensor(name, key, value) for key, value in _mapping(name, tensors).items()}
+    shapes = {key: (tuple(tensor.shape), tensor.dtype) for key, tensor in in_memory.items()}
+    return Source(name, _outline(name, shapes, config), _InMemory(in_memory))
 
 
 def magnitudes(state: AdapterState) -> list[str]:

@@ -48,13 +48,13 @@ class ShapeCheckedTuner(BaseTuner):
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict) -> PeftConfig:
         # A copy: what is recorded is this model's, not the caller's, and one configuration object
         # may serve many clients.
-        own = copy(peft_config)
+        copied = copy(peft_config)
         for name in self.recorded:
-            setattr(own, name, dict(getattr(own, name)))
+            setattr(copied, name, dict(getattr(copied, name)))
         for name, known in self.peft_config.items():
             if known is peft_config:
-                self.peft_config[name] = own
-        return super()._prepare_adapter_config(own, model_config)
+                self.peft_config[name] = copied
+        return super()._prepare_adapter_config(copied, model_config)
 
     def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
         for module in cast(AdditiveConfig, peft_config).module_shapes:
