@@ -7,7 +7,7 @@ from types import MappingProxyType
 
 from torch import Tensor
 
-from fedcore.experiments.setup import Workbench
+from fedcore.experiments.setup import Experiment
 from fedcore.federation.downloads import start_row
 from fedcore.federation.state import ServerState
 from fedcore_kernels.layout import FactorLayout
@@ -16,29 +16,29 @@ OWN = "row"
 """The private tensor that holds a personalised client's values, in the global layout."""
 
 
-def client_row(bench: Workbench, state: ServerState, client: str) -> Tensor:
+def client_row(experiment: Experiment, state: ServerState, client: str) -> Tensor:
     """The row ``(P,)`` that ``client`` starts ``state.round`` from.
 
     What the server sends it, with the client's own values in the slots that a personalised method
     leaves to the client, once it has any.
     """
-    row = start_row(state, bench.method, client, bench.ranks.get(client))
+    row = start_row(state, experiment.method, client, experiment.ranks.get(client))
     memory = state.simulated_clients.get(client, {})
-    return with_own(bench, state.layout, row, memory, state.round)
+    return with_own(experiment, state.layout, row, memory, state.round)
 
 
 def with_own(
-    bench: Workbench, layout: FactorLayout, row: Tensor, own: Mapping[str, Tensor], round: int
+    experiment: Experiment, layout: FactorLayout, row: Tensor, own: Mapping[str, Tensor], round: int
 ) -> Tensor:
     """``row`` with the client's ``own`` values in the slots that the method leaves to it."""
     if OWN in own:
-        private = bench.method.private_layout(layout, round)
+        private = experiment.method.private_layout(layout, round)
         row = layout.scatter(row, private, layout.gather(own[OWN], private))
     return row
 
 
 def personalised(
-    bench: Workbench,
+    experiment: Experiment,
     state: ServerState,
     private: Mapping[str, Mapping[str, Tensor]],
     personal: Mapping[str, Tensor],
@@ -50,7 +50,7 @@ def personalised(
         personal: client id to a row in the upload layout of ``state.round``.
     """
     layout = state.layout
-    upload = bench.method.upload_layout(layout, state.round)
+    upload = experiment.method.upload_layout(layout, state.round)
     found = {client: dict(tensors) for client, tensors in private.items()}
     for client, row in personal.items():
         own = found.setdefault(client, {})

@@ -1,4 +1,4 @@
-"""One client's turn: it loads what it was sent, trains, and prepares its upload."""
+"""One client's round: it loads what it was sent, trains, and prepares its upload."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fedcore.experiments.client_models import OWN
 from fedcore.experiments.evaluation import evaluates
 from fedcore.experiments.observer import Observer
 from fedcore.experiments.privacy import SPENT, steps_after
-from fedcore.experiments.setup import Workbench
+from fedcore.experiments.setup import Experiment
 from fedcore.methods.base import Broadcast
 from fedcore.privacy.keyed_stream import SECRET_BITS
 from fedcore.training.evaluation import evaluate
@@ -26,7 +26,7 @@ from fedcore_kernels.layout import FactorLayout
 
 
 @dataclass(frozen=True)
-class Turn:
+class TrainedClient:
     """What a client's round of training left.
 
     Attributes:
@@ -54,15 +54,15 @@ class Turn:
     flags: tuple[str, ...]
 
 
-def take_turn(
-    bench: Workbench,
+def train_one_client(
+    experiment: Experiment,
     broadcast: Broadcast,
     round: int,
     client: str,
     start: Tensor,
     own: Mapping[str, Tensor],
     observer: Observer,
-) -> Turn:
+) -> TrainedClient:
     """Train ``client`` for one round; the base model's residual is loaded already.
 
     Args:
@@ -70,30 +70,32 @@ def take_turn(
         start: ``(P,)`` in the broadcast's layout, the row that this client starts from.
         own: what the client kept of its last round.
     """
-    recipe, method, layout = bench.recipe, bench.method, broadcast.layout
+    recipe, method, layout = experiment.recipe, experiment.method, broadcast.layout
     read, frozen = method.read_layout(layout, round), method.frozen_layout(layout, round)
-    bench.binding.load(start)
-    result = _trained(bench, round, client, own, layout, observer)
+    experiment.binding.load(start)
+    result = _trained(experiment, round, client, own, layout, observer)
     accuracy = held_out_loss = None
-    if evaluates(bench, round) and client in bench.test_shards:
-        shard = bench.test_shards[client]
-        found = evaluate(bench.forward, bench.examples, shard, recipe.evaluation.batch_size)
+    if evaluates(experiment, round) and client in experiment.test_shards:
+        shard = experiment.test_shards[client]
+        found = evaluate(
+            experiment.forward, experiment.examples, shard, recipe.evaluation.batch_size
+        )
         accuracy, held_out_loss = found.accuracy, found.loss
     kept = {**result.state}
     if recipe.privacy.noise_multiplier is not None:
         kept[SPENT] = steps_after(own, result.steps)
     if method.capabilities.personalised:
-        kept[OWN] = bench.binding.read()
-    trained = bench.binding.read(read)
+        kept[OWN] = experiment.binding.read()
+    trained = experiment.binding.read(read)
     upload = method.prepare_upload(trained, read, broadcast, round)
     codec = find_codec(recipe.round.codec)
     received, lost = _transmitted(codec, upload.row, method.upload_layout(layout, round))
-    examples = len(bench.training_indices(client))
-    return Turn(
+    examples = len(experiment.training_indices(client))
+    return TrainedClient(
         upload=received,
         trained=trained,
         weight=float(examples) if recipe.round.weighting == "examples" else 1.0,
-        frozen=digest(bench.binding.read(frozen), frozen, constants(bench)),
+        frozen=digest(experiment.binding.read(frozen), frozen, constants(experiment)),
         kept=kept,
         loss=result.loss,
         accuracy=accuracy,
@@ -104,26 +106,26 @@ def take_turn(
 
 
 def _trained(
-    bench: Workbench,
+    experiment: Experiment,
     round: int,
     client: str,
     own: Mapping[str, Tensor],
     layout: FactorLayout,
     observer: Observer,
 ) -> LocalResult:
-    recipe, method = bench.recipe, bench.method
-    parameters = bench.binding.trained(method.plan(round).trains)
+    recipe, method = experiment.recipe, experiment.method
+    parameters = experiment.binding.trained(method.plan(round).trains)
     dense = frozenset(slot.name for slot in layout.dense_slots)
     optimiser = recipe.optimiser.settings(method)
     # A method that starts a fresh adapter every round leaves nothing to go on with.
     state = {} if method.capabilities.restarts else own
     seed = derive_seed(recipe.seed, "train", round, client)
-    indices, local = bench.training_indices(client), local_settings(bench)
+    indices, local = experiment.training_indices(client), local_settings(experiment)
     private = recipe.privacy.settings()
     if private is None:
         return train_client(
-            bench.forward,
-            bench.examples,
+            experiment.forward,
+            experiment.examples,
             indices,
             parameters,
             dense,
@@ -134,9 +136,9 @@ def _trained(
             on_step=observer.step_done,
         )
     return train_privately(
-        bench.model,
-        bench.forward,
-        bench.examples,
+        experiment.model,
+        experiment.forward,
+        experiment.examples,
         indices,
         parameters,
         dense,
@@ -149,21 +151,21 @@ def _trained(
     )
 
 
-def local_settings(bench: Workbench) -> LocalSettings:
+def local_settings(experiment: Experiment) -> LocalSettings:
     """How much one trainer of the recipe trains in a round."""
-    return bench.recipe.local_settings(bench.method)
+    return experiment.recipe.local_settings(experiment.method)
 
 
-def constants(bench: Workbench) -> list[Tensor]:
+def constants(experiment: Experiment) -> list[Tensor]:
     """The model's buffers that no client may change, in order of their names."""
-    return [bench.binding.constants[name] for name in sorted(bench.binding.constants)]
+    return [experiment.binding.constants[name] for name in sorted(experiment.binding.constants)]
 
 
-def drops_out(bench: Workbench, round: int, client: str) -> bool:
+def drops_out(experiment: Experiment, round: int, client: str) -> bool:
     """Whether ``client`` drops out of ``round``, by the recipe's dropout probability."""
-    seed = derive_seed(bench.recipe.seed, "dropout", round, client)
+    seed = derive_seed(experiment.recipe.seed, "dropout", round, client)
     draw = torch.rand((), generator=torch.Generator().manual_seed(seed))
-    return float(draw) < bench.recipe.round.dropout
+    return float(draw) < experiment.recipe.round.dropout
 
 
 def _transmitted(codec: Codec, row: Tensor, layout: FactorLayout) -> tuple[Tensor, float]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from fedcore.experiments.client_models import client_row
-from fedcore.experiments.setup import Workbench
+from fedcore.experiments.setup import Experiment
 from fedcore.federation.state import ServerState
 from fedcore.training.evaluation import Evaluation, evaluate
 
@@ -30,27 +30,27 @@ class Score:
     client_losses: Mapping[str, float] = field(default_factory=dict)
 
 
-def evaluates(bench: Workbench, round: int) -> bool:
+def evaluates(experiment: Experiment, round: int) -> bool:
     """Whether the models are evaluated after ``round``: every k rounds and after the last."""
-    every, rounds = bench.recipe.evaluation.every, bench.recipe.rounds
+    every, rounds = experiment.recipe.evaluation.every, experiment.recipe.rounds
     return (round + 1) % every == 0 or round + 1 == rounds
 
 
-def score(bench: Workbench, state: ServerState) -> Score:
+def score(experiment: Experiment, state: ServerState) -> Score:
     """The quality of ``state``: of its global model, or of every client's own."""
-    bench.residual.load(state.residual)
-    if not bench.method.capabilities.personalised:
-        found = _evaluate_row(bench, state.row)
+    experiment.residual.load(state.residual)
+    if not experiment.method.capabilities.personalised:
+        found = _evaluate_row(experiment, state.row)
         return _score(
-            found.accuracy, found.loss, {c: found.on(s) for c, s in bench.test_shards.items()}
+            found.accuracy, found.loss, {c: found.on(s) for c, s in experiment.test_shards.items()}
         )
     accuracies, losses, own = [], [], {}
-    for client in bench.trainers:
-        found = _evaluate_row(bench, client_row(bench, state, client))
+    for client in experiment.trainers:
+        found = _evaluate_row(experiment, client_row(experiment, state, client))
         accuracies.append(found.accuracy)
         losses.append(found.loss)
-        own[client] = found.on(bench.test_shards[client])
-    alone = bench.method.capabilities.population == "alone"
+        own[client] = found.on(experiment.test_shards[client])
+    alone = experiment.method.capabilities.population == "alone"
     count = len(accuracies)
     return _score(sum(accuracies) / count, sum(losses) / count, {} if alone else own)
 
@@ -64,6 +64,11 @@ def _score(accuracy: float, loss: float, shards: Mapping[str, Evaluation]) -> Sc
     )
 
 
-def _evaluate_row(bench: Workbench, row: Tensor) -> Evaluation:
-    bench.binding.load(row)
-    return evaluate(bench.forward, bench.examples, bench.test, bench.recipe.evaluation.batch_size)
+def _evaluate_row(experiment: Experiment, row: Tensor) -> Evaluation:
+    experiment.binding.load(row)
+    return evaluate(
+        experiment.forward,
+        experiment.examples,
+        experiment.test,
+        experiment.recipe.evaluation.batch_size,
+    )

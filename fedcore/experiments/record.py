@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from math import isfinite
 
 from fedcore.experiments.evaluation import Score
-from fedcore.experiments.setup import Workbench
+from fedcore.experiments.setup import Experiment
 from fedcore.federation.diagnostics import ModuleDiagnosis
 from fedcore.federation.records import ClientRound, DroppedClient, ModuleRound, Round, Traffic
 
@@ -27,7 +27,7 @@ class ClientReports:
 
 
 def round_record(
-    bench: Workbench,
+    experiment: Experiment,
     round: int,
     outcome: Score,
     reports: ClientReports,
@@ -55,8 +55,8 @@ def round_record(
         index=round,
         accuracy=outcome.accuracy,
         loss=outcome.loss,
-        train_loss=_mean_loss(bench, reports.losses),
-        clients=_clients(bench, outcome, reports),
+        train_loss=_mean_loss(experiment, reports.losses),
+        clients=_clients(experiment, outcome, reports),
         sampled=tuple(sampled),
         dropped=tuple(DroppedClient(client=c, reason=r) for c, r in sorted(dropped.items())),
         flags=tuple(flags),
@@ -68,27 +68,29 @@ def round_record(
     )
 
 
-def _mean_loss(bench: Workbench, losses: Mapping[str, float]) -> float:
+def _mean_loss(experiment: Experiment, losses: Mapping[str, float]) -> float:
     """The mean over clients, by their numbers of training examples."""
     total = weight = 0.0
     for client, loss in losses.items():
         if isfinite(loss):
-            share = len(bench.training_indices(client))
+            share = len(experiment.training_indices(client))
             total += share * loss
             weight += share
     return total / weight if weight else float("nan")
 
 
-def _clients(bench: Workbench, outcome: Score, reports: ClientReports) -> tuple[ClientRound, ...]:
+def _clients(
+    experiment: Experiment, outcome: Score, reports: ClientReports
+) -> tuple[ClientRound, ...]:
     return tuple(
         ClientRound(
             client=client,
-            examples=len(bench.shards[client]),
+            examples=len(experiment.shards[client]),
             train_loss=reports.losses.get(client),
             global_accuracy=outcome.clients.get(client),
             local_accuracy=reports.local_accuracy.get(client),
             global_loss=outcome.client_losses.get(client),
             local_loss=reports.local_loss.get(client),
         )
-        for client in sorted(bench.shards)
+        for client in sorted(experiment.shards)
     )

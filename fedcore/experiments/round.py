@@ -15,7 +15,7 @@ from fedcore.data.cohort import Cohort, CohortBuilder
 from fedcore.data.seeding import derive_seed
 from fedcore.data.validation import digest
 from fedcore.experiments.client_models import personalised, with_own
-from fedcore.experiments.client_round import constants, drops_out, local_settings, take_turn
+from fedcore.experiments.client_round import constants, drops_out, local_settings, train_one_client
 from fedcore.experiments.evaluation import Score, evaluates, score
 from fedcore.experiments.observer import Observer
 from fedcore.experiments.privacy import (
@@ -26,7 +26,7 @@ from fedcore.experiments.privacy import (
     privacy_record,
 )
 from fedcore.experiments.record import ClientReports, round_record
-from fedcore.experiments.setup import Workbench
+from fedcore.experiments.setup import Experiment
 from fedcore.experiments.traffic import NOTHING, added, downlink, uplink
 from fedcore.federation.diagnostics import ModuleDiagnosis, diagnose
 from fedcore.federation.downloads import lower_rank_starts
@@ -57,7 +57,7 @@ class Trained:
 
 
 def train_clients(
-    bench: Workbench,
+    experiment: Experiment,
     opened: OpenRound,
     sampled: tuple[str, ...],
     starts: Mapping[str, Tensor],
@@ -68,7 +68,7 @@ def train_clients(
     Args:
         starts: client id to the row that it starts from, where its rank is lower.
     """
-    method, state = bench.method, opened.state
+    method, state = experiment.method, opened.state
     layout, t = state.layout, state.round
     shadow = None
     if method.capabilities.uploads == "statistics":
@@ -79,55 +79,57 @@ def train_clients(
     accuracy: dict[str, float] = {}
     held_out_loss: dict[str, float] = {}
     clients = {client: dict(tensors) for client, tensors in state.simulated_clients.items()}
-    local = local_settings(bench)
+    local = local_settings(experiment)
     observer.round_started(
-        t, len(sampled), sum(local.count_steps(len(bench.training_indices(c))) for c in sampled)
+        t,
+        len(sampled),
+        sum(local.count_steps(len(experiment.training_indices(c))) for c in sampled),
     )
-    bench.residual.load(state.residual)
+    experiment.residual.load(state.residual)
     for client in sampled:
-        if drops_out(bench, t, client):
+        if drops_out(experiment, t, client):
             continue
         observer.client_started(client)
         memory = clients.get(client, {})
-        start = with_own(bench, layout, starts.get(client, state.row), memory, t)
-        turn = take_turn(bench, opened.previous, t, client, start, memory, observer)
-        losses[client] = turn.loss
-        if turn.accuracy is not None:
-            accuracy[client] = turn.accuracy
-        if turn.held_out_loss is not None:
-            held_out_loss[client] = turn.held_out_loss
-        if turn.kept:
-            clients[client] = dict(turn.kept)
-        lost[client] = turn.upload_error
-        ranks, frozen = bench.ranks.get(client), opened.frozen
+        start = with_own(experiment, layout, starts.get(client, state.row), memory, t)
+        trained = train_one_client(experiment, opened.previous, t, client, start, memory, observer)
+        losses[client] = trained.loss
+        if trained.accuracy is not None:
+            accuracy[client] = trained.accuracy
+        if trained.held_out_loss is not None:
+            held_out_loss[client] = trained.held_out_loss
+        if trained.kept:
+            clients[client] = dict(trained.kept)
+        lost[client] = trained.upload_error
+        ranks, frozen = experiment.ranks.get(client), opened.frozen
         opened.receive(
             client,
-            turn.upload,
-            turn.weight,
+            trained.upload,
+            trained.weight,
             round=t,
-            frozen=turn.frozen,
-            expected_frozen=digest(layout.gather(start, frozen), frozen, constants(bench)),
+            frozen=trained.frozen,
+            expected_frozen=digest(layout.gather(start, frozen), frozen, constants(experiment)),
             ranks=ranks if shadow is None else None,
-            flags=turn.flags,
+            flags=trained.flags,
         )
         if shadow is not None:
-            shadow.row(client).copy_(turn.trained)
-            shadow.receive(client, turn.weight, round=t, ranks=ranks)
+            shadow.row(client).copy_(trained.trained)
+            shadow.receive(client, trained.weight, round=t, ranks=ranks)
     factors = None if shadow is None else shadow.finish("drop")
     return Trained(factors, losses, accuracy, held_out_loss, clients, lost)
 
 
-def run_round(bench: Workbench, state: ServerState, observer: Observer) -> ServerState:
+def run_round(experiment: Experiment, state: ServerState, observer: Observer) -> ServerState:
     """The state after one more round; ``state`` itself is not changed.
 
     Raises:
         FedcoreError: an upload is invalid and the recipe says to raise.
     """
-    recipe, method, t = bench.recipe, bench.method, state.round
-    sampled = sample_clients(bench, t)
-    down = downlink(bench, state, sampled)
+    recipe, method, t = experiment.recipe, experiment.method, state.round
+    sampled = sample_clients(experiment, t)
+    down = downlink(experiment, state, sampled)
     started = perf_counter()
-    starts = lower_rank_starts(state, method, sampled, bench.ranks)
+    starts = lower_rank_starts(state, method, sampled, experiment.ranks)
     opened = OpenRound(
         method,
         state,
@@ -135,32 +137,34 @@ def run_round(bench: Workbench, state: ServerState, observer: Observer) -> Serve
         on_invalid=recipe.round.on_invalid,
         allow_identical_uploads=recipe.round.allow_identical_uploads,
         starts=starts,
-        statistics=bench.statistics,
+        statistics=experiment.statistics,
     )
-    trained = train_clients(bench, opened, sampled, starts, observer)
+    trained = train_clients(experiment, opened, sampled, starts, observer)
     seconds = {"train": perf_counter() - started}
 
     started = perf_counter()
-    closed = opened.close(_aggregation(bench))
+    closed = opened.close(_aggregation(experiment))
     seconds["aggregate"] = perf_counter() - started
     started = perf_counter()
     modules: list[ModuleDiagnosis] = []
     # A personalised method has no common product that could miss the mean.
     if recipe.evaluation.diagnostics and not method.capabilities.personalised:
         factors = method.completed(trained.factors or closed.cohort, opened.previous)
-        modules = diagnose(factors, closed.result, opened.previous, method.family, bench.offset)
+        modules = diagnose(
+            factors, closed.result, opened.previous, method.family, experiment.offset
+        )
     seconds["diagnose"] = perf_counter() - started
 
     started = perf_counter()
-    clients = personalised(bench, state, trained.clients, closed.result.personal)
+    clients = personalised(experiment, state, trained.clients, closed.result.personal)
     after = replace(closed.state, simulated_clients=clients)
-    outcome = score(bench, after) if evaluates(bench, t) else Score()
+    outcome = score(experiment, after) if evaluates(experiment, t) else Score()
     seconds["evaluate"] = perf_counter() - started
 
-    up = uplink(bench, state, opened.layout, closed.reported)
+    up = uplink(experiment, state, opened.layout, closed.reported)
     after = replace(after, traffic=added(state.traffic, up, down))
     record = round_record(
-        bench,
+        experiment,
         t,
         outcome,
         ClientReports(trained.losses, trained.local_accuracy, trained.local_loss),
@@ -174,19 +178,19 @@ def run_round(bench: Workbench, state: ServerState, observer: Observer) -> Serve
         upload_error=fmean(trained.upload_error.values()) if trained.upload_error else None,
     )
     spent = {
-        "privacy": privacy_record(recipe, bench.held, clients),
+        "privacy": privacy_record(recipe, experiment.held, clients),
         "central_privacy": central_record(recipe, t + 1),
     }
     record = record.model_copy(update={k: v for k, v in spent.items() if v is not None})
     return replace(after, record=record.plain())
 
 
-def initial_record(bench: Workbench, state: ServerState) -> Round:
+def initial_record(experiment: Experiment, state: ServerState) -> Round:
     """What is known before round 0: how good the untrained model is. Its round is -1."""
     started = perf_counter()
-    outcome = score(bench, state)
+    outcome = score(experiment, state)
     return round_record(
-        bench,
+        experiment,
         -1,
         outcome,
         ClientReports(),
@@ -199,20 +203,20 @@ def initial_record(bench: Workbench, state: ServerState) -> Round:
     )
 
 
-def sample_clients(bench: Workbench, round: int) -> tuple[str, ...]:
+def sample_clients(experiment: Experiment, round: int) -> tuple[str, ...]:
     """The clients that take part in ``round``, drawn without replacement, in order of their ids."""
-    everyone = bench.trainers
-    if bench.recipe.privacy.central.noise_multiplier is not None:
-        return poisson_sample(bench.recipe, everyone, round)
-    count = max(1, int(bench.recipe.round.participation * len(everyone) + 0.5))
-    generator = torch.Generator().manual_seed(derive_seed(bench.recipe.seed, "sample", round))
+    everyone = experiment.trainers
+    if experiment.recipe.privacy.central.noise_multiplier is not None:
+        return poisson_sample(experiment.recipe, everyone, round)
+    count = max(1, int(experiment.recipe.round.participation * len(everyone) + 0.5))
+    generator = torch.Generator().manual_seed(derive_seed(experiment.recipe.seed, "sample", round))
     chosen = torch.randperm(len(everyone), generator=generator)[:count]
     return tuple(sorted(everyone[i] for i in chosen.tolist()))
 
 
-def _aggregation(bench: Workbench) -> Aggregation:
+def _aggregation(experiment: Experiment) -> Aggregation:
     """The method's server half, behind the noise or the secure sum that the recipe asks for."""
-    recipe, method = bench.recipe, bench.method
+    recipe, method = experiment.recipe, experiment.method
     if recipe.privacy.central.noise_multiplier is not None:
         return partial(aggregate_centrally, recipe, method)
     if recipe.round.secure_sum:

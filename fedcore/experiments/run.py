@@ -20,7 +20,7 @@ from fedcore.experiments.environment import (
 from fedcore.experiments.observer import Observer
 from fedcore.experiments.round import initial_record, run_round
 from fedcore.experiments.run_folder import RunFolder
-from fedcore.experiments.setup import Shelf, Workbench, build_workbench
+from fedcore.experiments.setup import Experiment, SharedCache, build_experiment
 from fedcore.experiments.trials import Trial, check_sources
 from fedcore.federation.measures import measure_of
 from fedcore.federation.outcome import outcome
@@ -28,7 +28,7 @@ from fedcore.federation.records import Round, Summary
 from fedcore.federation.state import ServerState
 from fedcore.recipes import Recipe, load_recipe
 
-Rounds = Callable[[Workbench, RunFolder, ServerState, Observer], Iterator[ServerState]]
+Rounds = Callable[[Experiment, RunFolder, ServerState, Observer], Iterator[ServerState]]
 """What runs the rounds that are left after a state, tells the observer of each, and yields its
 state once that is saved in the folder; another engine passes its own."""
 
@@ -37,7 +37,7 @@ def start(
     recipe: Recipe,
     path: Path,
     observer: Observer | None = None,
-    shelf: Shelf | None = None,
+    cache: SharedCache | None = None,
     rounds: Rounds | None = None,
 ) -> dict[str, Any]:
     """Run ``recipe`` from the beginning into the empty folder ``path``; returns its summary.
@@ -53,17 +53,17 @@ def start(
     RunFolder.check_free(path)
     with recipe_threads(recipe):
         # Nothing is written before everything the recipe names has been found to fit together.
-        bench = build_workbench(recipe, watcher, shelf)
+        experiment = build_experiment(recipe, watcher, cache)
         folder = RunFolder.create(path, recipe)
         folder.write_json("environment.json", describe_environment())
-        folder.write_json("partition.json", bench.counts)
-        return _go_on(bench, folder, None, watcher, rounds or _rounds)
+        folder.write_json("partition.json", experiment.counts)
+        return _go_on(experiment, folder, None, watcher, rounds or _rounds)
 
 
 def resume(
     path: Path,
     observer: Observer | None = None,
-    shelf: Shelf | None = None,
+    cache: SharedCache | None = None,
     rounds: Rounds | None = None,
 ) -> dict[str, Any]:
     """Continue the run in ``path`` to the bits of a run that was never interrupted.
@@ -87,22 +87,22 @@ def resume(
             watcher.message(
                 f"{name} was {was} and is {now}: the result may differ in its last bits"
             )
-        bench = build_workbench(recipe, watcher, shelf)
+        experiment = build_experiment(recipe, watcher, cache)
         state = folder.latest()
         if state is None:
             folder.write_json("environment.json", environment)
-            folder.write_json("partition.json", bench.counts)
+            folder.write_json("partition.json", experiment.counts)
         else:
             watcher.message(f"resuming: {state.round} of {recipe.rounds} rounds are done")
-        return _go_on(bench, folder, state, watcher, rounds or _rounds)
+        return _go_on(experiment, folder, state, watcher, rounds or _rounds)
 
 
 def _rounds(
-    bench: Workbench, folder: RunFolder, state: ServerState, observer: Observer
+    experiment: Experiment, folder: RunFolder, state: ServerState, observer: Observer
 ) -> Iterator[ServerState]:
     save_seconds = 0.0
-    while state.round < bench.recipe.rounds:
-        state = run_round(bench, state, observer)
+    while state.round < experiment.recipe.rounds:
+        state = run_round(experiment, state, observer)
         # A state is timed after it is written, so a record carries the save before its own.
         record = Round.model_validate(state.record)
         seconds = {**record.seconds, "save": save_seconds}
@@ -115,31 +115,31 @@ def _rounds(
 
 
 def _go_on(
-    bench: Workbench,
+    experiment: Experiment,
     folder: RunFolder,
     state: ServerState | None,
     observer: Observer,
     rounds: Rounds,
 ) -> dict[str, Any]:
-    recipe = bench.recipe
+    recipe = experiment.recipe
     # A workbench is built to the same bits every time, so a resumed run knows its start as well.
-    start_row = bench.binding.read()
+    start_row = experiment.binding.read()
     if state is None:
-        state = ServerState(round=0, layout=bench.binding.layout, row=start_row)
-        state = _recorded(state, initial_record(bench, state))
+        state = ServerState(round=0, layout=experiment.binding.layout, row=start_row)
+        state = _recorded(state, initial_record(experiment, state))
         folder.save(state)
     records = folder.rewind_metrics(state)
     observer.run_started(recipe.rounds, state.round)
-    for after in rounds(bench, folder, state, observer):
+    for after in rounds(experiment, folder, state, observer):
         state = after
         records.append(Round.model_validate(state.record))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        written = write_adapters(bench, state, folder.path)
+        written = write_adapters(experiment, state, folder.path)
     adapters = [str(path.relative_to(folder.path)) for path in written]
-    summary = summarise(bench, state, records, adapters)
-    if bench.task.generates:
-        folder.write_json("sample.json", generation_sample(bench, start_row, state))
+    summary = summarise(experiment, state, records, adapters)
+    if experiment.task.generates:
+        folder.write_json("sample.json", generation_sample(experiment, start_row, state))
     folder.write_json("summary.json", summary)
     return summary.plain()
 
@@ -149,14 +149,14 @@ def _recorded(state: ServerState, record: Round) -> ServerState:
 
 
 def summarise(
-    bench: Workbench, state: ServerState, rounds: Sequence[Round], adapters: Sequence[str]
+    experiment: Experiment, state: ServerState, rounds: Sequence[Round], adapters: Sequence[str]
 ) -> Summary:
     """The run in one record: quality, traffic, time, memory, versions."""
-    recipe = bench.recipe
+    recipe = experiment.recipe
     measure = measure_of(recipe.task)
     return Summary(
         recipe=recipe.name,
-        method=bench.method.name,
+        method=experiment.method.name,
         seed=recipe.seed,
         rounds=state.round,
         clients=recipe.clients,
@@ -177,13 +177,13 @@ def run_trials(
     Texts and frozen-prefix states are shared between runs. A folder that already holds the same
     recipe is continued, so a comparison that was interrupted goes on where it stopped.
     """
-    shelf = Shelf()
+    cache = SharedCache()
     for trial in trials:
         path = out / trial.folder
         if (path / "recipe.toml").is_file():
             held = load_recipe(path / "recipe.toml")
             if held != trial.recipe:
                 raise FedcoreError(f"{path} holds a run of another recipe; choose another --out")
-            yield trial, resume(path, observer, shelf)
+            yield trial, resume(path, observer, cache)
         else:
-            yield trial, start(trial.recipe, path, observer, shelf)
+            yield trial, start(trial.recipe, path, observer, cache)

@@ -39,7 +39,7 @@ POOLED = "everyone"
 
 
 @dataclass
-class Shelf:
+class SharedCache:
     """What several runs of one process may share: encoded texts and frozen-prefix states by key."""
 
     texts: dict[Any, tuple[TextDataset, EncodedDataset]] = field(default_factory=dict)
@@ -47,7 +47,7 @@ class Shelf:
 
 
 @dataclass(frozen=True)
-class Workbench:
+class Experiment:
     """The parts of a run.
 
     Attributes:
@@ -75,7 +75,7 @@ class Workbench:
     test_shards: Mapping[str, Tensor]
     test: Tensor
     label_names: tuple[str, ...]
-    counts: records.Partition
+    counts: records.PartitionRecord
     residual: FrozenResidual
     ranks: Mapping[str, Mapping[str, int]]
     statistics: Mapping[str, Mapping[str, Tensor]]
@@ -108,7 +108,9 @@ class Workbench:
         }
 
 
-def build_workbench(recipe: Recipe, observer: Observer, shelf: Shelf | None = None) -> Workbench:
+def build_experiment(
+    recipe: Recipe, observer: Observer, cache: SharedCache | None = None
+) -> Experiment:
     """Load, encode, split, partition and wrap, everything seeded by the recipe's seed.
 
     Raises:
@@ -116,14 +118,14 @@ def build_workbench(recipe: Recipe, observer: Observer, shelf: Shelf | None = No
             that cannot be drawn.
     """
     check_sources(recipe)
-    shelf = shelf or Shelf()
+    cache = cache or SharedCache()
     method, task = _seeded(recipe.method.create(), recipe), find_task(recipe.task)
     if recipe.round.secure_sum:
         refuse(method, SECURE_SUM, "round.secure_sum")
     seed = recipe.seed
     observer.preparing(f"model {recipe.model.source}")
     dataset_key = (recipe.task, recipe.data, recipe.model.source, recipe.model.max_length)
-    labels_needed = shelf.texts.get(dataset_key)
+    labels_needed = cache.texts.get(dataset_key)
     texts = labels_needed[0] if labels_needed else _load_texts(recipe, observer)
     classes = len(texts.label_names)
     model, tokenizer = task.load(recipe.model.source, classes, derive_seed(seed, "head"))
@@ -142,10 +144,10 @@ def build_workbench(recipe: Recipe, observer: Observer, shelf: Shelf | None = No
         task_type=task.peft_type,
         **method.adapter_options,
     )
-    if dataset_key not in shelf.texts:
+    if dataset_key not in cache.texts:
         observer.preparing(f"encoding {len(texts.texts)} texts")
-        shelf.texts[dataset_key] = (texts, task.encode(texts, tokenizer, recipe.model.max_length))
-    examples = shelf.texts[dataset_key][1]
+        cache.texts[dataset_key] = (texts, task.encode(texts, tokenizer, recipe.model.max_length))
+    examples = cache.texts[dataset_key][1]
     train, test = (
         torch.as_tensor(indices)
         for indices in split_indices(texts, recipe.data.test_fraction, derive_seed(seed, "split"))
@@ -155,7 +157,7 @@ def build_workbench(recipe: Recipe, observer: Observer, shelf: Shelf | None = No
     ids = client_ids(recipe.clients)
     shards = {c: train[torch.tensor(i)] for c, i in zip(ids, parts.indices, strict=True)}
     test_shards = {c: test[torch.tensor(i)] for c, i in zip(ids, held_out.indices, strict=True)}
-    prefix, states = _prefix(recipe, model, examples, dataset_key, shelf, observer)
+    prefix, states = _prefix(recipe, model, examples, dataset_key, cache, observer)
     binding = ModelBinding.of(model)
     modules = binding.layout.modules
     ranks = client_ranks(recipe, method, ids, modules)
@@ -168,7 +170,7 @@ def build_workbench(recipe: Recipe, observer: Observer, shelf: Shelf | None = No
     if method.capabilities.wants_features:
         observer.preparing("what the clients tell of their data")
         statistics = _statistics(recipe, method, model, examples, shards)
-    return Workbench(
+    return Experiment(
         recipe=recipe,
         method=method,
         task=task,
@@ -181,7 +183,7 @@ def build_workbench(recipe: Recipe, observer: Observer, shelf: Shelf | None = No
         test_shards=test_shards,
         test=test,
         label_names=texts.label_names,
-        counts=records.Partition(
+        counts=records.PartitionRecord(
             client_ids=ids,
             label_names=tuple(texts.label_names),
             class_counts=_count(shards, examples, classes),
@@ -278,7 +280,7 @@ def _prefix(
     model: nn.Module,
     examples: EncodedDataset,
     dataset_key: Any,
-    shelf: Shelf,
+    cache: SharedCache,
     observer: Observer,
 ) -> tuple[FrozenPrefix | None, Tensor | None]:
     """The frozen prefix, and its states when they are to be reused."""
@@ -286,12 +288,12 @@ def _prefix(
     if prefix is None or not recipe.training.reuse_prefix or recipe.training.autocast:
         return prefix, None
     key = (dataset_key, prefix.length)
-    if key not in shelf.states:
+    if key not in cache.states:
         observer.preparing(
             f"states of {prefix.length} frozen layers for {len(examples.labels)} texts"
         )
-        shelf.states[key] = prefix.compute(examples, recipe.evaluation.batch_size)
-    return prefix, shelf.states[key]
+        cache.states[key] = prefix.compute(examples, recipe.evaluation.batch_size)
+    return prefix, cache.states[key]
 
 
 def _count(

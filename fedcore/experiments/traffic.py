@@ -8,7 +8,7 @@ import torch
 
 from fedcore.data.codecs import Codec, Fp32, find_codec
 from fedcore.data.rows import layout_at_ranks
-from fedcore.experiments.setup import Workbench
+from fedcore.experiments.setup import Experiment
 from fedcore.federation.state import ServerState
 from fedcore_kernels.layout import FactorLayout
 
@@ -19,7 +19,7 @@ NOTHING: Mapping[str, int] = {"adapter": 0, "head": 0}
 
 
 def uplink(
-    bench: Workbench, state: ServerState, layout: FactorLayout, reported: Sequence[str]
+    experiment: Experiment, state: ServerState, layout: FactorLayout, reported: Sequence[str]
 ) -> dict[str, int]:
     """Bytes that the clients in ``reported`` sent, each an upload of ``layout`` at its ranks, in
     the number format of the recipe's codec.
@@ -27,30 +27,30 @@ def uplink(
     What a client tells of its data before its first round counts as adapter traffic of that round.
     """
     found = dict(NOTHING)
-    rounds = bench.recipe.round
+    rounds = experiment.recipe.round
     codec = find_codec(rounds.codec)
-    if bench.method.capabilities.population == "clients":
+    if experiment.method.capabilities.population == "clients":
         for client in reported:
             # Statistics have the broadcast's shape whatever rank they were computed of.
-            whole = bench.method.capabilities.uploads == "statistics"
-            ranks = None if whole else bench.ranks.get(client)
+            whole = experiment.method.capabilities.uploads == "statistics"
+            ranks = None if whole else experiment.ranks.get(client)
             masked = rounds.secure_sum
             _add(found, _masked(layout) if masked else _sizes(layout, ranks, codec))
             if client not in state.client_versions:
-                told = bench.statistics.get(client, {})
+                told = experiment.statistics.get(client, {})
                 found["adapter"] += sum(t.numel() * t.element_size() for t in told.values())
     return found
 
 
-def downlink(bench: Workbench, state: ServerState, sampled: Sequence[str]) -> dict[str, int]:
+def downlink(experiment: Experiment, state: ServerState, sampled: Sequence[str]) -> dict[str, int]:
     """Bytes that the clients in ``sampled`` download: whatever changed since they last took part.
 
     The way down is fp32. A residual counts as adapter traffic.
     """
     found, codec = dict(NOTHING), Fp32()
-    if bench.method.capabilities.population == "clients":
+    if experiment.method.capabilities.population == "clients":
         for client in sampled:
-            _add(found, _sizes(state.stale_for(client), bench.ranks.get(client), codec))
+            _add(found, _sizes(state.stale_for(client), experiment.ranks.get(client), codec))
             found["adapter"] += state.stale_residual(client) * torch.float32.itemsize
     return found
 

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from fedcore.errors import unknown_name
 from fedcore.experiments.observer import Observer
-from fedcore.experiments.setup import Shelf
+from fedcore.experiments.setup import SharedCache
 from fedcore.recipes import Recipe
 
 
@@ -19,12 +19,12 @@ class Engine(Protocol):
         recipe: Recipe,
         path: Path,
         observer: Observer | None = None,
-        shelf: Shelf | None = None,
+        cache: SharedCache | None = None,
     ) -> dict[str, Any]:
         """Run ``recipe`` into the empty folder ``path``; returns its summary."""
 
     def resume(
-        self, path: Path, observer: Observer | None = None, shelf: Shelf | None = None
+        self, path: Path, observer: Observer | None = None, cache: SharedCache | None = None
     ) -> dict[str, Any]:
         """Continue the run in ``path``."""
 

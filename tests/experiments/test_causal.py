@@ -9,7 +9,7 @@ import torch
 from fedcore.errors import FedcoreError
 from fedcore.experiments.observer import Observer
 from fedcore.experiments.run import resume, start
-from fedcore.experiments.setup import build_workbench
+from fedcore.experiments.setup import build_experiment
 from fedcore.federation.state import latest_state, read_state
 from fedcore.training.evaluation import evaluate
 from tests.experiments.jobs import tiny_causal_recipe
@@ -81,23 +81,23 @@ def test_plain_peft_loads_the_adapter_on_the_causal_model(method, folder, home, 
     assert (config["task_type"], config["modules_to_save"]) == ("CAUSAL_LM", None)
     base = AutoModelForCausalLM.from_pretrained(recipe.model.source)
     loaded = peft.PeftModel.from_pretrained(base, tmp_path / "run" / folder).eval()
-    bench = build_workbench(recipe, Observer())
-    ids = bench.examples.input_ids[bench.test]
+    experiment = build_experiment(recipe, Observer())
+    ids = experiment.examples.input_ids[experiment.test]
     with torch.no_grad():
         logits = loaded(input_ids=ids).logits[:, :-1]
-    known = bench.examples.attention_mask[bench.test, 1:] == 1
+    known = experiment.examples.attention_mask[experiment.test, 1:] == 1
     loss = torch.nn.functional.cross_entropy(logits[known], ids[:, 1:][known])
     assert float(loss) == pytest.approx(summary["loss"], abs=1e-5)
 
 
 def test_the_cached_prefix_changes_nothing(home):
-    bench = build_workbench(tiny_causal_recipe(home), Observer())
-    plain = build_workbench(
+    experiment = build_experiment(tiny_causal_recipe(home), Observer())
+    plain = build_experiment(
         tiny_causal_recipe(home, **{"training.reuse_prefix": False}), Observer()
     )
-    assert bench.forward.reuses_prefix
+    assert experiment.forward.reuses_prefix
     assert not plain.forward.reuses_prefix
-    ours = evaluate(bench.forward, bench.examples, bench.test)
+    ours = evaluate(experiment.forward, experiment.examples, experiment.test)
     theirs = evaluate(plain.forward, plain.examples, plain.test)
     torch.testing.assert_close(ours.losses, theirs.losses)
 
@@ -106,17 +106,23 @@ def test_the_sample_is_what_the_models_write(home, tmp_path):
     recipe = tiny_causal_recipe(home, **{"method.name": "fedit"})
     start(recipe, tmp_path / "run")
     sample = json.loads((tmp_path / "run/sample.json").read_text())
-    bench = build_workbench(recipe, Observer())
+    experiment = build_experiment(recipe, Observer())
     state = read_state(latest_state(tmp_path / "run/state"))
-    for row, written in ((bench.binding.read(), sample["before"]), (state.row, sample["after"])):
-        bench.binding.load(row)
-        ids = bench.tokenizer(sample["prompt"], return_tensors="pt").input_ids
-        text = bench.model.generate(
+    for row, written in (
+        (experiment.binding.read(), sample["before"]),
+        (state.row, sample["after"]),
+    ):
+        experiment.binding.load(row)
+        ids = experiment.tokenizer(sample["prompt"], return_tensors="pt").input_ids
+        text = experiment.model.generate(
             input_ids=ids, max_new_tokens=24, do_sample=False, pad_token_id=0, use_cache=False
         )
-        assert bench.tokenizer.decode(text[0, ids.shape[1] :], skip_special_tokens=True) == written
+        assert (
+            experiment.tokenizer.decode(text[0, ids.shape[1] :], skip_special_tokens=True)
+            == written
+        )
     assert sample["before"] != sample["after"]
-    assert sample["domain"] in bench.label_names
+    assert sample["domain"] in experiment.label_names
 
 
 def test_clients_with_models_of_their_own_are_scored_by_them(home, tmp_path):

@@ -90,8 +90,8 @@ def test_a_lower_rank_is_the_best_of_its_rank_under_product_svd(home, tmp_path, 
     seen = {}
     genuine = client_turns.client_row
 
-    def recorded(bench, state, client):
-        row = genuine(bench, state, client)
+    def recorded(experiment, state, client):
+        row = genuine(experiment, state, client)
         seen[state.round, client] = (state, row)
         return row
 

@@ -64,8 +64,8 @@ def test_fedsa_clients_go_on_from_the_common_a_and_their_own_b(home, tmp_path, m
     starts = {}
     genuine = client_turns.client_row
 
-    def recorded(bench, state, client):
-        row = genuine(bench, state, client)
+    def recorded(experiment, state, client):
+        row = genuine(experiment, state, client)
         starts[state.round, client] = (state, row)
         return row
 

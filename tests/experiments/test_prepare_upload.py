@@ -100,13 +100,13 @@ def test_clients_turn_by_the_server_round_also_after_a_restart(
     # All modules of the tiny model have one shape: one call a client, none in round 0.
     by_a, by_b, by_both = ("A", True), ("B", True), ("BA", True)
     per_round = [by_a, by_b, by_a] if reference == "alternate" else [by_both] * 3
-    assert turns == [turn for turn in per_round for _ in range(4)]
+    assert turns == [trained for trained in per_round for _ in range(4)]
     turns.clear()
     with pytest.raises(KeyboardInterrupt):
         start(recipe, tmp_path / "cut", StopBefore(2))
     turns.clear()
     resume(tmp_path / "cut")
-    assert turns == [turn for turn in per_round[1:] for _ in range(4)]
+    assert turns == [trained for trained in per_round[1:] for _ in range(4)]
     whole, cut = final(tmp_path / "whole"), final(tmp_path / "cut")
     assert torch.equal(whole.row, cut.row)
     for client, tensors in whole.simulated_clients.items():

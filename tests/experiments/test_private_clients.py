@@ -13,7 +13,7 @@ from fedcore.experiments.privacy import (
     steps_after,
 )
 from fedcore.experiments.run import resume, start
-from fedcore.experiments.setup import build_workbench
+from fedcore.experiments.setup import build_experiment
 from fedcore.federation.state import latest_state, read_state
 from fedcore.methods.registry import default_methods
 from fedcore.privacy.accounting import Spending, epsilon
@@ -92,17 +92,17 @@ def test_the_record_holds_what_the_accountant_says_of_every_client(home, tmp_pat
     del settings["adapter.layers"]
     recipe = tiny_recipe(home, **settings)
     summary = start(recipe, tmp_path / "run")
-    bench = build_workbench(recipe, Observer())
+    experiment = build_experiment(recipe, Observer())
     records = lines(tmp_path / "run")
     assert "privacy" not in records[0]
-    turns = dict.fromkeys(bench.shards, 0)
+    turns = dict.fromkeys(experiment.shards, 0)
     for record in records[1:]:
         gone = {d["client"] for d in record["dropped"]}
         for client in set(record["sampled"]) - gone:
             turns[client] += 1
         found = record["privacy"]
         assert found["steps"] == {client: 2 * count for client, count in turns.items()}
-        for client, indices in bench.shards.items():
+        for client, indices in experiment.shards.items():
             spending = Spending(1.5, min(1.0, 8 / len(indices)), 2 * turns[client])
             assert found["epsilon"][client] == epsilon(spending, DELTA)
     assert len(set(turns.values())) > 1

@@ -9,7 +9,7 @@ from fedcore.errors import FedcoreError
 from fedcore.experiments.observer import Observer
 from fedcore.experiments.round import sample_clients
 from fedcore.experiments.run import resume, start
-from fedcore.experiments.setup import build_workbench
+from fedcore.experiments.setup import build_experiment
 from fedcore.federation.state import latest_state, read_state
 from fedcore.methods import METHODS
 from fedcore.privacy.accounting import Spending, epsilon
@@ -78,11 +78,11 @@ def test_every_round_spends_also_one_without_clients(home, tmp_path):
 
 def test_clients_are_drawn_on_their_own(home):
     settings = {**NOISY, "method.name": "ffa", "round.participation": 0.5}
-    bench = build_workbench(tiny_recipe(home, **settings), Observer())
-    drawn = [sample_clients(bench, t) for t in range(200)]
-    assert drawn[3] == sample_clients(bench, 3)
+    experiment = build_experiment(tiny_recipe(home, **settings), Observer())
+    drawn = [sample_clients(experiment, t) for t in range(200)]
+    assert drawn[3] == sample_clients(experiment, 3)
     assert {len(sample) for sample in drawn} == {0, 1, 2, 3, 4}
-    for client in bench.trainers:
+    for client in experiment.trainers:
         assert 70 <= sum(client in sample for sample in drawn) <= 130
 
 

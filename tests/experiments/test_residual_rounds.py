@@ -9,7 +9,7 @@ from fedcore.data.low_rank import LowRank
 from fedcore.data.peft_files import read_adapter
 from fedcore.experiments.observer import Observer
 from fedcore.experiments.run import resume, start
-from fedcore.experiments.setup import build_workbench
+from fedcore.experiments.setup import build_experiment
 from fedcore.federation.state import ServerState, latest_state, read_state, write_state
 from fedcore_kernels.layout import FactorLayout
 from tests.experiments.jobs import tiny_recipe
@@ -45,13 +45,13 @@ def test_the_recorded_accuracy_is_that_of_the_adapter_in_plain_peft(method, home
 
     recipe = tiny_recipe(home, **{"method.name": method})
     summary = start(recipe, tmp_path / "run")
-    bench = build_workbench(recipe, Observer())
+    experiment = build_experiment(recipe, Observer())
     base = AutoModelForSequenceClassification.from_pretrained(home / "model", num_labels=3)
     model = PeftModel.from_pretrained(base, tmp_path / "run/adapter").eval()
-    batch = bench.examples.take(bench.test)
+    batch = experiment.examples.take(experiment.test)
     with torch.no_grad():
         logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
-    right = (logits.argmax(-1) == bench.examples.labels[bench.test]).double().mean()
+    right = (logits.argmax(-1) == experiment.examples.labels[experiment.test]).double().mean()
     assert summary["accuracy"] == pytest.approx(float(right))
 
 
@@ -106,7 +106,7 @@ def test_clients_download_the_increments_that_they_missed_or_the_sum_if_smaller(
 
 def test_fresh_adapters_follow_from_the_seed_of_the_run_or_from_their_own(home):
     def method(**settings):
-        return build_workbench(
+        return build_experiment(
             tiny_recipe(home, **{"method.name": "flora", **settings}), Observer()
         )
 

@@ -7,17 +7,17 @@ import pytest
 from fedcore.experiments.evaluation import Score
 from fedcore.experiments.observer import Observer
 from fedcore.experiments.record import ClientReports, round_record
-from fedcore.experiments.setup import build_workbench
+from fedcore.experiments.setup import build_experiment
 from tests.experiments.jobs import tiny_recipe
 
 
 def test_the_training_loss_is_the_mean_over_examples_of_those_that_have_one(home):
-    bench = build_workbench(tiny_recipe(home), Observer())
-    counts = [len(bench.training_indices(client)) for client in sorted(bench.shards)]
+    experiment = build_experiment(tiny_recipe(home), Observer())
+    counts = [len(experiment.training_indices(client)) for client in sorted(experiment.shards)]
     assert counts[0] != counts[1]
     losses = {"client-00": 1.0, "client-01": 5.0, "client-02": float("nan")}
     written = round_record(
-        bench,
+        experiment,
         0,
         Score(),
         ClientReports(losses),

@@ -9,7 +9,7 @@ from fedcore.errors import FedcoreError
 from fedcore.experiments.observer import Observer
 from fedcore.experiments.round import sample_clients
 from fedcore.experiments.run import resume, start
-from fedcore.experiments.setup import build_workbench
+from fedcore.experiments.setup import build_experiment
 from fedcore.federation.state import latest_state, read_state
 from fedcore.methods import METHODS
 from tests.experiments.jobs import tiny_recipe
@@ -154,8 +154,8 @@ def test_the_cached_prefix_does_not_change_the_run(home, tmp_path):
     rows = []
     for reuse in (True, False):
         recipe = tiny_recipe(home, **{"adapter.layers": [-1], "training.reuse_prefix": reuse})
-        bench = build_workbench(recipe, Observer())
-        assert bench.forward.reuses_prefix is reuse
+        experiment = build_experiment(recipe, Observer())
+        assert experiment.forward.reuses_prefix is reuse
         start(recipe, tmp_path / str(reuse))
         rows.append(final_rows(tmp_path / str(reuse)).row)
     torch.testing.assert_close(rows[0], rows[1], rtol=1e-5, atol=1e-5)
@@ -221,11 +221,11 @@ def test_bf16_autocast_trains_fp32_adapters(home, tmp_path):
 
 
 def test_who_takes_part_is_drawn_by_round(home):
-    bench = build_workbench(tiny_recipe(home, **{"round.participation": 0.5}), Observer())
-    drawn = {sample_clients(bench, t) for t in range(12)}
+    experiment = build_experiment(tiny_recipe(home, **{"round.participation": 0.5}), Observer())
+    drawn = {sample_clients(experiment, t) for t in range(12)}
     assert all(len(set(sample)) == 2 for sample in drawn)
     assert len(drawn) > 1
-    assert sample_clients(bench, 3) == sample_clients(bench, 3)
+    assert sample_clients(experiment, 3) == sample_clients(experiment, 3)
 
 
 @pytest.mark.parametrize("method", ["florg", "rolora", "local_only"])
@@ -275,10 +275,10 @@ def test_traffic_counts_what_travels(home, tmp_path):
 def test_florg_starts_at_the_base_model(home):
     outputs = []
     for method in ("florg", "fedit", "head_only"):
-        bench = build_workbench(tiny_recipe(home, **{"method.name": method}), Observer())
-        bench.forward.eval()
+        experiment = build_experiment(tiny_recipe(home, **{"method.name": method}), Observer())
+        experiment.forward.eval()
         with torch.no_grad():
-            outputs.append(bench.forward(torch.arange(8)))
+            outputs.append(experiment.forward(torch.arange(8)))
     torch.testing.assert_close(outputs[0], outputs[2], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(outputs[1], outputs[2], rtol=1e-5, atol=1e-5)
 

@@ -15,7 +15,7 @@ from fedcore.federation.records import (
     DroppedClient,
     Environment,
     ModuleRound,
-    Partition,
+    PartitionRecord,
     PrivacySpent,
     Round,
     Sample,
@@ -30,7 +30,7 @@ RECORDED = Path(__file__).resolve().parents[1] / "reports" / "recorded"
 
 FILES = {
     "environment.json": Environment,
-    "partition.json": Partition,
+    "partition.json": PartitionRecord,
     "summary.json": Summary,
     "sample.json": Sample,
 }

@@ -45,10 +45,10 @@ from fedcore.data.validation import digest
 from fedcore.experiments.observer import Observer
 from fedcore.experiments.run import start
 from fedcore.experiments.run_folder import RunFolder
-from fedcore.experiments.setup import build_workbench
+from fedcore.experiments.setup import build_experiment
 from fedcore.merging import aggregate
 from fedcore.methods import METHODS, create_method
-from fedcore.methods.catalog import options_of
+from fedcore.methods.registry import options_of
 from fedcore.methods.shared.factor_pairs import fresh_adapter
 from fedcore.privacy import KeyedStream, SecureSum
 from fedcore.recipes import Recipe, shipped_recipes, to_toml
@@ -455,7 +455,7 @@ def _flower(folder: Path) -> Formats:
 
     for name, job in jobs.items():
         recipe = tiny_recipe(home, **{**common, **job})
-        bench = build_workbench(recipe, Observer())
+        bench = build_experiment(recipe, Observer())
         grid, replies = _listened(FakeGrid(recipe_nodes(bench)))
         run = RunFolder.create(folder / name, recipe)
         strategy = RecipeStrategy(bench, run)

@@ -3,13 +3,13 @@
 import torch
 
 from fedcore.experiments.observer import Observer
-from fedcore.experiments.setup import build_workbench
+from fedcore.experiments.setup import build_experiment
 from fedcore.training.features import encoder_digest, mean_states
 from tests.experiments.jobs import tiny_recipe
 
 
 def bench_of(tmp_path, **settings):
-    return build_workbench(tiny_recipe(tmp_path, **settings), Observer())
+    return build_experiment(tiny_recipe(tmp_path, **settings), Observer())
 
 
 def test_padding_has_no_part_in_a_feature(tmp_path):

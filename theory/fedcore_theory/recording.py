@@ -19,7 +19,7 @@ from fedcore.errors import FedcoreError
 from fedcore.experiments.environment import describe_environment, recipe_threads
 from fedcore.experiments.observer import Observer
 from fedcore.experiments.round import run_round
-from fedcore.experiments.setup import build_workbench
+from fedcore.experiments.setup import build_experiment
 from fedcore.federation.diagnostics import diagnose
 from fedcore.federation.state import ServerState
 from fedcore.methods import Method, create_method
@@ -65,13 +65,13 @@ def record_divergence(
 
 
 def _recorded(recipe: Recipe, methods: Sequence[str], watcher: Observer) -> Divergence:
-    bench = build_workbench(recipe, watcher)
+    experiment = build_experiment(recipe, watcher)
     others = [create_method(name) for name in methods]
     for other in others:
-        if other.family != bench.method.family:
+        if other.family != experiment.method.family:
             raise FedcoreError(
                 f"{other.name} aggregates adapters of family {other.family!r}, the run has "
-                f"{bench.method.family!r}"
+                f"{experiment.method.family!r}"
             )
     errors: dict[str, list[tuple[float, ...]]] = {other.name: [] for other in others}
 
@@ -80,18 +80,18 @@ def _recorded(recipe: Recipe, methods: Sequence[str], watcher: Observer) -> Dive
             sent = _as_sent(other, cohort, previous)
             # The mean of products is that of the uploads, whatever a method makes of them.
             found = diagnose(
-                cohort, other.aggregate(sent, previous), previous, other.family, bench.offset
+                cohort, other.aggregate(sent, previous), previous, other.family, experiment.offset
             )
             errors[other.name].append(tuple(one.aggregation_error for one in found))
 
-    bench = replace(bench, method=_watched(bench.method, watch))
-    state = ServerState(round=0, layout=bench.binding.layout, row=bench.binding.read())
+    experiment = replace(experiment, method=_watched(experiment.method, watch))
+    state = ServerState(round=0, layout=experiment.binding.layout, row=experiment.binding.read())
     watcher.run_started(recipe.rounds, 0)
     while state.round < recipe.rounds:
-        state = run_round(bench, state, watcher)
+        state = run_round(experiment, state, watcher)
         watcher.round_finished(state.record)
     return Divergence(
-        driver=bench.method.name,
+        driver=experiment.method.name,
         modules=state.layout.modules,
         errors={name: tuple(rounds) for name, rounds in errors.items()},
     )

@@ -19,7 +19,7 @@ from fedcore.experiments.environment import recipe_threads
 from fedcore.experiments.observer import Observer
 from fedcore.experiments.privacy import check_local
 from fedcore.experiments.run_folder import RunFolder
-from fedcore.experiments.setup import Workbench, build_workbench, client_ids
+from fedcore.experiments.setup import Experiment, build_experiment, client_ids
 from fedcore.methods.requirements import EXCHANGES, ONE_MODEL, refuse
 from fedcore.recipes import Recipe, parse_recipe, to_toml
 from fedcore.transports.flower.client import introduce, model_tensors, train
@@ -49,18 +49,18 @@ def check_recipe(recipe: Recipe) -> None:
 
 
 def serve(
-    bench: Workbench,
+    experiment: Experiment,
     folder: RunFolder,
     grid: Grid,
     observer: Observer,
     timeout: float = ROUND_SECONDS,
 ) -> RecipeStrategy:
     """Run the rounds that are left after the newest state in ``folder``, which has one."""
-    strategy = RecipeStrategy(bench, folder, observer)
+    strategy = RecipeStrategy(experiment, folder, observer)
     strategy.start(
         grid,
-        to_arrays(model_tensors(bench)),
-        bench.recipe.rounds,
+        to_arrays(model_tensors(experiment)),
+        experiment.recipe.rounds,
         timeout,
         checkpoint_dir=folder.states,
         resume=True,
@@ -83,12 +83,12 @@ def client_app(read: Callable[[Context], str]) -> ClientApp:
             return introduce(message, client_of(context, recipe))
 
     @app.train()
-    def turn(message: Message, context: Context) -> Message:
+    def trained(message: Message, context: Context) -> Message:
         text = read(context)
         with recipe_threads(parse_recipe(text)):
-            bench = _bench(text)
-            client = client_of(context, bench.recipe)
-            return train(message, context, bench, client, run=str(context.run_id))
+            experiment = _experiment(text)
+            client = client_of(context, experiment.recipe)
+            return train(message, context, experiment, client, run=str(context.run_id))
 
     return app
 
@@ -135,8 +135,8 @@ def server_app() -> ServerApp:
         timeout = float(str(context.run_config.get("timeout", ROUND_SECONDS)))
         observer = _Logged()
 
-        def rounds(bench: Workbench, folder: RunFolder, *rest: object) -> object:
-            return iter(serve(bench, folder, grid, observer, timeout).states)
+        def rounds(experiment: Experiment, folder: RunFolder, *rest: object) -> object:
+            return iter(serve(experiment, folder, grid, observer, timeout).states)
 
         if (path / "recipe.toml").is_file():
             local.resume(path, observer, rounds=rounds)  # type: ignore[arg-type]
@@ -154,11 +154,11 @@ class _Logged(Observer):
 
 
 @lru_cache(maxsize=1)
-def _bench(text: str) -> Workbench:
+def _experiment(text: str) -> Experiment:
     """The workbench of this process: a client's process serves many rounds and often many clients,
     and what is built depends on the recipe alone.
     """
-    return build_workbench(parse_recipe(text), Observer())
+    return build_experiment(parse_recipe(text), Observer())
 
 
 _MODULE = '''"""A federated fine-tuning job: the recipe is in pyproject.toml."""

@@ -12,10 +12,10 @@ from torch import Tensor
 from fedcore.data.low_rank import LowRank, packed, unpacked
 from fedcore.errors import FedcoreError
 from fedcore.experiments.client_models import OWN, with_own
-from fedcore.experiments.client_round import drops_out, take_turn
+from fedcore.experiments.client_round import drops_out, train_one_client
 from fedcore.experiments.observer import Observer
 from fedcore.experiments.privacy import check_local
-from fedcore.experiments.setup import Workbench
+from fedcore.experiments.setup import Experiment
 from fedcore.methods.base import Broadcast
 from fedcore.transports.flower.messages import (
     BROADCAST,
@@ -23,9 +23,9 @@ from fedcore.transports.flower.messages import (
     RECORD,
     RESIDUAL,
     TOLD,
-    Order,
-    Reply,
-    Wire,
+    KeyMap,
+    ReplyInfo,
+    RoundConfig,
     from_arrays,
     to_arrays,
 )
@@ -34,7 +34,7 @@ _ROW, _OWN, _RESIDUAL, _RUN = (f"fedcore.{name}" for name in ("row", "own", "res
 
 
 @dataclass(frozen=True)
-class Memory:
+class ClientMemory:
     """A client's memory.
 
     Attributes:
@@ -48,7 +48,7 @@ class Memory:
     residual: Mapping[str, LowRank] = field(default_factory=dict)
 
     @classmethod
-    def read(cls, state: RecordDict, run: str) -> Memory:
+    def read(cls, state: RecordDict, run: str) -> ClientMemory:
         """The memory of ``run`` in a context's ``state``; an empty one where that is another's."""
         if _RUN not in state.config_records or state.config_records[_RUN]["run"] != run:
             return cls()
@@ -81,30 +81,30 @@ DROPPED_OUT = 4101
 """The code of the error by which a client says that it drops out of a round, as the recipe asks."""
 
 
-def model_tensors(bench: Workbench) -> dict[str, Tensor]:
+def model_tensors(experiment: Experiment) -> dict[str, Tensor]:
     """The model's adapter, constants and dense tensors, by PEFT's keys with the adapter's name."""
-    bound = {id(parameter) for parameter in bench.binding.parameters.values()}
-    fixed = {id(buffer) for buffer in bench.binding.constants.values()}
+    bound = {id(parameter) for parameter in experiment.binding.parameters.values()}
+    fixed = {id(buffer) for buffer in experiment.binding.constants.values()}
     found = {
         key: tensor.detach().cpu().clone()
-        for key, tensor in bench.model.named_parameters()
+        for key, tensor in experiment.model.named_parameters()
         if id(tensor) in bound
     }
     return found | {
         key: buffer.detach().cpu().clone()
-        for key, buffer in bench.model.named_buffers()
+        for key, buffer in experiment.model.named_buffers()
         if id(buffer) in fixed
     }
 
 
 def introduce(message: Message, client: str) -> Message:
     """The answer to the server's question who this node is, and on how many threads."""
-    reply = Reply(client, threads=torch.get_num_threads())
+    reply = ReplyInfo(client, threads=torch.get_num_threads())
     return Message(RecordDict({RECORD: reply.record()}), reply_to=message)
 
 
 def train(
-    message: Message, context: Context, bench: Workbench, client: str, run: str = ""
+    message: Message, context: Context, experiment: Experiment, client: str, run: str = ""
 ) -> Message:
     """One client's round, to the local engine's bits (same machine, threads and versions).
 
@@ -118,60 +118,68 @@ def train(
         FedcoreError: a message that does not fit the recipe, or one that holds a part of the
             adapter for a client that has lost the rest.
     """
-    check_local(bench.recipe, "Flower")
+    check_local(experiment.recipe, "Flower")
     content = message.content
-    order = Order.read(content)
-    if order.method != bench.method.name:
+    round_config = RoundConfig.read(content)
+    if round_config.method != experiment.method.name:
         raise FedcoreError(
-            f"the server runs {order.method}, this client's recipe says {bench.method.name}"
+            f"the server runs {round_config.method}, this client's recipe says "
+            f"{experiment.method.name}; give both the same recipe"
         )
-    if drops_out(bench, order.round, client):
-        reason = f"{client} drops out of round {order.round}"
+    if drops_out(experiment, round_config.round, client):
+        reason = f"{client} drops out of round {round_config.round}"
         return Message(Error(code=DROPPED_OUT, reason=reason), reply_to=message)
-    wire, _ = Wire.of(model_tensors(bench))
-    memory = _updated(Memory.read(context.state, run), content, order, wire, bench, client)
+    key_map, _ = KeyMap.of(model_tensors(experiment))
+    memory = _updated(
+        ClientMemory.read(context.state, run), content, round_config, key_map, experiment, client
+    )
     assert memory.row is not None
-    layout, ranks = wire.layout, bench.ranks.get(client)
+    layout, ranks = key_map.layout, experiment.ranks.get(client)
     broadcast = memory.row
     if BROADCAST in content.array_records:
-        broadcast = wire.unpack(from_arrays(content.array_records[BROADCAST]), layout)
-    bench.residual.load(memory.residual)
-    turn = take_turn(
-        bench,
+        broadcast = key_map.unpack(from_arrays(content.array_records[BROADCAST]), layout)
+    experiment.residual.load(memory.residual)
+    trained = train_one_client(
+        experiment,
         Broadcast(layout, broadcast),
-        order.round,
+        round_config.round,
         client,
-        with_own(bench, layout, memory.row, memory.own, order.round),
+        with_own(experiment, layout, memory.row, memory.own, round_config.round),
         memory.own,
         Observer(),
     )
-    replace(memory, own=turn.kept or memory.own).write(context.state, run)
-    sent = bench.method.upload_layout(layout, order.round)
-    whole = bench.method.capabilities.uploads == "statistics"
-    tensors = wire.pack(turn.upload, sent, None if whole else ranks)
-    if bench.recipe.round.codec == "bf16":
+    replace(memory, own=trained.kept or memory.own).write(context.state, run)
+    sent = experiment.method.upload_layout(layout, round_config.round)
+    whole = experiment.method.capabilities.uploads == "statistics"
+    tensors = key_map.pack(trained.upload, sent, None if whole else ranks)
+    if experiment.recipe.round.codec == "bf16":
         # They are rounded already, so this changes their size alone.
         tensors = {key: tensor.to(torch.bfloat16) for key, tensor in tensors.items()}
-    metrics = {EXAMPLES: turn.weight, "train-loss": turn.loss}
-    if turn.accuracy is not None:
-        metrics["local-accuracy"] = turn.accuracy
-    if turn.held_out_loss is not None:
-        metrics["local-loss"] = turn.held_out_loss
+    metrics = {EXAMPLES: trained.weight, "train-loss": trained.loss}
+    if trained.accuracy is not None:
+        metrics["local-accuracy"] = trained.accuracy
+    if trained.held_out_loss is not None:
+        metrics["local-loss"] = trained.held_out_loss
     answer = RecordDict(
         {
             ARRAYS: to_arrays(tensors),
             METRICS: MetricRecord(dict(metrics)),
-            RECORD: Reply(client, order.round, turn.frozen, turn.flags).record(),
+            RECORD: ReplyInfo(client, round_config.round, trained.frozen, trained.flags).record(),
         }
     )
-    if order.tell and client in bench.statistics:
-        answer[TOLD] = to_arrays(bench.statistics[client])
+    if round_config.tell and client in experiment.statistics:
+        answer[TOLD] = to_arrays(experiment.statistics[client])
     return Message(answer, reply_to=message)
 
 
 def _updated(
-    memory: Memory, content: RecordDict, order: Order, wire: Wire, bench: Workbench, client: str
-) -> Memory:
+    memory: ClientMemory,
+    content: RecordDict,
+    round_config: RoundConfig,
+    key_map: KeyMap,
+    experiment: Experiment,
+    client: str,
+) -> ClientMemory:
     """The memory with what the message brings."""
     arrays = {
         name: from_arrays(record)
@@ -181,23 +189,23 @@ def _updated(
     if len(arrays) != 1:
         raise FedcoreError(f"the message has {len(arrays)} array records; one is needed")
     tensors = next(iter(arrays.values()))
-    part = wire.part_of(tensors)
-    if memory.row is None and not order.whole:
+    part = key_map.part_of(tensors)
+    if memory.row is None and not round_config.whole:
         raise FedcoreError(f"{client} holds nothing of this run and was sent a part of it")
-    news = wire.unpack(tensors, part, bench.ranks.get(client))
-    layout = wire.layout
+    news = key_map.unpack(tensors, part, experiment.ranks.get(client))
+    layout = key_map.layout
     row = memory.row
-    if row is None or order.whole:
+    if row is None or round_config.whole:
         row = torch.zeros(layout.size, dtype=news.dtype)
     row = layout.scatter(row, part, news)
     own = dict(memory.own)
     if PERSONAL in content.array_records:
         mine = from_arrays(content.array_records[PERSONAL])
-        personal = wire.part_of(mine)
-        own[OWN] = layout.scatter(own.get(OWN, row), personal, wire.unpack(mine, personal))
+        personal = key_map.part_of(mine)
+        own[OWN] = layout.scatter(own.get(OWN, row), personal, key_map.unpack(mine, personal))
     residual = memory.residual
     if RESIDUAL in content.array_records:
         residual = unpacked(from_arrays(content.array_records[RESIDUAL]))
-    elif order.whole:
+    elif round_config.whole:
         residual = {}
-    return Memory(row, own, residual)
+    return ClientMemory(row, own, residual)

@@ -74,8 +74,8 @@ server's ranks, and what a client tells of its data."""
 
 
 @dataclass(frozen=True)
-class Order:
-    """The server's order of a round, in the message's ConfigRecord.
+class RoundConfig:
+    """The server's configuration of a round, in the message's ConfigRecord.
 
     Attributes:
         round: counted from 0; Flower's own ``server-round`` is one more.
@@ -93,14 +93,14 @@ class Order:
     tell: bool
 
     def write(self, config: ConfigRecord) -> None:
-        """Add the order to ``config``."""
+        """Add it to ``config``."""
         for name, value in vars(self).items():
             config[f"{RECORD}.{name}"] = value
         config["server-round"] = self.round + 1
 
     @classmethod
-    def read(cls, content: RecordDict) -> Order:
-        """The order in a message.
+    def read(cls, content: RecordDict) -> RoundConfig:
+        """The configuration in a message.
 
         Raises:
             FedcoreError: the message holds none.
@@ -111,11 +111,13 @@ class Order:
                     name: config[f"{RECORD}.{name}"] for name in cls.__dataclass_fields__
                 }
                 return cls(**values)
-        raise FedcoreError("the message is no order of FedLoRA: it names no round")
+        raise FedcoreError(
+            "the message is not one of FedLoRA: it names no round; run FedLoRA on the server"
+        )
 
 
 @dataclass(frozen=True)
-class Reply:
+class ReplyInfo:
     """What a client says of its upload; a client that says nothing is known by its node.
 
     Attributes:
@@ -147,7 +149,7 @@ class Reply:
         return record
 
     @classmethod
-    def read(cls, content: RecordDict) -> Reply:
+    def read(cls, content: RecordDict) -> ReplyInfo:
         """What a reply says, defaults where it does not.
 
         Raises:
@@ -172,7 +174,7 @@ class Reply:
 
 
 @dataclass(frozen=True)
-class Wire:
+class KeyMap:
     """Which key each slot of a row travels under.
 
     Attributes:
@@ -188,9 +190,10 @@ class Wire:
     constants: Mapping[str, Tensor]
 
     @classmethod
-    def of(cls, tensors: Mapping[str, Tensor]) -> tuple[Wire, Tensor]:
-        """The wire of the adapter ``tensors``, by PEFT's keys, and its row ``(P,)``: fp64 where the
-        adapter is, otherwise fp32.
+    def of(cls, tensors: Mapping[str, Tensor]) -> tuple[KeyMap, Tensor]:
+        """The key map of an adapter ``tensors``, by PEFT's keys, and its row ``(P,)``.
+
+        The row is fp64 where the adapter is, otherwise fp32.
 
         Raises:
             FedcoreError: no tensor, integers, several adapter families, two keys of one meaning, a
@@ -198,9 +201,9 @@ class Wire:
         """
         adapter = AdapterState.from_tensors(tensors)
         layout = adapter.layout()
-        wire = cls(layout, adapter.keys, adapter.family, adapter.constants)
+        key_map = cls(layout, adapter.keys, adapter.family, adapter.constants)
         row = adapter.to_row(layout)
-        return wire, row if row.dtype == torch.float64 else row.float()
+        return key_map, row if row.dtype == torch.float64 else row.float()
 
     def pack(
         self, row: Tensor, part: FactorLayout, ranks: Ranks | None = None
@@ -242,7 +245,7 @@ class Wire:
 def broadcast_content(
     state: ServerState,
     method: Method,
-    wire: Wire,
+    key_map: KeyMap,
     client: str,
     ranks: Ranks | None,
     download: Download,
@@ -258,11 +261,11 @@ def broadcast_content(
         arrays_key, config_key: the names under which Flower's strategy sends its records.
     """
     part = download.part
-    tensors = wire.pack(state.layout.gather(download.start, part), part, ranks)
+    tensors = key_map.pack(state.layout.gather(download.start, part), part, ranks)
     if not download.known:
-        tensors |= {wire.keys[name]: tensor for name, tensor in wire.constants.items()}
+        tensors |= {key_map.keys[name]: tensor for name, tensor in key_map.constants.items()}
     plan = method.plan(state.round)
-    order = Order(
+    round_config = RoundConfig(
         round=state.round,
         method=method.name,
         trains=",".join(sorted(plan.trains)),
@@ -270,16 +273,16 @@ def broadcast_content(
         whole=download.whole,
         tell=method.capabilities.wants_features and not statistics_of(state, client),
     )
-    round_config = ConfigRecord(dict(config))
-    order.write(round_config)
-    content = RecordDict({arrays_key: to_arrays(tensors), config_key: round_config})
+    sent_config = ConfigRecord(dict(config))
+    round_config.write(sent_config)
+    content = RecordDict({arrays_key: to_arrays(tensors), config_key: sent_config})
     personal = personal_of(state, client)
     if personal:
         content[PERSONAL] = to_arrays(personal)
     if download.residual:
         content[RESIDUAL] = to_arrays(packed(state.residual))
     if method.capabilities.uploads == "statistics" and ranks is not None:
-        content[BROADCAST] = to_arrays(wire.pack(state.row, state.layout))
+        content[BROADCAST] = to_arrays(key_map.pack(state.row, state.layout))
     return content
 
 
@@ -296,13 +299,13 @@ class ReplyContent:
 
     row: Tensor
     weight: float
-    reply: Reply
+    reply: ReplyInfo
     statistics: Mapping[str, Tensor]
 
 
 def read_reply(
     content: RecordDict,
-    wire: Wire,
+    key_map: KeyMap,
     layout: FactorLayout,
     client: str,
     ranks: Ranks | None,
@@ -319,13 +322,13 @@ def read_reply(
     Raises:
         FedcoreError: what is wrong with the reply.
     """
-    reply = Reply.read(content)
+    reply = ReplyInfo.read(content)
     if reply.client and reply.client != client:
         raise FedcoreError(f"its reply is from {reply.client!r}")
     records = {name: r for name, r in content.array_records.items() if name != TOLD}
     if len(records) != 1:
         raise FedcoreError(f"its reply has {len(records)} array records; one is needed")
-    row = wire.unpack(from_arrays(next(iter(records.values()))), layout, ranks, unchanged)
+    row = key_map.unpack(from_arrays(next(iter(records.values()))), layout, ranks, unchanged)
     statistics = content.array_records.get(TOLD)
     return ReplyContent(
         row,

@@ -18,14 +18,14 @@ from fedcore.experiments.privacy import check_local
 from fedcore.experiments.record import ClientReports, round_record
 from fedcore.experiments.round import sample_clients
 from fedcore.experiments.run_folder import RunFolder
-from fedcore.experiments.setup import Workbench
+from fedcore.experiments.setup import Experiment
 from fedcore.experiments.traffic import added, downlink, uplink
 from fedcore.federation.diagnostics import ModuleDiagnosis, diagnose
 from fedcore.federation.server_round import ClosedRound
 from fedcore.federation.state import ServerState
 from fedcore.methods.base import Broadcast
 from fedcore.transports.flower.client import METRICS
-from fedcore.transports.flower.messages import Reply
+from fedcore.transports.flower.messages import ReplyInfo
 from fedcore.transports.flower.strategy import FedLoRA, wait_for_nodes
 
 
@@ -33,7 +33,7 @@ class RecipeStrategy(FedLoRA):
     """The server of a recipe: samples its clients by name and writes a run folder's records.
 
     Args:
-        bench: the recipe's workbench; the server evaluates with it and trains nothing.
+        experiment: the recipe's workbench; the server evaluates with it and trains nothing.
         folder: where states and records go; None keeps nothing.
         observer: told of every round.
         patience: seconds after which a node that has not said who it is, is asked again.
@@ -44,22 +44,22 @@ class RecipeStrategy(FedLoRA):
 
     def __init__(
         self,
-        bench: Workbench,
+        experiment: Experiment,
         folder: RunFolder | None = None,
         observer: Observer | None = None,
         patience: float = 60.0,
     ) -> None:
-        check_local(bench.recipe, "Flower")
-        rounds = bench.recipe.round
+        check_local(experiment.recipe, "Flower")
+        rounds = experiment.recipe.round
         super().__init__(
-            bench.method,
+            experiment.method,
             on_invalid=rounds.on_invalid,
             send="changed",
             allow_identical_uploads=rounds.allow_identical_uploads,
-            seed=bench.recipe.seed,
+            seed=experiment.recipe.seed,
             fraction_evaluate=0.0,
         )
-        self._bench = bench
+        self._experiment = experiment
         self._run_folder = folder
         self._observer = observer or Observer()
         self._patience = patience
@@ -72,9 +72,9 @@ class RecipeStrategy(FedLoRA):
 
     def choose(self, grid: Grid) -> dict[int, str]:
         """The nodes of the recipe's sample; the first round waits until every client is there."""
-        everyone = set(self._bench.trainers)
+        everyone = set(self._experiment.trainers)
         self._meet(grid, everyone if not self._names else set())
-        self._sampled = sample_clients(self._bench, self.state.round)
+        self._sampled = sample_clients(self._experiment, self.state.round)
         self._observer.round_started(self.state.round, len(self._sampled), 0)
         self._began = perf_counter()
         connected = set(grid.get_node_ids())
@@ -83,39 +83,41 @@ class RecipeStrategy(FedLoRA):
 
     def ranks_of(self, node: int, client: str) -> Ranks | None:
         """The recipe's."""
-        return self._bench.ranks.get(client)
+        return self._experiment.ranks.get(client)
 
     def record(self, closed: ClosedRound, replies: Mapping[str, RecordDict]) -> dict[str, Any]:
         """The same record as a local run's, without times that a server cannot know."""
-        bench, before, cohort = self._bench, self.state, closed.cohort
+        experiment, before, cohort = self._experiment, self.state, closed.cohort
         seconds = {"train": perf_counter() - self._began, "save": self._save_seconds}
         started = perf_counter()
         modules: list[ModuleDiagnosis] = []
         able = self.method.capabilities
         factors = able.uploads == "factors" and not able.personalised
-        if bench.recipe.evaluation.diagnostics and factors:
+        if experiment.recipe.evaluation.diagnostics and factors:
             previous = Broadcast(before.layout, before.row)
             complete = self.method.completed(cohort, previous)
-            modules = diagnose(complete, closed.result, previous, self.method.family, bench.offset)
+            modules = diagnose(
+                complete, closed.result, previous, self.method.family, experiment.offset
+            )
         seconds["diagnose"] = perf_counter() - started
         started = perf_counter()
-        measured = not able.personalised and evaluates(bench, before.round)
-        outcome = score(bench, closed.state) if measured else Score()
+        measured = not able.personalised and evaluates(experiment, before.round)
+        outcome = score(experiment, closed.state) if measured else Score()
         seconds["evaluate"] = perf_counter() - started
         names = ("train-loss", "local-accuracy", "local-loss")
         absent = set(self._sampled) - {who.client for who in self._asked.values()}
         dropped = {d.client_id: d.reason for d in cohort.dropped}
         dropped |= dict.fromkeys(absent, "no node of it is connected")
         record = round_record(
-            bench,
+            experiment,
             before.round,
             outcome,
             ClientReports(*(_reported(replies, name) for name in names)),
             sampled=self._sampled,
             dropped=dropped,
             flags=closed.flags,
-            up=uplink(bench, before, cohort.layout, closed.reported),
-            down=downlink(bench, before, self._sampled),
+            up=uplink(experiment, before, cohort.layout, closed.reported),
+            down=downlink(experiment, before, self._sampled),
             seconds=seconds,
             modules=modules,
         )
@@ -165,9 +167,9 @@ class RecipeStrategy(FedLoRA):
                 self._observer.message(f"a node does not say who it is: {answer.error.reason}")
                 self._strangers.add(node)
                 continue
-            reply = Reply.read(answer.content)
+            reply = ReplyInfo.read(answer.content)
             name = reply.client
-            if name not in self._bench.trainers:
+            if name not in self._experiment.trainers:
                 self._observer.message(f"a node says it is {name!r}, which the recipe lacks")
                 self._strangers.add(node)
                 continue

@@ -46,7 +46,7 @@ from fedcore.federation.server_round import OpenRound
 from fedcore.federation.state import ServerState, begin, save
 from fedcore.methods import Method, create_method
 from fedcore.methods.requirements import SECURE_SUM, SENDS_FACTORS, refuse
-from fedcore.transports.flower.messages import Wire
+from fedcore.transports.flower.messages import KeyMap
 
 _KEYS, _SENDS, _ROUND = "fedcore.keys", "fedcore.sends", "fedcore.round"
 
@@ -82,14 +82,14 @@ class SecureFedLoRA(FedAvg):
         self.method = create_method(method) if isinstance(method, str) else method
         otherwise = ", or round.secure_sum of a recipe"
         refuse(self.method, (*SECURE_SUM, SENDS_FACTORS), "Flower's secure aggregation", otherwise)
-        self.wire, row = Wire.of(adapter)
-        if self.wire.family != self.method.family:
+        self.key_map, row = KeyMap.of(adapter)
+        if self.key_map.family != self.method.family:
             raise FedcoreError(
-                f"adapter is of family {self.wire.family!r}; {self.method.name} needs "
+                f"adapter is of family {self.key_map.family!r}; {self.method.name} needs "
                 f"{self.method.family!r}"
             )
         self._folder = Path(checkpoint_dir) if checkpoint_dir is not None else None
-        fresh = ServerState(round=0, layout=self.wire.layout, row=row)
+        fresh = ServerState(round=0, layout=self.key_map.layout, row=row)
         self.state = begin(self._folder, resume, fresh)
         for name in ("on_fit_config_fn", "on_evaluate_config_fn"):
             fedavg[name] = self._configured(fedavg.get(name))
@@ -97,8 +97,10 @@ class SecureFedLoRA(FedAvg):
 
     def adapter(self) -> dict[str, Tensor]:
         """The global adapter, by the keys of the one it started from."""
-        tensors = self.wire.pack(self.state.row, self.state.layout)
-        constants = {self.wire.keys[name]: value for name, value in self.wire.constants.items()}
+        tensors = self.key_map.pack(self.state.row, self.state.layout)
+        constants = {
+            self.key_map.keys[name]: value for name, value in self.key_map.constants.items()
+        }
         return tensors | constants
 
     def configure_fit(
@@ -136,11 +138,11 @@ class SecureFedLoRA(FedAvg):
                 f"round {t}: the mean has {len(uploads[0])} tensors, not {len(names)}"
             )
         tensors = {
-            self.wire.keys[name]: torch.from_numpy(np.asarray(array, dtype=np.float64))
+            self.key_map.keys[name]: torch.from_numpy(np.asarray(array, dtype=np.float64))
             for name, array in zip(names, uploads[0], strict=True)
         }
         try:
-            mean = self.wire.unpack(tensors, opened.layout)
+            mean = self.key_map.unpack(tensors, opened.layout)
         except FedcoreError as error:
             raise FedcoreError(f"round {t}: the mean does not fit: {error}") from None
         after = opened.close_on_mean(mean).state
@@ -163,7 +165,7 @@ class SecureFedLoRA(FedAvg):
             return {
                 **(own(server_round) if own is not None else {}),
                 _KEYS: "\n".join(self.adapter()),
-                _SENDS: "\n".join(self.wire.keys[slot.name] for slot in sent),
+                _SENDS: "\n".join(self.key_map.keys[slot.name] for slot in sent),
                 _ROUND: self.state.round,
             }
 

@@ -19,7 +19,7 @@ from fedcore.errors import missing_extra
 from fedcore.experiments import run as local
 from fedcore.experiments.observer import Observer
 from fedcore.experiments.run_folder import RunFolder
-from fedcore.experiments.setup import Shelf, Workbench
+from fedcore.experiments.setup import Experiment, SharedCache
 from fedcore.federation.state import ServerState
 from fedcore.recipes import Recipe, to_toml
 from fedcore.transports.flower.apps import check_recipe, client_app, serve
@@ -27,7 +27,7 @@ from fedcore.transports.flower.recipe_strategy import RecipeStrategy
 
 
 def start(
-    recipe: Recipe, path: Path, observer: Observer | None = None, shelf: Shelf | None = None
+    recipe: Recipe, path: Path, observer: Observer | None = None, cache: SharedCache | None = None
 ) -> dict[str, Any]:
     """Run ``recipe`` into the empty folder ``path``; returns its summary.
 
@@ -39,11 +39,11 @@ def start(
         MissingExtraError: Ray is not installed.
     """
     check_recipe(recipe)
-    return local.start(recipe, path, observer, shelf, rounds=simulated_rounds)
+    return local.start(recipe, path, observer, cache, rounds=simulated_rounds)
 
 
 def resume(
-    path: Path, observer: Observer | None = None, shelf: Shelf | None = None
+    path: Path, observer: Observer | None = None, cache: SharedCache | None = None
 ) -> dict[str, Any]:
     """Continue the run in ``path`` from its last complete round.
 
@@ -53,11 +53,11 @@ def resume(
         FedcoreError: ``path`` holds no run, or its state is damaged.
         MissingExtraError: Ray is not installed.
     """
-    return local.resume(path, observer, shelf, rounds=simulated_rounds)
+    return local.resume(path, observer, cache, rounds=simulated_rounds)
 
 
 def simulated_rounds(
-    bench: Workbench, folder: RunFolder, state: ServerState, observer: Observer
+    experiment: Experiment, folder: RunFolder, state: ServerState, observer: Observer
 ) -> Iterator[ServerState]:
     """The rounds after ``state``, each by one message a client to a process of Ray's."""
     try:
@@ -66,7 +66,7 @@ def simulated_rounds(
         raise missing_extra("ray", "flower") from error
     from flwr.simulation import run_simulation
 
-    if state.round >= bench.recipe.rounds:
+    if state.round >= experiment.recipe.rounds:
         return
     done: list[RecipeStrategy] = []
     failed: list[BaseException] = []
@@ -75,23 +75,23 @@ def simulated_rounds(
     @server.main()
     def main(grid: Grid, context: Context) -> None:
         try:
-            done.append(serve(bench, folder, grid, observer))
+            done.append(serve(experiment, folder, grid, observer))
         except BaseException as error:
             # Flower logs what a server raises and ends; a caller is to see it.
             failed.append(error)
 
     # Ray gives its processes a number of threads of its own; theirs is to be this process's.
     threads = torch.get_num_threads()
-    training = bench.recipe.training.model_copy(update={"threads": threads})
-    recipe = bench.recipe.model_copy(update={"training": training})
+    training = experiment.recipe.training.model_copy(update={"threads": threads})
+    recipe = experiment.recipe.model_copy(update={"training": training})
     cores = max(1, min(threads, os.cpu_count() or 1))
     # Ray hides the cards from processes that do not ask for one.
-    on_card = next(bench.model.parameters()).is_cuda
+    on_card = next(experiment.model.parameters()).is_cuda
     with _quiet():
         run_simulation(
             server,
             client_app(partial(_text, to_toml(recipe))),
-            num_supernodes=bench.recipe.clients,
+            num_supernodes=experiment.recipe.clients,
             backend_config={
                 "client_resources": {"num_cpus": cores, "num_gpus": float(on_card)},
                 "init_args": {"include_dashboard": False, "log_to_driver": False},

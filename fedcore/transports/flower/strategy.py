@@ -28,7 +28,7 @@ from fedcore.methods import create_method
 from fedcore.methods.base import Method
 from fedcore.methods.requirements import EXCHANGES, refuse
 from fedcore.transports.flower.messages import (
-    Wire,
+    KeyMap,
     broadcast_content,
     from_arrays,
     read_reply,
@@ -111,7 +111,7 @@ class FedLoRA(FedAvg):
         self.allow_identical_uploads = allow_identical_uploads
         self._node_ranks = dict(ranks or {})
         self._state: ServerState | None = None
-        self._wire: Wire | None = None
+        self._key_map: KeyMap | None = None
         self._folder: Path | None = None
         self._asked: dict[int, Asked] = {}
 
@@ -127,15 +127,15 @@ class FedLoRA(FedAvg):
         return self._state
 
     @property
-    def wire(self) -> Wire:
+    def key_map(self) -> KeyMap:
         """Which key each tensor travels under.
 
         Raises:
             FedcoreError: nothing was started yet.
         """
-        if self._wire is None:
+        if self._key_map is None:
             raise FedcoreError("the strategy knows no adapter before start(...)")
-        return self._wire
+        return self._key_map
 
     def summary(self) -> None:
         """Log the method and FedAvg's configuration."""
@@ -198,15 +198,15 @@ class FedLoRA(FedAvg):
     def _prepare(
         self, initial: ArrayRecord, checkpoint_dir: str | Path | None, resume: bool
     ) -> None:
-        wire, row = Wire.of(from_arrays(initial))
-        if wire.family != self.method.family:
+        key_map, row = KeyMap.of(from_arrays(initial))
+        if key_map.family != self.method.family:
             raise FedcoreError(
-                f"initial_arrays hold an adapter of family {wire.family!r}; {self.method.name} "
+                f"initial_arrays hold an adapter of family {key_map.family!r}; {self.method.name} "
                 f"needs {self.method.family!r}"
             )
         folder = Path(checkpoint_dir) if checkpoint_dir is not None else None
-        state = begin(folder, resume, ServerState(round=0, layout=wire.layout, row=row))
-        self._wire, self._folder, self._state = wire, folder, state
+        state = begin(folder, resume, ServerState(round=0, layout=key_map.layout, row=row))
+        self._key_map, self._folder, self._state = key_map, folder, state
 
     def _adopt(self, arrays: ArrayRecord) -> None:
         """Go on from ``arrays`` where a wrapper has changed what the last round returned, as those
@@ -218,8 +218,8 @@ class FedLoRA(FedAvg):
         """
         if self._state is None:
             self._prepare(arrays, None, False)
-        state, wire = self.state, self.wire
-        row = wire.unpack(from_arrays(arrays), state.layout)
+        state, key_map = self.state, self.key_map
+        row = key_map.unpack(from_arrays(arrays), state.layout)
         names = [
             slot.name
             for slot in state.layout
@@ -244,8 +244,10 @@ class FedLoRA(FedAvg):
 
     def arrays(self) -> ArrayRecord:
         """The global adapter, by the keys of the initial one; a residual is in ``state``."""
-        tensors = self.wire.pack(self.state.row, self.state.layout)
-        tensors |= {self.wire.keys[name]: value for name, value in self.wire.constants.items()}
+        tensors = self.key_map.pack(self.state.row, self.state.layout)
+        tensors |= {
+            self.key_map.keys[name]: value for name, value in self.key_map.constants.items()
+        }
         return to_arrays(tensors)
 
     def choose(self, grid: Grid) -> dict[int, str]:
@@ -269,7 +271,7 @@ class FedLoRA(FedAvg):
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """One message a client: its order, and what it needs of the state."""
+        """One message per client: the round's configuration, and what it needs of the state."""
         self._adopt(arrays)
         self._asked, messages = {}, []
         for node, client in self.choose(grid).items():
@@ -283,7 +285,7 @@ class FedLoRA(FedAvg):
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """As in training, but always the whole adapter; the order's round is the coming one."""
+        """As in training, but always the whole adapter; the round is the coming one."""
         if self.fraction_evaluate == 0.0:
             return []
         nodes = sample_nodes(
@@ -312,7 +314,7 @@ class FedLoRA(FedAvg):
         return broadcast_content(
             self.state,
             self.method,
-            self.wire,
+            self.key_map,
             client,
             ranks,
             found,
@@ -356,7 +358,7 @@ class FedLoRA(FedAvg):
             allow_identical_uploads=self.allow_identical_uploads,
             starts={who.client: who.start for who in asked.values() if who.ranks is not None},
         )
-        constants = [self.wire.constants[name] for name in sorted(self.wire.constants)]
+        constants = [self.key_map.constants[name] for name in sorted(self.key_map.constants)]
         layout, frozen = self.state.layout, opened.frozen
         contents: dict[str, RecordDict] = {}
         for message in replies:
@@ -373,7 +375,7 @@ class FedLoRA(FedAvg):
             try:
                 upload = read_reply(
                     message.content,
-                    self.wire,
+                    self.key_map,
                     opened.layout,
                     who.client,
                     ranks,
@@ -400,7 +402,7 @@ class FedLoRA(FedAvg):
         return opened, contents
 
     def _pack_upload(self, layout: FactorLayout, row: Tensor) -> dict[str, Tensor]:
-        return self.wire.pack(row.to(self.state.row.dtype), layout)
+        return self.key_map.pack(row.to(self.state.row.dtype), layout)
 
     def _forget(self, client: str) -> None:
         """Send everything to ``client`` the next time."""

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
-from fedcore.experiments.setup import Workbench
+from fedcore.experiments.setup import Experiment
 from fedcore.transports.flower.client import introduce, train
 
 Handler = Callable[[Message, Context], Message]
@@ -52,15 +52,18 @@ class FakeGrid:
         return replies[::-1]
 
 
-def recipe_nodes(bench: Workbench) -> dict[int, Handler]:
+def recipe_nodes(experiment: Experiment) -> dict[int, Handler]:
     """A node a client of the recipe, with ids that sort otherwise than the clients' names."""
-    return {1000 - 7 * i: recipe_handler(bench, client) for i, client in enumerate(bench.trainers)}
+    return {
+        1000 - 7 * i: recipe_handler(experiment, client)
+        for i, client in enumerate(experiment.trainers)
+    }
 
 
-def recipe_handler(bench: Workbench, client: str) -> Handler:
+def recipe_handler(experiment: Experiment, client: str) -> Handler:
     def handle(message: Message, context: Context) -> Message:
         if message.metadata.message_type == "query":
             return introduce(message, client)
-        return train(message, context, bench, client)
+        return train(message, context, experiment, client)
 
     return handle

@@ -10,12 +10,12 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from fedcore.errors import FedcoreError
 from fedcore.experiments.observer import Observer
-from fedcore.experiments.setup import build_workbench
+from fedcore.experiments.setup import build_experiment
 from fedcore.recipes import to_toml
 from fedcore.transports.flower import apps
 from fedcore.transports.flower.apps import client_app, server_app, write_app
 from fedcore.transports.flower.client import model_tensors
-from fedcore.transports.flower.messages import RECORD, Reply, to_arrays
+from fedcore.transports.flower.messages import RECORD, ReplyInfo, to_arrays
 from fedcore.transports.flower.recipe_strategy import RecipeStrategy
 from tests.experiments.jobs import tiny_recipe
 from tests.experiments.messages import Messages
@@ -49,13 +49,13 @@ def answers(handler, threads):
     ],
 )
 def test_a_server_says_which_clients_compute_on_other_threads(threads, warned, home):
-    bench, messages = build_workbench(tiny_recipe(home, **SMALL), Observer()), Messages()
+    experiment, messages = build_experiment(tiny_recipe(home, **SMALL), Observer()), Messages()
     nodes = {
         node: answers(handler, count)
-        for (node, handler), count in zip(recipe_nodes(bench).items(), threads, strict=True)
+        for (node, handler), count in zip(recipe_nodes(experiment).items(), threads, strict=True)
     }
-    strategy = RecipeStrategy(bench, observer=messages)
-    strategy.start(FakeGrid(nodes), to_arrays(model_tensors(bench)), num_rounds=1)
+    strategy = RecipeStrategy(experiment, observer=messages)
+    strategy.start(FakeGrid(nodes), to_arrays(model_tensors(experiment)), num_rounds=1)
     if warned is None:
         assert not messages.texts
     else:
@@ -65,11 +65,11 @@ def test_a_server_says_which_clients_compute_on_other_threads(threads, warned, h
 
 
 def test_only_an_introduction_names_threads():
-    assert "threads" not in Reply("client-00", 3).record()
-    assert Reply.read(RecordDict({RECORD: Reply("a", threads=2).record()})).threads == 2
-    assert Reply.read(RecordDict({RECORD: ConfigRecord({"client": "a"})})).threads == 0
+    assert "threads" not in ReplyInfo("client-00", 3).record()
+    assert ReplyInfo.read(RecordDict({RECORD: ReplyInfo("a", threads=2).record()})).threads == 2
+    assert ReplyInfo.read(RecordDict({RECORD: ConfigRecord({"client": "a"})})).threads == 0
     with pytest.raises(FedcoreError, match="names 'two' threads"):
-        Reply.read(RecordDict({RECORD: ConfigRecord({"threads": "two"})}))
+        ReplyInfo.read(RecordDict({RECORD: ConfigRecord({"threads": "two"})}))
 
 
 @pytest.mark.parametrize("threads", [None, 3])
@@ -78,13 +78,13 @@ def test_a_clients_app_computes_on_the_recipes_threads(threads, home, monkeypatc
     text = to_toml(tiny_recipe(home, **SMALL, **own))
     computed = []
 
-    def train(message, context, bench, client, run):
+    def train(message, context, experiment, client, run):
         computed.append(torch.get_num_threads())
         return Message(RecordDict(), reply_to=message)
 
     def build(text):
         computed.append(torch.get_num_threads())
-        return build_workbench(apps.parse_recipe(text), Observer())
+        return build_experiment(apps.parse_recipe(text), Observer())
 
     monkeypatch.setattr(apps, "train", train)
     monkeypatch.setattr(apps, "_bench", build)
@@ -101,7 +101,7 @@ def test_a_clients_app_computes_on_the_recipes_threads(threads, home, monkeypatc
     def send(kind):
         return app(Message(RecordDict(), dst_node_id=1, message_type=kind), context)
 
-    reply = Reply.read(send(MessageType.QUERY).content)
+    reply = ReplyInfo.read(send(MessageType.QUERY).content)
     assert (reply.client, reply.threads) == ("client-01", threads or 1)
     send(MessageType.TRAIN)
     assert computed == [threads or 1] * 2
@@ -116,7 +116,7 @@ def test_a_servers_app_computes_on_the_recipes_threads_and_logs_what_differs(
     config = tomllib.loads((app / "pyproject.toml").read_text())["tool"]["flwr"]["app"]["config"]
     context = Context(run_id=1, node_id=0, node_config={}, state=RecordDict(), run_config=config)
     # These nodes share the server's process, but say that they have another number of threads.
-    handlers = recipe_nodes(build_workbench(recipe, Observer()))
+    handlers = recipe_nodes(build_experiment(recipe, Observer()))
     nodes = {node: answers(handler, 2) for node, handler in handlers.items()}
     monkeypatch.setattr(logging.getLogger("flwr"), "propagate", True)
     with caplog.at_level(logging.WARNING, "flwr"):

@@ -10,10 +10,10 @@ from flwr.app import Context, RecordDict
 
 from fedcore.experiments.observer import Observer
 from fedcore.experiments.run import resume, start
-from fedcore.experiments.setup import build_workbench
+from fedcore.experiments.setup import build_experiment
 from fedcore.federation.state import latest_state, read_state
 from fedcore.transports.flower.apps import serve
-from fedcore.transports.flower.client import Memory, introduce, model_tensors
+from fedcore.transports.flower.client import ClientMemory, introduce, model_tensors
 from fedcore.transports.flower.messages import to_arrays
 from fedcore.transports.flower.recipe_strategy import RecipeStrategy
 from tests.experiments.jobs import tiny_recipe
@@ -26,8 +26,8 @@ def local_state(recipe, folder):
 
 
 def through_flower(recipe, **options):
-    server = build_workbench(recipe, Observer())
-    clients = build_workbench(recipe, Observer())
+    server = build_experiment(recipe, Observer())
+    clients = build_experiment(recipe, Observer())
     grid = FakeGrid(recipe_nodes(clients))
     strategy = RecipeStrategy(server)
     initial = to_arrays(model_tensors(server))
@@ -91,7 +91,7 @@ def test_what_clients_keep_is_what_the_local_engine_keeps_for_them(home, tmp_pat
     assert len(grid.contexts) == recipe.clients
     for node, context in grid.contexts.items():
         client = f"client-{(1000 - node) // 7:02d}"
-        own = Memory.read(context.state, "").own
+        own = ClientMemory.read(context.state, "").own
         assert own.keys() == local.simulated_clients[client].keys()
         for name, tensor in own.items():
             assert torch.equal(tensor, local.simulated_clients[client][name]), (client, name)
@@ -112,7 +112,7 @@ def test_later_rounds_send_what_changed(ranks, home):
 
 def test_a_node_that_dies_loses_its_upload_and_not_the_round(home):
     recipe = tiny_recipe(home, rounds=3)
-    server, clients = (build_workbench(recipe, Observer()) for _ in range(2))
+    server, clients = (build_experiment(recipe, Observer()) for _ in range(2))
     grid = FakeGrid(recipe_nodes(clients))
     genuine, calls = grid.handlers[993], []
 
@@ -139,7 +139,7 @@ def test_a_node_that_dies_loses_its_upload_and_not_the_round(home):
 
 def test_a_node_that_is_slow_to_say_who_it_is_is_asked_again(home):
     recipe = tiny_recipe(home, rounds=1)
-    server, clients = (build_workbench(recipe, Observer()) for _ in range(2))
+    server, clients = (build_experiment(recipe, Observer()) for _ in range(2))
     grid = FakeGrid(recipe_nodes(clients))
     genuine, questions = grid.handlers[993], []
 
@@ -161,7 +161,7 @@ def test_a_node_that_is_slow_to_say_who_it_is_is_asked_again(home):
 
 def test_a_stranger_is_asked_once_and_the_client_waited_for(home):
     recipe = tiny_recipe(home, rounds=1)
-    server, clients = (build_workbench(recipe, Observer()) for _ in range(2))
+    server, clients = (build_experiment(recipe, Observer()) for _ in range(2))
     grid = FakeGrid(recipe_nodes(clients))
     genuine = grid.handlers.pop(993)
     asked, seen = [], []
@@ -190,7 +190,7 @@ def test_a_stranger_is_asked_once_and_the_client_waited_for(home):
 
 def test_a_node_that_comes_in_anothers_place_receives_everything(home, tmp_path):
     recipe = tiny_recipe(home, **{"method.name": "rolora", "rounds": 3})
-    server, clients = (build_workbench(recipe, Observer()) for _ in range(2))
+    server, clients = (build_experiment(recipe, Observer()) for _ in range(2))
     grid = FakeGrid(recipe_nodes(clients))
 
     class Moves(Observer):
@@ -219,10 +219,10 @@ def replace_node(context, node):
 def test_a_run_that_was_killed_goes_on_to_the_same_bits(method, home, tmp_path):
     recipe = tiny_recipe(home, **{"method.name": method, "rounds": 4})
 
-    def rounds(bench, folder, state, observer):
+    def rounds(experiment, folder, state, observer):
         # Nodes that were started anew: they hold nothing of the run.
-        grid = FakeGrid(recipe_nodes(build_workbench(recipe, Observer())))
-        yield from serve(bench, folder, grid, observer).states
+        grid = FakeGrid(recipe_nodes(build_experiment(recipe, Observer())))
+        yield from serve(experiment, folder, grid, observer).states
 
     class Killed(Observer):
         def round_finished(self, record):
@@ -246,7 +246,7 @@ def test_a_codec_of_two_bytes_halves_what_travels(home):
     sizes = {}
     for codec in ("fp32", "bf16"):
         recipe = tiny_recipe(home, **{"method.name": "fedit", "round.codec": codec, "rounds": 1})
-        server, clients = (build_workbench(recipe, Observer()) for _ in range(2))
+        server, clients = (build_experiment(recipe, Observer()) for _ in range(2))
         grid = FakeGrid(recipe_nodes(clients))
         genuine, replies = grid.handlers[993], []
 
@@ -263,20 +263,21 @@ def test_a_codec_of_two_bytes_halves_what_travels(home):
 
 def test_what_a_client_keeps_is_of_one_run():
     state = RecordDict()
-    Memory(torch.ones(3), {"own": torch.zeros(2)}).write(state, "1")
-    assert torch.equal(Memory.read(state, "1").row, torch.ones(3))
-    assert Memory.read(state, "2") == Memory()
+    ClientMemory(torch.ones(3), {"own": torch.zeros(2)}).write(state, "1")
+    assert torch.equal(ClientMemory.read(state, "1").row, torch.ones(3))
+    assert ClientMemory.read(state, "2") == ClientMemory()
     # The next run's memory holds nothing of it.
-    Memory(torch.zeros(3)).write(state, "2")
-    assert Memory.read(state, "2").own == {}
+    ClientMemory(torch.zeros(3)).write(state, "2")
+    assert ClientMemory.read(state, "2").own == {}
 
 
 def test_a_client_of_another_recipe_is_told_so(home):
-    server = build_workbench(tiny_recipe(home, **{"method.name": "ffa"}), Observer())
-    clients = build_workbench(tiny_recipe(home, **{"method.name": "fedit"}), Observer())
+    server = build_experiment(tiny_recipe(home, **{"method.name": "ffa"}), Observer())
+    clients = build_experiment(tiny_recipe(home, **{"method.name": "fedit"}), Observer())
     strategy = RecipeStrategy(server)
     strategy.start(FakeGrid(recipe_nodes(clients)), to_arrays(model_tensors(server)), num_rounds=1)
     reasons = {d["reason"] for d in strategy.state.record["dropped"]}
     assert reasons == {
-        "its node sent an error: the server runs ffa, this client's recipe says fedit"
+        "its node sent an error: the server runs ffa, this client's recipe says fedit; "
+        "give both the same recipe"
     }

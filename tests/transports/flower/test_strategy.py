@@ -225,8 +225,8 @@ def test_a_run_that_ends_early_goes_on_to_the_same_bits(method, tmp_path):
     def handler(node):
         def handle(message, context):
             sent = from_arrays(message.content["arrays"])
-            turn = message.content["config"]["fedcore.round"]
-            frozen = {only(turn + 1): sent[only(turn + 1)]} if only else {}
+            trained = message.content["config"]["fedcore.round"]
+            frozen = {only(trained + 1): sent[only(trained + 1)]} if only else {}
             return client(node, lambda t: {**t, **frozen})(message, context)
 
         return handle
