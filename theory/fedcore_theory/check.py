@@ -143,8 +143,8 @@ def worst(values: Iterable[float]) -> float:
 
     ``max`` forgets a NaN that does not come first, and with it the failure that it stands for.
     """
-    found = list(values)
-    return math.nan if not found or any(math.isnan(value) for value in found) else max(found)
+    numbers = list(values)
+    return math.nan if not numbers or any(math.isnan(value) for value in numbers) else max(numbers)
 
 
 def least(values: Iterable[float]) -> float:

@@ -64,12 +64,12 @@ def run_checks(
     """
     workers = min(len(checks), processes or _cores())
     arriving = _here(checks, repetitions) if workers < 2 else _apart(checks, repetitions, workers)
-    found = {}
+    results = {}
     for result in arriving:
-        found[result.check.id] = result
+        results[result.check.id] = result
         if done is not None:
             done(result)
-    return [found[check.id] for check in checks]
+    return [results[check.id] for check in checks]
 
 
 def _cores() -> int:

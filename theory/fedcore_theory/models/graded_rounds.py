@@ -87,15 +87,15 @@ def errors(
     exact: Mapping[str, Callable[[GramRound], Array]],
 ) -> dict[str, list[float]]:
     """Rule to its largest error over all cases, condition by condition."""
-    found: dict[str, dict[float, list[float]]] = {name: {} for name in rules}
+    by_rule: dict[str, dict[float, list[float]]] = {name: {} for name in rules}
     for case in cases:
         for condition, rounds in case.items():
             for one in rounds:
                 truth = {name: rule(one) for name, rule in exact.items()}
                 for name, rule in rules.items():
                     wanted = truth[next(key for key in truth if name.startswith(key))]
-                    found[name].setdefault(condition, []).append(weakest_error(rule(one), wanted))
-    return {name: [worst(list_) for list_ in by.values()] for name, by in found.items()}
+                    by_rule[name].setdefault(condition, []).append(weakest_error(rule(one), wanted))
+    return {name: [worst(list_) for list_ in by.values()] for name, by in by_rule.items()}
 
 
 def factor_off(found: float, entry: tuple[float, float]) -> float:

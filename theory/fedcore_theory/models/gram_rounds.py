@@ -94,8 +94,8 @@ def rounds_of(seed: int, deviations: Sequence[float]) -> list[GramRound]:
 
 def gram_step(method: str | Method, case: GramRound) -> Array:
     """The next ``A (r, k)`` by a shipped method."""
-    found = server_round(method, {"A": case.A}, case.weights, {"A": case.previous})
-    return found.factors["A"]
+    result = server_round(method, {"A": case.A}, case.weights, {"A": case.previous})
+    return result.factors["A"]
 
 
 GramStep = Callable[[GramRound], Array]

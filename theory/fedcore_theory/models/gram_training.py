@@ -62,11 +62,11 @@ def gram_problem(
     """
     left, right = (np.linalg.qr(random.standard_normal((width, width)))[0] for _ in range(2))
     Z = random.standard_normal((rank, width))
-    own = random.standard_normal((clients, width, width)) / np.sqrt(width)
+    deviations = random.standard_normal((clients, width, width)) / np.sqrt(width)
     return GramProblem(
         left=left,
         right=right,
-        targets=(4 / width) * left @ Z.T @ Z @ right + spread * own,
+        targets=(4 / width) * left @ Z.T @ Z @ right + spread * deviations,
         start=start * random.standard_normal((rank, width)),
     )
 

@@ -61,8 +61,8 @@ def measure(
             for clients in (case.plain, case.turned)
         )
         growth.append(after / before)
-        own = [clients.B @ clients.A for clients in (case.plain, case.turned)]
-        moved.append(relative(own[1], own[0]))
+        models = [clients.B @ clients.A for clients in (case.plain, case.turned)]
+        moved.append(relative(models[1], models[0]))
         plain, turned = (_exact(clients) for clients in (case.plain, case.turned))
         steady.append(relative(turned, plain))
         shown[f"seed {n}"] = {

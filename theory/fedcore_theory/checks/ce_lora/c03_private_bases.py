@@ -47,8 +47,8 @@ def draw(seed: int) -> Case:
 def uniform_mixes(clients: TriClients) -> Array:
     """CE-LoRA at a temperature at which everyone gets the plain mean, between its own bases."""
     method = CELoRA(lam=0.0, temperature=1e18)
-    found = server_round(method, clients.uploads, clients.weights).personal
-    cores = np.stack([found[n]["R"] for n in range(len(clients.R))])
+    personal = server_round(method, clients.uploads, clients.weights).personal
+    cores = np.stack([personal[n]["R"] for n in range(len(clients.R))])
     return np.asarray(clients.B @ cores @ clients.A)
 
 

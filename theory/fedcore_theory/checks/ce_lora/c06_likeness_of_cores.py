@@ -43,7 +43,7 @@ def measure(
 ) -> Outcome:
     """Laws on random cores, then what unrelated pairs look like."""
     law, left, mirror, odd = [], [], [], []
-    found: dict[str, list[float]] = {"far": [], "near": [], "near, cosine": [], "far, centred": []}
+    scores: dict[str, list[float]] = {"far": [], "near": [], "near, cosine": [], "far, centred": []}
     for random in cases:
         eye = np.eye(SIZE)
         X, Y = random.standard_normal((2, SIZE, SIZE))
@@ -60,12 +60,12 @@ def measure(
         odd.append(float(np.abs(still - np.array([[1, 0, 0], [0, 1, 1], [0, 1, 1]])).max()))
         far = random.standard_normal((2 * PAIRS, SIZE, SIZE))
         near = 0.1 * random.standard_normal((2 * PAIRS, SIZE, SIZE))
-        found["far"] += _pairs(cka(far))
-        found["far, centred"] += _pairs(cka(far - far.mean(1, keepdims=True)))
-        found["near"] += _pairs(cka(eye + near))
-        found["near, cosine"] += _pairs(cosine(near))
-    mean = {name: float(np.mean(values)) for name, values in found.items()}
-    above = float(np.mean(np.array(found["near"]) > 0.75))
+        scores["far"] += _pairs(cka(far))
+        scores["far, centred"] += _pairs(cka(far - far.mean(1, keepdims=True)))
+        scores["near"] += _pairs(cka(eye + near))
+        scores["near, cosine"] += _pairs(cosine(near))
+    mean = {name: float(np.mean(values)) for name, values in scores.items()}
+    above = float(np.mean(np.array(scores["near"]) > 0.75))
     return Outcome(
         measured=(
             Measured("mean CKA of unrelated Gaussian 8 x 8", mean["far"], "within", (0.475, 0.505)),
@@ -78,10 +78,10 @@ def measure(
             Measured("cosine of a move and its opposite", worst(mirror), "<=", -1 + 1e-12),
             Measured("error of the cosine where cores did not move", worst(odd), "<=", 1e-12),
         ),
-        samples=f"{len(found['far']):,} pairs of each kind",
+        samples=f"{len(scores['far']):,} pairs of each kind",
         excludes="the means are known to 0.004 (one standard error) from 500 pairs; their "
         "intervals leave more than three",
-        curves=found,
+        curves=scores,
     )
 
 

@@ -82,9 +82,9 @@ def measure(
         for frozen, low in zip(case.frozen[:_FEDERATED], floors[:_FEDERATED], strict=True):
             left = ((mean - product(case.wanted, case.weights, frozen)) ** 2).sum()
             gaps.append(float(abs(left - low) / low))
-        found = np.asarray(floors / (mean**2).sum())
-        scores.append(abs(standard_errors(found, expected)))
-        ratios.append(found)
+        shares = np.asarray(floors / (mean**2).sum())
+        scores.append(abs(standard_errors(shares, expected)))
+        ratios.append(shares)
     return Outcome(
         measured=(
             Measured(

@@ -86,15 +86,15 @@ def _train(case: Clients, name: str, alpha: float, gradients: Gradients, size: f
     """``s B A`` after every round, ``(T, d_out, d_in)``; one local step a round."""
     method, s = create_method(name), alpha / _RANK
     A, B = case.A, np.zeros((6, _RANK))
-    found = []
+    products = []
     for _ in range(_ROUNDS):
         slope_A, slope_B = gradients(A, B, case.targets, s)
         # The server's factors have absorbed s; the client divides it out again.
         uploads = {"A": A - size * slope_A, "B": s * (B - size * slope_B)}
         result = server_round(method, uploads, previous={"A": A, "B": s * B})
         A, B = result.factors["A"], result.factors["B"] / s
-        found.append(result.product)
-    return np.stack(found)
+        products.append(result.product)
+    return np.stack(products)
 
 
 def picture(outcome: Outcome) -> Figure:

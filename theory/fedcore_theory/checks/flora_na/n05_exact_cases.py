@@ -69,10 +69,10 @@ def measure(cases: Iterable[Mapping[str, ClientFactors]], solve: Solve = nearest
             if name == "equal clients":
                 moved += [float(np.abs(side - clients.weights).max()) for side in point]
             uploads = {"A": clients.A, "B": clients.B}
-            found = server_round("flora_na", uploads, clients.weights).product
-            apart.append(float(np.square(clients.mean_product - found).sum()) / size - share)
-            own = {"FedAvg": squared_error(clients, means) / size, "nearest": share}
-            heights.setdefault(name, own)
+            product = server_round("flora_na", uploads, clients.weights).product
+            apart.append(float(np.square(clients.mean_product - product).sum()) / size - share)
+            shares = {"FedAvg": squared_error(clients, means) / size, "nearest": share}
+            heights.setdefault(name, shares)
     return Outcome(
         measured=(
             Measured("f / ||M||^2, cases said to be exact", worst(exact), "<=", 1e-12),

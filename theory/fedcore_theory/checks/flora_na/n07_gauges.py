@@ -112,17 +112,19 @@ def measure(cases: Iterable[Gauges], solve: Solve = nearest, align: Product = al
         )
         for name, clients in case.rotated.items():
             size, floor = np.sqrt(squared_size(clients)), tail(clients)
-            own = float(np.linalg.norm(clients.mean_product - combined(clients, solve(clients))))
-            found = float(np.linalg.norm(clients.mean_product - align(clients)))
-            turned.append(own / floor)
-            cured.append(found / floor)
-            parts = {"as they are": own, "aligned": found, "SVD": floor}
+            plain_error = float(
+                np.linalg.norm(clients.mean_product - combined(clients, solve(clients)))
+            )
+            aligned_error = float(np.linalg.norm(clients.mean_product - align(clients)))
+            turned.append(plain_error / floor)
+            cured.append(aligned_error / floor)
+            parts = {"as they are": plain_error, "aligned": aligned_error, "SVD": floor}
             heights.setdefault(name, {key: value / size for key, value in parts.items()})
     return Outcome(
         measured=(
             *(
-                Measured(f"change: {name}", worst(found), "<=", 1e-9)
-                for name, found in changes.items()
+                Measured(f"change: {name}", worst(values), "<=", 1e-9)
+                for name, values in changes.items()
             ),
             Measured("least p^T w", least(signs), ">=", 0),
             Measured("FedAvg's f under scales / before", least(means), ">", 2),

@@ -96,7 +96,7 @@ def measure(cases: Iterable[Sequence[Rounds]], sweep: Sweep = shipped_sweep) -> 
 
 
 def _medians(counts: Mapping[str, list[float]]) -> dict[str, float]:
-    return {way: float(np.median(found)) for way, found in counts.items()}
+    return {way: float(np.median(values)) for way, values in counts.items()}
 
 
 def _settled(objective: PairObjective) -> Array:

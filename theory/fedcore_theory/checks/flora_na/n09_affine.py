@@ -78,7 +78,7 @@ def measure(
             abs(float(np.linalg.norm(clients.mean_product - product)) / np.sqrt(size) - errors[1])
         )
     near = ratios["consensus"] + ratios["round1"]
-    every = [ratio for found in ratios.values() for ratio in found]
+    every = [ratio for of_family in ratios.values() for ratio in of_family]
     far = ratios["corr"] + ratios["indep"] + ratios["rot"]
     return Outcome(
         measured=(

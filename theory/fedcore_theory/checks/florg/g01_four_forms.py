@@ -52,8 +52,8 @@ def rectangular_procrustes(case: GramRound) -> Array:
     ``A_prev Til^T = X S Z^T``, ``A = X Z^T Til``.
     """
     values, vectors = np.linalg.eigh(case.gram)
-    kept = values > 1e-12 * values[-1]
-    Til = np.sqrt(values[kept])[:, None] * vectors[:, kept].T
+    nonzero = values > 1e-12 * values[-1]
+    Til = np.sqrt(values[nonzero])[:, None] * vectors[:, nonzero].T
     X, _, Z = np.linalg.svd(case.previous @ Til.T, full_matrices=False)
     return np.asarray(X @ Z @ Til)
 
@@ -88,12 +88,12 @@ def measure(
     errors: dict[str, list[float]] = {name: [] for name in (*forms, "truncated", "mean of A")}
     laws: dict[str, list[float]] = {"nystrom": [], "skew": [], "least": [], "slack": [], "turn": []}
     for case in cases:
-        found = case.round
-        exact = rectangular_procrustes(found)
+        current = case.round
+        exact = rectangular_procrustes(current)
         for name, form in forms.items():
-            errors[name].append(relative(form(found), exact))
-        errors["truncated"].append(relative(truncated(found), exact))
-        errors["mean of A"].append(relative(mean_factor(found), exact))
+            errors[name].append(relative(form(current), exact))
+        errors["truncated"].append(relative(truncated(current), exact))
+        errors["mean of A"].append(relative(mean_factor(current), exact))
         for name, value in _laws(case, batch).items():
             laws[name].append(value)
     return Outcome(
@@ -136,17 +136,19 @@ def measure(
 
 def _laws(case: Case, step: GramStep) -> dict[str, float]:
     """What the step preserves, as numbers that are zero (or not negative) where it does."""
-    found, A = case.round, step(case.round)
-    product = found.previous @ found.gram
-    nystrom = product.T @ np.linalg.solve(product @ found.previous.T, product)
-    overlap = A @ found.previous.T
+    current, A = case.round, step(case.round)
+    product = current.previous @ current.gram
+    nystrom = product.T @ np.linalg.solve(product @ current.previous.T, product)
+    overlap = A @ current.previous.T
     spectrum = np.linalg.eigvalsh(overlap + overlap.T)
-    turned = GramRound(case.turn @ found.previous, found.A, found.weights)
+    turned = GramRound(case.turn @ current.previous, current.A, current.weights)
     return {
         "nystrom": relative(gram_of(A), nystrom),
         "skew": relative(overlap.T, overlap),
         "least": float(spectrum[0] / spectrum[-1]),
-        "slack": float(np.linalg.eigvalsh(found.gram - gram_of(A))[0] / np.linalg.norm(found.gram)),
+        "slack": float(
+            np.linalg.eigvalsh(current.gram - gram_of(A))[0] / np.linalg.norm(current.gram)
+        ),
         "turn": relative(step(turned), case.turn @ A),
     }
 

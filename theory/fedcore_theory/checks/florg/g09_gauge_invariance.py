@@ -82,7 +82,7 @@ def measure(
                 for turn, run in runs.items():
                     moved[turn].append(run.movement)
     same = worst(float(gap.max()) for name in EQUIVARIANT for gap in gaps[name])
-    drift = {turn: float(np.mean(found)) for turn, found in moved.items()}
+    drift = {turn: float(np.mean(movements)) for turn, movements in moved.items()}
     return Outcome(
         measured=(
             Measured("model's change with the server's turn, SGD and like it", same, "<=", 1e-12),
@@ -105,8 +105,8 @@ def measure(
         samples=f"{len(gaps['SGD']) // 2} problems, {rounds} rounds, three servers and "
         f"{len(optimisers)} optimisers each",
         curves={
-            "gaps": {name: np.max(found, axis=0) for name, found in gaps.items()},
-            "drift": {turn: np.mean(found, axis=0) for turn, found in moved.items()},
+            "gaps": {name: np.max(values, axis=0) for name, values in gaps.items()},
+            "drift": {turn: np.mean(movements, axis=0) for turn, movements in moved.items()},
         },
     )
 
@@ -122,8 +122,8 @@ def picture(outcome: Outcome) -> Figure:
     gaps, drift = outcome.curves["gaps"], outcome.curves["drift"]
     lines = [Line(name, np.arange(1, len(gap)), gap[1:]) for name, gap in gaps.items()]
     lines += [
-        Line(f"A's movement, SGD, {turn}", np.arange(1, len(found) + 1), found, bound=True)
-        for turn, found in drift.items()
+        Line(f"A's movement, SGD, {turn}", np.arange(1, len(movement) + 1), movement, bound=True)
+        for turn, movement in drift.items()
         if turn != "no alignment"
     ]
     label = "change of the model with the turn\nmovement of A (dashed)"

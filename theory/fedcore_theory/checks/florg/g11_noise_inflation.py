@@ -92,10 +92,10 @@ def picture(outcome: Outcome) -> Figure:
     """Growth over the number of clients."""
     names = {"Q": "mean Gram Q", "truncated": "florg.truncated", "avg_a": "florg.avg_a"}
     measured, predicted = outcome.curves["measured"], outcome.curves["predicted"]
-    lines = [Line(names[name], CLIENTS, found) for name, found in measured.items()]
+    lines = [Line(names[name], CLIENTS, growth) for name, growth in measured.items()]
     lines += [
-        Line(f"{names[name]}, predicted", CLIENTS, found, bound=True)
-        for name, found in predicted.items()
+        Line(f"{names[name]}, predicted", CLIENTS, growth, bound=True)
+        for name, growth in predicted.items()
     ]
     return trajectories(lines, "clients", "growth of the trace / k r σ²", log_x=True)
 

@@ -62,12 +62,12 @@ def measure(
     for case in cases:
         sent = case.uploads(case.values, case.previous)
         lost = case.vectors @ np.diag(case.values) @ case.vectors.T - gram_of(server(sent))
-        found = np.linalg.eigvalsh(lost)
+        eigenvalues = np.linalg.eigvalsh(lost)
         top, rest = np.split(case.previous @ case.vectors, [RANK], axis=1)
         spill = np.linalg.norm(np.linalg.solve(top, rest), 2)
         bound = case.values[RANK] * (1 + spill**2)
-        ratios.append(float(np.abs(found).max() / bound))
-        gains.append(float(-found[0] / case.values[0]))
+        ratios.append(float(np.abs(eigenvalues).max() / bound))
+        gains.append(float(-eigenvalues[0] / case.values[0]))
         if not len(sines):
             sines = _track(case, server)
     rates = sines[_SETTLED + 1 :] / sines[_SETTLED:-1]

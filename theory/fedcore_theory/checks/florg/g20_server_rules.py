@@ -61,8 +61,8 @@ def measure(
                 base = runs["truncated"].losses[-1]
                 fell.append(float(base / runs["truncated"].losses[0]))
                 for rule, run in runs.items():
-                    found = float(run.losses[-1] / base)
-                    ratios.setdefault((name, spread, rule), []).append(found)
+                    ratio = float(run.losses[-1] / base)
+                    ratios.setdefault((name, spread, rule), []).append(ratio)
     every = [value for values in ratios.values() for value in values]
     return Outcome(
         measured=(

@@ -40,8 +40,8 @@ def measure(cases: Iterable[ClientFactors], step: Step = shipped) -> Outcome:
         start = ClientFactors(case.A[:1], case.B[:1], np.ones(1))
         for phase, name in enumerate(("B averaged", "A averaged")):
             uploads = _frozen(case, "A" if phase == 0 else "B")
-            found = step(uploads, start, phase)
-            errors[name].append(float(np.abs(found.product - uploads.mean_product).max()))
+            result = step(uploads, start, phase)
+            errors[name].append(float(np.abs(result.product - uploads.mean_product).max()))
         both = server_round("fedit", {"A": case.A, "B": case.B}, case.weights)
         errors["both averaged"].append(relative(both.product, case.mean_product))
     exact = worst([*errors["B averaged"], *errors["A averaged"]])

@@ -39,7 +39,7 @@ def measure(cases: Iterable[Case], iteration: Iteration = alternate) -> Outcome:
                 moves.setdefault(sine, []).extend(descend(seen, start, eta, iteration))
     ratios = {sine: [_ratio(move, sine) for move in run] for sine, run in moves.items()}
     hypotheses = [_hypotheses(move, sine) for sine, run in moves.items() for move in run]
-    every = [ratio for found in ratios.values() for ratio in found]
+    every = [ratio for of_sine in ratios.values() for ratio in of_sine]
     return Outcome(
         measured=(
             Measured("iterations above the bound", sum(not ratio <= 1 for ratio in every), "<=", 0),

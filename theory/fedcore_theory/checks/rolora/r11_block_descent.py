@@ -105,8 +105,8 @@ def _descend(case: Case, scale: float, step_size: StepSize) -> _Run:
             "A": np.broadcast_to(A, (CLIENTS, *A.shape)) if moves_b else stepped,
             "B": stepped if moves_b else np.broadcast_to(B, (CLIENTS, *B.shape)),
         }
-        found = server_round("rolora", uploads, previous={"A": A, "B": B}, round=round)
-        A, B = found.factors["A"], found.factors["B"]
+        result = server_round("rolora", uploads, previous={"A": A, "B": B}, round=round)
+        A, B = result.factors["A"], result.factors["B"]
         mean = gradients.mean(axis=0)
         run.gains.append(eta / 2 * float(np.sum(mean**2)))
         run.losses.append(_loss(case.targets, scale * B @ A))
