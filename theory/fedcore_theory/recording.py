@@ -40,7 +40,7 @@ class Divergence:
     """``rho / ||M||`` of every method, layer by layer, along one run.
 
     Attributes:
-        driver: the method whose results the clients went on with.
+        driver: the method whose results the clients continued from.
         modules: L names.
         errors: method to ``rounds`` lists of L numbers, ``||M - result||_F / ||M||_F``.
     """
@@ -106,7 +106,7 @@ def _as_sent(method: Method, cohort: Cohort, previous: Broadcast) -> Cohort:
 
 
 def _watched(method: Method, watch: Callable[[Cohort, Broadcast], None]) -> Method:
-    """``method``, telling ``watch`` of every cohort before it aggregates it."""
+    """``method``, which calls ``watch`` with every cohort before it aggregates it."""
     kind: Any = type(method)
 
     class Watched(kind):

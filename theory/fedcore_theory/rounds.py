@@ -67,11 +67,11 @@ def server_round(
         uploads: factor name to the clients' values: ``A (N, r, d_in)``, ``B (N, d_out, r)``, Gram
             adapters ``A (N, r, k)`` alone, tri-factor ones ``R (N, r, r)`` too, scalings absorbed.
             What the method's clients do not send is used for their frozen or private state only.
-        weights: ``(N,)``, equal unless given.
-        previous: the global factors that the clients started from; zeros unless given.
-        round: the server's round, which tells methods that alternate what is trained.
+        weights: ``(N,)``, equal by default.
+        previous: the global factors that the clients started from; zeros by default.
+        round: the server's round, by which alternating methods decide what is trained.
         ranks: ``(N,)`` the clients' ranks; rows of their factors beyond them must be zero.
-        statistics: client number to what it told of its data.
+        statistics: client number to the statistics of its data.
 
     Raises:
         FedcoreError: the method refuses the uploads.

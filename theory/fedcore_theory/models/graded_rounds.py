@@ -59,7 +59,7 @@ def polar_factor(matrix: Array) -> Array:
 
 
 def best_gram(case: GramRound) -> Array:
-    """``truncated`` by its definition: the SVD of F in fp64, turned towards ``A_prev``."""
+    """``truncated`` by its definition: the SVD of F in fp64, aligned with ``A_prev``."""
     _, values, right = np.linalg.svd(case.stack, full_matrices=False)
     return aligned(values[: case.rank, None] * right[: case.rank], case.previous)
 

@@ -80,7 +80,7 @@ class Optimiser:
         rate: the step size.
         decay: weight decay, decoupled in AdamW and part of the gradient otherwise.
         clip: the largest Frobenius norm of a client's gradient.
-        keeps_state: whether moments go on from a client's last round or start from zero.
+        keeps_state: whether moments continue from a client's last round or start from zero.
     """
 
     rule: Literal["sgd", "adamw"] = "sgd"
@@ -120,7 +120,7 @@ def step(
 Stepper = Callable[[Array, Array, Moments, Optimiser], tuple[Array, Moments]]
 
 Server = Callable[[GramRound], Array]
-"""What clients sent to the factor that they go on from."""
+"""What clients sent, to the factor that they continue from."""
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ def simultaneous(start: Pairs, targets: Array, step: float, steps: int) -> Pairs
 
 
 def sequential(start: Pairs, targets: Array, step: float, steps: int) -> Pairs:
-    """``steps`` times a step on B, then one on A at the new B."""
+    """``steps`` times: one step on B, then one on A at the new B."""
     A, B = start
     for _ in range(steps):
         B = B - step * fit_slopes(A, B, targets).B

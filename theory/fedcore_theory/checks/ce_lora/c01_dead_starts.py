@@ -129,7 +129,7 @@ def measure(
 
 
 def picture(outcome: Outcome) -> Figure:
-    """The loss over the steps, for the starts that tell most."""
+    """The loss over the steps, for the most instructive starts."""
     chosen = {
         "ce, trained: AR": "CE-LoRA start, A and R",
         "ce, trained: ARB": "CE-LoRA start, A, R, B",

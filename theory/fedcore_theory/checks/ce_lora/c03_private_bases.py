@@ -96,8 +96,8 @@ CHECK = Check(
     id="C3",
     title="cores between private bases",
     claim="If clients keep bases of their own, the mean of their cores is not the mean of their "
-    "models; the error grows with the drift of the bases, and turning each client's factors, which "
-    "changes no model, makes it about 1 whatever the drift.",
+    "models; the error grows with the drift of the bases, and rotating each client's factors, "
+    "which changes no model, makes it about 1 whatever the drift.",
     source="ours, on the averaging of cores in CE-LoRA, arXiv 2503.23869",
     verdict="holds",
     assumptions="Bases common + drift x Gaussian of entries with variance 1/64; the comparison is "

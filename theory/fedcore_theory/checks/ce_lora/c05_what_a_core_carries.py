@@ -139,7 +139,7 @@ CHECK = Check(
     source="ours",
     verdict="holds",
     assumptions="This toy: least squares, 24 examples for 24 inputs, gradient descent, the plain "
-    "mean of cores. CE-LoRA's own setting (pretrained encoders, weights by likeness) differs.",
+    "mean of cores. CE-LoRA's own setting (pretrained encoders, weights by similarity) differs.",
     data="10 clients, 24 x 24, targets of rank 4 in common plus 0 / 0.3 / 1 times private ones of "
     "rank 2, noise 0.3, rank-4 adapters, 80 rounds of 5 steps of 0.01; seeds 0 to 3",
     draw=draw,

@@ -1,4 +1,4 @@
-"""What linear CKA of cores can and cannot tell, beside the cosine of their moves."""
+"""What linear CKA of cores shows and what it cannot show, beside the cosine of their moves."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def picture(outcome: Outcome) -> Figure:
 
 CHECK = Check(
     id="C6",
-    title="likeness of cores",
+    title="similarity of cores",
     claim="Linear CKA of cores, ||Y^T X||^2 / (||X^T X|| ||Y^T Y||), is 1 on equal ones, "
     "symmetric, and blind to scale, sign and rotations from the right; unrelated cores near the "
     "identity have 0.87. The cosine of R - I is 0 for unrelated moves and -1 for opposite ones.",

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Fit = Callable[[Tensor, Tensor, int, int], Mapping[str, Tensor]]
-"""Features, labels, seed and examples behind each component at least, to what is told."""
+"""Features, labels, seed and examples behind each component at least, to what is sent."""
 
 SIZES = (2, 3, 9, 10, 15, 20, 30, 60)
 """Examples of a class."""
@@ -33,7 +33,7 @@ def draw(seed: int) -> dict[int, Array]:
 
 
 def measure(cases: Iterable[Mapping[int, Array]], fit: Fit = fit_class_mixtures) -> Outcome:
-    """How near what is told comes to an example, with and without the rule."""
+    """How near the statistics sent come to an example, with and without the rule."""
     reproduced: list[float] = []
     open_: dict[int, list[float]] = {size: [] for size in SIZES}
     guarded: dict[int, list[float]] = {size: [] for size in SIZES}
@@ -54,13 +54,13 @@ def measure(cases: Iterable[Mapping[int, Array]], fit: Fit = fit_class_mixtures)
     return Outcome(
         measured=(
             Measured(
-                "distance of a told mean to an example, 3 or fewer", worst(reproduced), "<=", 1e-6
+                "distance of a sent mean to an example, 3 or fewer", worst(reproduced), "<=", 1e-6
             ),
-            Measured("components told of classes below the least size", below, "<=", 0),
+            Measured("components sent of classes below the least size", below, "<=", 0),
             Measured("classes with more components than the rule allows", wrong, "<=", 0),
             Measured("smallest distance, ten behind each component", least(nearest), ">", 0.1),
         ),
-        samples=f"{seeds} clients with classes of {len(SIZES)} sizes, {len(nearest)} of which told "
+        samples=f"{seeds} clients with classes of {len(SIZES)} sizes, {len(nearest)} of which sent "
         "something",
         curves={
             "open": {size: least(values) for size, values in open_.items()},
@@ -70,7 +70,7 @@ def measure(cases: Iterable[Mapping[int, Array]], fit: Fit = fit_class_mixtures)
 
 
 def _means(fit: Fit, features: Array, seed: int, smallest: int) -> Array:
-    """``(G, D)``, none where nothing is told."""
+    """``(G, D)``, none where nothing is sent."""
     labels = torch.zeros(len(features), dtype=torch.int64)
     mixtures = fit(torch.from_numpy(features), labels, seed, smallest)
     return np.zeros((0, features.shape[1])) if not mixtures else mixtures["means"].double().numpy()
@@ -87,7 +87,7 @@ def _nearest(means: Array, features: Array) -> float:
 
 
 def picture(outcome: Outcome) -> Figure:
-    """The nearest example to any mean that is told, of all seeds, over the size of the class."""
+    """The nearest example to any mean that is sent, of all seeds, over the size of the class."""
     lines = [
         Line(label, list(outcome.curves[key]), list(outcome.curves[key].values()))
         for key, label in (("open", "one example suffices"), ("kept", "ten for each component"))
@@ -105,7 +105,7 @@ CHECK = Check(
     title="release rule",
     claim="Three components fitted to three examples of a class are these examples. With at most "
     "min(3, floor(n / 10)) components, each resting on 10 examples or more by its "
-    "responsibilities, nothing is told of a class below 10 examples and no mean is an example.",
+    "responsibilities, nothing is sent of a class below 10 examples and no mean is an example.",
     source="ours; three components for a class and their start are from CE-LoRA's released code",
     verdict="holds",
     assumptions="Statistics travel in single precision, which is all that hides the examples.",

@@ -96,7 +96,7 @@ CHECK = Check(
     id="N5",
     title="exact cases, and one that is not",
     claim="The least f is 0 for one client, equal clients (where p = q = w), a factor common up to "
-    "a scale a client, and equal products in different gauges. That M has rank r is not enough.",
+    "a scale per client, and equal products in different gauges. That M has rank r is not enough.",
     source="ours; the problem is FLoRA-NA's, arXiv 2509.26399",
     verdict="holds",
     assumptions="Equal ranks.",

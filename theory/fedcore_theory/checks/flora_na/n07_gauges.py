@@ -152,9 +152,9 @@ def picture(outcome: Outcome) -> Figure:
 CHECK = Check(
     id="N7",
     title="gauges",
-    claim="One invertible matrix for all clients, a scale or sign a client, the order of the "
-    "clients, and B -> 2 B, A -> 3 A leave the fit alone. A rotation a client does not: no "
-    "product changes, but the error grows tenfold; turning the clients into one gauge first mends "
+    claim="One invertible matrix for all clients, one scale or sign per client, the order of the "
+    "clients, and B -> 2 B, A -> 3 A leave the fit alone. One rotation per client does not: no "
+    "product changes, but the error grows tenfold; aligning the clients to one gauge first mends "
     "it.",
     source="ours; the problem is FLoRA-NA's, arXiv 2509.26399",
     verdict="holds",

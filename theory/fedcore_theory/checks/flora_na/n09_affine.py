@@ -112,7 +112,7 @@ CHECK = Check(
     id="N9",
     title="coefficients that sum to one",
     claim="With sum p_n = sum q_n = 1 the descent is still monotone and the sums are kept. The "
-    "error is the free one's when clients share a start (consensus, round1). Under scales a "
+    "error is the free one's when clients share a start (consensus, round1). With one scale per "
     "client the constraint costs most of the repair, though FedAvg is far worse still; in the "
     "other families it costs percents to tens of percents.",
     source="ours; the problem is FLoRA-NA's, arXiv 2509.26399, which sets no such constraint",

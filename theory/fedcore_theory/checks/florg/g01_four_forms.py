@@ -32,7 +32,7 @@ _TOLERANCE = 1e-10
 
 @dataclass(frozen=True)
 class Case:
-    """A round, and an orthogonal ``O (r, r)`` to turn its previous factor by."""
+    """A round, and an orthogonal ``O (r, r)`` to rotate its previous factor by."""
 
     round: GramRound
     turn: Array
@@ -46,7 +46,7 @@ def draw(seed: int) -> Case:
 
 
 def rectangular_procrustes(case: GramRound) -> Array:
-    """The rule as it is stated: every eigenvector of Q, turned towards ``A_prev``.
+    """The rule as it is stated: every eigenvector of Q, aligned with ``A_prev``.
 
     ``Q = U diag(lam) U^T`` without its null space, ``Til = diag(lam)^(1/2) U^T``,
     ``A_prev Til^T = X S Z^T``, ``A = X Z^T Til``.
@@ -122,7 +122,7 @@ def measure(
                 -_TOLERANCE,
             ),
             Measured(
-                "A of a turned A_prev against turned A, relative",
+                "A of a rotated A_prev against rotated A, relative",
                 worst(laws["turn"]),
                 "<=",
                 _TOLERANCE,
@@ -176,7 +176,7 @@ CHECK = Check(
     claim="Rectangular Procrustes on all eigenvectors of Q = sum w_n A_n^T A_n is "
     "A = polar(A_prev F^T) F = K^(-1/2) A_prev Q, K = A_prev Q A_prev^T, and follows from a "
     "weighted sum of uploads of A's size. A^T A = Q A_prev^T K^-1 A_prev Q <= Q, A A_prev^T is "
-    "symmetric and positive, and a turned A_prev turns A.",
+    "symmetric and positive, and rotating A_prev rotates A.",
     source="ours; the rule itself is FLoRG's, arXiv 2602.17095, as secondary summaries have it: "
     "the paper's text was not available to us",
     verdict="holds",

@@ -91,8 +91,8 @@ def picture(outcome: Outcome) -> Figure:
     """By how much other orthogonal matrices are farther from the previous factor."""
     return histogram(
         {
-            "turned a little (1e-3 to 1)": outcome.curves["near"],
-            "turned at random (Haar)": outcome.curves["far"],
+            "rotated a little (1e-3 to 1)": outcome.curves["near"],
+            "rotated at random (Haar)": outcome.curves["far"],
         },
         "squared distance from A_prev beyond the aligned factor's, relative",
         log_x=True,
@@ -117,6 +117,6 @@ CHECK = Check(
     repetitions=20,
     derivation="O is optimal if and only if A A_prev^T = O Til A_prev^T is symmetric and positive: "
     "a test that needs neither Til nor a search.",
-    finding="Symmetry of A A_prev^T tells a missing, a transposed and a determinant +1 alignment "
-    "from the right one; the Gram alone tells none of them.",
+    finding="Symmetry of A A_prev^T rules out a missing, a transposed and a determinant +1 "
+    "alignment; the Gram alone rules out none of them.",
 )

@@ -92,7 +92,7 @@ def measure(
 
 
 def _other_alignments(case: Case, A: Array) -> tuple[float, Array, Array]:
-    """What the turned principal factors cost beyond A.
+    """What the rotated principal factors cost beyond A.
 
     Returns:
         Largest error of the formula relative to ``||X||_*``; the costs over ``2 ||X||_*``; and

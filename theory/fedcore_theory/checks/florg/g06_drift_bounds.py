@@ -128,7 +128,7 @@ def _both(ratios: dict[str, list[float]], start: str) -> Array:
 def _examples(sketched: GramStep, truncated: GramStep) -> tuple[Measured, ...]:
     """Two clients of equal weight at r = 1, ``A_prev = (0, 1)``: the squared drift over ``rms^2``.
 
-    One did not move and one turned to ``(1.0001, 0)``; or they are at ``(+-x, x)``,
+    One did not move and one moved to ``(1.0001, 0)``; or they are at ``(+-x, x)``,
     ``x = .618`` (the first entry larger by 1e-9), which is the worst there is for ``truncated``.
     """
     previous = np.array([[0.0, 1.0]])

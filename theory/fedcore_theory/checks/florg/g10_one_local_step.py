@@ -24,7 +24,7 @@ _MARGIN = 0.1
 
 @dataclass(frozen=True)
 class Start:
-    """A problem, and a direction for each client that is no gradient: ``(N, r, k)``."""
+    """A problem, and one direction per client that is not a gradient: ``(N, r, k)``."""
 
     problem: GramProblem
     generic: Array
@@ -105,8 +105,8 @@ CHECK = Check(
     id="G10",
     title="one local step is aligned",
     claim="After one gradient step from A_prev, A_n A_prev^T = A_prev A_prev^T - eta A_prev (H_n "
-    "+ H_n^T) A_prev^T is symmetric: no turn brings A_n nearer to A_prev. FLoRG's A and the mean "
-    "of the A_n then differ by O(eta^2); for deviations that are no gradients, by O(eta).",
+    "+ H_n^T) A_prev^T is symmetric: no rotation brings A_n nearer to A_prev. FLoRG's A and the "
+    "mean of the A_n then differ by O(eta^2); for deviations that are not gradients, by O(eta).",
     source="ours",
     verdict="holds",
     assumptions="eta small enough for A_n A_prev^T to be positive definite; equal start of all "
@@ -120,6 +120,6 @@ CHECK = Check(
     derivation="The polar factor of a symmetric positive definite matrix is I, so O = I for "
     "every client; Q - Abar^T Abar is the covariance of the A_n, of order eta^2.",
     finding="With few local steps, averaging A and averaging Grams start out alike. What "
-    "Procrustes adds has to come from many local steps or from optimisers that are no gradient "
-    "descent.",
+    "Procrustes adds has to come from many local steps or from optimisers other than "
+    "gradient descent.",
 )

@@ -115,9 +115,10 @@ CHECK = Check(
     picture=picture,
     repetitions=100,
     derivation="E tr (A + sigma Z)^T (A + sigma Z) = ||A||^2 + k r sigma^2. The expected excess "
-    "of Q over the Gram of the mean is (1 - 1/N) r sigma^2 I; cutting Q to rank r keeps r of its "
-    "k directions, which leaves the broadcast factor k r sigma^2 (1/N + (1 - 1/N) r / k) to "
+    "of Q over the Gram of the mean is (1 - 1/N) r sigma^2 I; truncating Q to rank r keeps r of "
+    "its k directions, which leaves the broadcast factor k r sigma^2 (1/N + (1 - 1/N) r / k) to "
     "first order.",
     finding="Noise, of privacy or of sampling, is a bias for Grams and an average for factors. "
-    "The cut to rank r removes most of it when k is far above r, but r^2 sigma^2 stays for any N.",
+    "Truncation to rank r removes most of it when k is far above r, but r^2 sigma^2 stays for "
+    "any N.",
 )

@@ -96,7 +96,7 @@ def picture(outcome: Outcome) -> Figure:
 
 CHECK = Check(
     id="G12",
-    title="one-round orders",
+    title="orders of one round",
     claim="With A_n = A_prev - eta G_n, the best Gram of rank r misses Q by O(eta^2), the mean "
     "of A too, and the Grams of `sketched` and `truncated` differ by O(eta^3).",
     source="ours",

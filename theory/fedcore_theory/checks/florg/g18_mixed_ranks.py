@@ -104,7 +104,7 @@ CHECK = Check(
     id="G18",
     title="mixed ranks",
     claim="Under `truncated` a client of rank r_n receives the best Gram of that rank of all "
-    "uploads, ||Q - A^T A||_F = (sum_{i > r_n} lambda_i^2)^{1/2}, turned towards the leading "
+    "uploads, ||Q - A^T A||_F = (sum_{i > r_n} lambda_i^2)^{1/2}, aligned with the leading "
     "rows of what it held.",
     source="ours",
     verdict="holds",

@@ -83,7 +83,7 @@ CHECK = Check(
     "sum w_n B_n A = (sum w_n B_n) A; likewise for a common B.",
     source="RoLoRA, arXiv 2502.01755, equations 3 and 4",
     verdict="holds",
-    assumptions="The frozen factor is the same to the bit on every client; weights sum to 1.",
+    assumptions="The frozen factor is identical, bit for bit, on every client; weights sum to 1.",
     data="4 to 8 clients, 12 x 9, rank 3, standard normal factors, Dirichlet(1) weights; seeds 0 "
     "to 4",
     draw=draw,

@@ -47,7 +47,7 @@ def draw(seed: int) -> Case:
 
 
 def shipped(A: Array, B: Array, previous: Array) -> Round:
-    """RoLoRA's server, told the ranks: what a client lacks stands as it was."""
+    """RoLoRA's server, given the ranks: what a client lacks stays as it was."""
     stacked = {"A": np.broadcast_to(A, (len(B), *A.shape)), "B": B}
     return server_round("rolora", stacked, previous={"A": A, "B": previous}, ranks=RANKS)
 
