@@ -30,7 +30,7 @@ def all_checks() -> tuple[Check[Any], ...]:
             continue
         check = importlib.import_module(module.name).CHECK
         if check.id in by_id:
-            raise FedcoreError(f"two checks are called {check.id}; {module.name} has the second")
+            raise FedcoreError(f"two checks are called {check.id}; rename that of {module.name}")
         by_id[check.id] = check
     return tuple(sorted(by_id.values(), key=lambda check: _place(check.id)))
 

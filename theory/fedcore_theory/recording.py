@@ -71,7 +71,7 @@ def _recorded(recipe: Recipe, methods: Sequence[str], watcher: Observer) -> Dive
         if other.family != experiment.method.family:
             raise FedcoreError(
                 f"{other.name} aggregates adapters of family {other.family!r}, the run has "
-                f"{experiment.method.family!r}"
+                f"{experiment.method.family!r}; pass methods of that family"
             )
     errors: dict[str, list[tuple[float, ...]]] = {other.name: [] for other in others}
 
@@ -139,7 +139,9 @@ def read_record(recipe: str) -> tuple[Divergence, ...]:
     """
     place = files("fedcore_theory").joinpath("recorded", f"{recipe}.json")
     if not place.is_file():
-        raise FedcoreError(f"no run of {recipe!r} is recorded")
+        raise FedcoreError(
+            f"no run of {recipe!r} is recorded; pass a recorded one, such as bbc-news-fast"
+        )
     content = json.loads(place.read_text(encoding="utf-8"))
     return tuple(
         Divergence(

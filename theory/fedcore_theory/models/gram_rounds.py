@@ -77,7 +77,7 @@ def gram_round(
 
 
 def default_round(seed: int) -> GramRound:
-    """6 clients at rank 4 and width 60, a standard normal start, deviations of .3 an entry."""
+    """6 clients at rank 4 and width 60, a standard normal start, deviations of .3 per entry."""
     random = np.random.default_rng(seed)
     return gram_round(random, random.standard_normal((RANK, WIDTH)))
 

@@ -124,5 +124,5 @@ CHECK = Check(
     derivation="E<X X^T, Y Y^T> = r^3 and E||X X^T||^2 = r^2 (2 r + 1) give r/(2 r + 1) = 0.47 at "
     "r = 8 to first order; the mean of the ratio is 0.49. Centred columns give 0.52.",
     finding="On cores near the identity CKA says 0.87 whether clients have anything in common or "
-    "not, and cannot tell a client from its opposite; the cosine of what moved can.",
+    "not, and cannot distinguish a client from its opposite; the cosine of what moved can.",
 )

@@ -128,7 +128,7 @@ def measure(cases: Iterable[Turned], soft: Soft = shipped, send: Send = upload) 
             Measured("the same at .6", worst(j[1] for j in jumps), "<=", -1 + 1e-12),
             Measured("change of the client's product, relative", worst(products), "<=", 1e-12),
             Measured(
-                "distance to the reference, turned over as it was",
+                "distance to the reference, rotated / as it was",
                 worst(distances[:, -1] / distances[:, 0]),
                 "<=",
                 0.2,

@@ -85,7 +85,7 @@ def measure(
             Measured("standard errors, price of averaging over pooling", worst(gaps), "<=", 5),
         ),
         samples=f"{_DRAWS:,} federations of each of {len(scores)} sizes",
-        excludes="a true formula fails with probability 6e-7 a number (5 standard errors); the "
+        excludes="a true formula fails with probability 6e-7 per number (5 standard errors); the "
         "losses have four moments only just, so tails are somewhat heavier than the normal's",
         curves=curves,
     )

@@ -94,7 +94,7 @@ def measure(
         ),
         samples=f"{_DRAWS:,} random A for each of {len(scores)} targets, {_FEDERATED} of them with "
         "a federation",
-        excludes="a true mean fails with probability 6e-7 a target (5 standard errors)",
+        excludes="a true mean fails with probability 6e-7 per target (5 standard errors)",
         curves={"floors": np.concatenate(ratios), "expected": expected},
     )
 

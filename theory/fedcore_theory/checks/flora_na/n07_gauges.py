@@ -67,7 +67,7 @@ def _rotated(random: Random, shape: Shape) -> ClientFactors:
 
 
 def aligned(clients: ClientFactors) -> Array:
-    """The method's aggregate after it turned the clients into one gauge."""
+    """The method's aggregate after it aligned the clients to one gauge."""
     uploads = {"A": clients.A, "B": clients.B}
     return server_round(FloraNA(align=True), uploads, clients.weights).product
 

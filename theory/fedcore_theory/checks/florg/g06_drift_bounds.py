@@ -171,7 +171,7 @@ CHECK = Check(
     verdict="holds",
     assumptions="None on the clients. The second bound needs sigma_r(A_prev) > 0.",
     data="2,000 rounds, r = 1 to 5, k < 20. Half: N = 1 to 7, condition of A_prev 1 to 1e3, A_n = "
-    "A_prev + noise of 1e-3 to 3 an entry, Dirichlet(1) weights. Half: condition 1 to 2, two "
+    "A_prev + noise of 1e-3 to 3 per entry, Dirichlet(1) weights. Half: condition 1 to 2, two "
     "clients x A_prev +- y E of equal weight, E orthonormal rows orthogonal to A_prev, x in [.2, "
     "1], y near x; seeds 0 to 1,999",
     draw=draw,

@@ -102,7 +102,7 @@ def picture(outcome: Outcome) -> Figure:
     lines = [
         Line("florg.sketched", rounds, sines),
         Line(
-            "λ₅ / λ₄ = 1/2 a round",
+            "λ₅ / λ₄ = 1/2 per round",
             rounds,
             sines[_SETTLED] * 0.5 ** (rounds - _SETTLED),
             bound=True,
@@ -117,7 +117,7 @@ CHECK = Check(
     claim="For A^T A = Q A_prev^T (A_prev Q A_prev^T)^+ A_prev Q: 0 <= Q - A^T A, ||Q - A^T "
     "A||_2 <= lambda_{r+1} (1 + ||Om_1^{-1} Om_2||_2^2) with A_prev in the eigenvectors of Q "
     "split into Om_1 (leading r) and Om_2; and on a fixed Q the angle to its leading space falls "
-    "by lambda_{r+1} / lambda_r a round.",
+    "by lambda_{r+1} / lambda_r per round.",
     source="ours for the rule of FLoRG, arXiv 2602.17095; the bound is that of randomised "
     "sketches (Halko, Martinsson, Tropp 2011, theorem 9.1) for Nystrom approximations",
     verdict="holds",

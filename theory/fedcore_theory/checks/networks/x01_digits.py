@@ -87,7 +87,7 @@ CHECK = Check(
     data="scikit-learn's digits, 1,400 in training, standardised; relu((x A^T) B^T) head with 64 "
     "hidden units and rank 4; 5 clients of 2 labels and 10 of 1; 60 rounds of 5 epochs, batch 64, "
     "each method's best learning rate of 0.05, 0.2 and 0.5, fixed beforehand; four "
-    "splits and starts a seed, seeds 0 and 1",
+    "splits and starts per seed, seeds 0 and 1",
     draw=draw,
     measure=measure,
     picture=picture,

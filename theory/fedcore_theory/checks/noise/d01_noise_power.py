@@ -85,7 +85,7 @@ def measure(
             Measured("the same without the quadratic term", least(scores["linear"]), ">", 5),
         ),
         samples=f"4000 draws for each of {len(scores['both'])} pairs of factors",
-        excludes="a true formula fails with probability 6e-7 a number (5 standard errors)",
+        excludes="a true formula fails with probability 6e-7 per number (5 standard errors)",
         curves=curves,
     )
 

@@ -116,7 +116,7 @@ def measure(
         ),
         samples=f"{_DRAWS:,} draws of {_CLIENTS} clients' noise for each of "
         f"{len(scores['wrong'])} models",
-        excludes="a true formula fails with probability 6e-7 a number (5 standard errors)",
+        excludes="a true formula fails with probability 6e-7 per number (5 standard errors)",
         curves=curves,
     )
 

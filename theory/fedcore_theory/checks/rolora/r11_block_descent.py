@@ -145,7 +145,7 @@ CHECK = Check(
     assumptions="Equal weights, full gradients, K = 1 local step; the limit is Eckart-Young's "
     "where the spectrum has a gap and the start is generic.",
     data="5 clients, 6 x 7, rank 2, mean target of spectrum 2, 1.5, .8, .5, .3, .2 plus .3 normal "
-    "noise a client, B = 0, s in {1, 4}, 600 rounds; seed 0",
+    "noise per client, B = 0, s in {1, 4}, 600 rounds; seed 0",
     draw=draw,
     measure=measure,
     picture=picture,
