@@ -55,13 +55,13 @@ def shipped(adapters: Adapters) -> list[Array]:
     wide = AdapterState(
         "lora", {_MODULE: {"A": stack.inner, "B": stack.outer.T}}, scaling={_MODULE: 1.0}
     )
-    layout, found = wide.layout(), []
+    layout, products = wide.layout(), []
     for state in states.values():
         down = wide.to_row(layout)
         absorb_scalings(down, layout, "lora", state.scaling, inverse=True)
-        held = wide.with_row(down, layout).factors[_MODULE]
-        found.append((state.scaling[_MODULE] * held["B"] @ held["A"]).numpy())
-    return found
+        factors = wide.with_row(down, layout).factors[_MODULE]
+        products.append((state.scaling[_MODULE] * factors["B"] @ factors["A"]).numpy())
+    return products
 
 
 def blind(adapters: Adapters) -> list[Array]:
