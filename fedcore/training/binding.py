@@ -81,11 +81,11 @@ class ModelBinding:
 
     def trained(self, factors: Iterable[str]) -> dict[str, nn.Parameter]:
         """Freeze every factor that is not named and return what trains, dense tensors included."""
-        kept = set(factors)
+        trainable = set(factors)
         chosen = {}
         for slot in self.layout:
             parameter = self.parameters[slot.name]
-            trains = slot.dense or slot.factor in kept
+            trains = slot.dense or slot.factor in trainable
             parameter.requires_grad_(trains)
             parameter.grad = None
             if trains:
