@@ -91,10 +91,10 @@ class FileServer:
         first = read_broadcast(path / "broadcast" / "round-0000")
         state = read_state(newest)
         method = create_method(first.method, **first.options)
-        found = cls(path, method, state, _next(first, state))
+        server = cls(path, method, state, _next(first, state))
         # A server that was stopped between its two writes left the state alone.
-        complete = (found.broadcast / BROADCAST_FILE).is_file()
-        return found if complete else found._written()
+        complete = (server.broadcast / BROADCAST_FILE).is_file()
+        return server if complete else server._written()
 
     @property
     def broadcast(self) -> Path:
@@ -174,7 +174,7 @@ def _folders(uploads: str | Path | Mapping[str, str | Path]) -> dict[str, Path]:
     if isinstance(uploads, Mapping):
         return {client: Path(folder) for client, folder in uploads.items()}
     path = Path(uploads)
-    found = {f.parent.name: f.parent for f in sorted(path.glob(f"*/{UPLOAD_FILE}"))}
-    if not found:
+    folders = {f.parent.name: f.parent for f in sorted(path.glob(f"*/{UPLOAD_FILE}"))}
+    if not folders:
         raise FedcoreError(f"{path} holds no folder with {UPLOAD_FILE}; pass a folder of uploads")
-    return found
+    return folders

@@ -345,7 +345,7 @@ def test_it_runs_inside_flowers_differential_privacy_and_goes_on_from_the_noise(
 @pytest.mark.parametrize(
     ("method", "message"),
     [
-        ("product_svd", "its result is no mean of the uploads"),
+        ("product_svd", "its result is not a mean of the uploads"),
         (
             "rolora",
             r"a wrapper changed encoder\.layer\.0\.query\.A, which rolora froze in the last",
