@@ -67,7 +67,7 @@ class FedRot(LinearMethod):
     description: ClassVar[Description] = Description(
         summary="factors turned towards the last broadcast, then averaged",
         paper="arXiv 2602.23638",
-        exact="no: misses the covariance of the turned factors",
+        exact="no: misses the covariance of the rotated factors",
         uplink="r (d_in + d_out)",
         downlink="r (d_in + d_out)",
         server_cost="2 N r (d_in + d_out)",
