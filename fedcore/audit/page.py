@@ -13,7 +13,7 @@ from fedcore.audit.attack import CONTROLS, PIXELS, Attempt, Audit
 from fedcore.audit.image_quality import PSNR_CEILING
 from fedcore.audit.network import UPLOADS
 from fedcore.audit.plots import nearness, picture_rows
-from fedcore.reports.document import Page, Picture, Section, write_page
+from fedcore.reports.document import Page, PageSection, Picture, write_page
 from fedcore.reports.formatting import DASH, plural, scientific
 from fedcore.reports.grid import Column, Grid
 from fedcore.reports.intervals import estimate
@@ -153,9 +153,9 @@ def write_audit(audit: Audit, folder: str | Path) -> Path:
         outcome=sentence,
         notes=findings(audit),
         sections=(
-            Section(tables=[audit_grid(audit)]),
-            Section("Figures", pictures=_pictures(audit)),
-            Section(
+            PageSection(tables=[audit_grid(audit)]),
+            PageSection("Figures", pictures=_pictures(audit)),
+            PageSection(
                 "What this shows and what not",
                 notes=CAVEATS,
                 folded=[("Settings", json.dumps(vars(settings), indent=2))],

@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from fedcore.data.adapter_state import AdapterState
-from fedcore.data.cohort import Cohort, CohortBuilder, adapter_from_row
+from fedcore.data.adapter_state import AdapterState, adapter_from_row
+from fedcore.data.cohort import Cohort, CohortBuilder
 from fedcore.data.peft_files import read_adapter, write_adapter
 from fedcore.data.validation import Dropped
 

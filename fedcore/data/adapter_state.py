@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from fedcore.checks import count, flag, number
-from fedcore.data.peft_keys import CORE, TRANSPOSED_FACTORS, parse_key
+from fedcore.data.peft_keys import CORE, parse_key
+from fedcore.data.rows import absorb_scalings, rank_and_width, row_dtype, tensor_in_row
 from fedcore.errors import FedcoreError
-from fedcore_kernels.layout import FactorLayout
+from fedcore_kernels.layout import FactorLayout, FactorSlot
 
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -86,10 +87,10 @@ class AdapterState:
                 configuration does not declare, tensors of more than two axes, an integer or complex
                 dtype, or no tensor.
         """
-        found = cls.from_tensors(tensors, name=name)
+        state = cls.from_tensors(tensors, name=name)
         scaling = {}
-        for module in found.factors:
-            rank = found.rank(module)
+        for module in state.factors:
+            rank = state.rank(module)
             try:
                 declared, scaling[module] = declared_rank_and_scaling(config, module)
             except FedcoreError as error:
@@ -98,7 +99,7 @@ class AdapterState:
                 raise FedcoreError(
                     f"{name}: module {module} has rank {rank}, its configuration says {declared}"
                 )
-        return replace(found, scaling=scaling, config=config)
+        return replace(state, scaling=scaling, config=config)
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor], *, name: str = "adapter") -> AdapterState:
@@ -159,14 +160,24 @@ class AdapterState:
 
     def rank(self, module: str) -> int:
         """The rank of ``module``'s factors."""
-        factor, tensor = next(iter(self.factors[module].items()))
-        return tensor.shape[1 if factor in TRANSPOSED_FACTORS else 0]
+        return rank_and_width(*next(iter(self.factors[module].items())))[0]
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """Module to rank."""
+        return {module: self.rank(module) for module in self.factors}
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that all factors and dense tensors can be held in: fp32, or fp64 if any is."""
+        factors = [tensor for named in self.factors.values() for tensor in named.values()]
+        return row_dtype([*factors, *self.dense.values()])
 
     def layout(self) -> FactorLayout:
         """The layout of this adapter's own row."""
         return FactorLayout.build(
             [
-                (module, factor, *_stored(factor, tensor).shape)
+                (module, factor, *rank_and_width(factor, tensor))
                 for module, named in self.factors.items()
                 for factor, tensor in named.items()
             ],
@@ -176,18 +187,13 @@ class AdapterState:
     def to_row(self, layout: FactorLayout, out: Tensor | None = None) -> Tensor:
         """This adapter as a row of ``layout`` (its tensors must be the layout's, exactly).
 
-        A module of a lower rank than the layout's fills the first rows (of its core, the leading
-        block) and leaves the rest zero.
-        ``B`` is stored transposed; nothing is scaled here.
+        A module of a lower rank than the layout's leaves the rest of its factors zero; nothing is
+        scaled here. The row is fp64 where any tensor is, or ``out`` itself.
         """
         row = torch.zeros(layout.size, dtype=self.dtype) if out is None else out.zero_()
         for slot in layout:
-            view = layout.view(row, slot)
-            if slot.dense:
-                view.copy_(self.dense[slot.module])
-            else:
-                stored = _stored(slot.factor, self.factors[slot.module][slot.factor])
-                _leading(slot.factor, view, stored.shape[0]).copy_(stored)
+            tensor, rank = self._tensor_and_rank(slot)
+            tensor_in_row(row, layout, slot.name, rank).copy_(tensor)
         return row
 
     def with_row(self, row: Tensor, layout: FactorLayout) -> AdapterState:
@@ -198,24 +204,30 @@ class AdapterState:
         factors = {module: dict(named) for module, named in self.factors.items()}
         dense = dict(self.dense)
         for slot in layout:
-            view = layout.view(row, slot)
+            before, rank = self._tensor_and_rank(slot)
+            part = tensor_in_row(row, layout, slot.name, rank).to(before.dtype)
+            tensor = part.clone(memory_format=torch.contiguous_format)
             if slot.dense:
-                old = dense[slot.module]
-                dense[slot.module] = view.to(old.dtype).clone()
+                dense[slot.module] = tensor
             else:
-                old = factors[slot.module][slot.factor]
-                kept = _leading(slot.factor, view, _stored(slot.factor, old).shape[0])
-                factors[slot.module][slot.factor] = (
-                    _stored(slot.factor, kept).to(old.dtype).clone().contiguous()
-                )
+                factors[slot.module][slot.factor] = tensor
         return replace(self, factors=factors, dense=dense)
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype that all factors and dense tensors can be held in: fp32, or fp64 if any is."""
-        tensors = [t for named in self.factors.values() for t in named.values()]
-        dtypes = {tensor.dtype for tensor in [*tensors, *self.dense.values()]}
-        return torch.float64 if torch.float64 in dtypes else torch.float32
+    def _tensor_and_rank(self, slot: FactorSlot) -> tuple[Tensor, int | None]:
+        if slot.dense:
+            return self.dense[slot.module], None
+        return self.factors[slot.module][slot.factor], self.rank(slot.module)
+
+
+def adapter_from_row(row: Tensor, layout: FactorLayout, like: AdapterState) -> AdapterState:
+    """A row of absorbed factors as an adapter with the scalings, ranks and keys of ``like``.
+
+    The way down: what a cohort of adapters absorbed is divided by the receiver's own scaling, so
+    that the adapter's update is the row's product.
+    """
+    unscaled = row.clone()
+    absorb_scalings(unscaled, layout, like.family, like.scaling, inverse=True)
+    return like.with_row(unscaled, layout)
 
 
 def declared_rank_and_scaling(config: Mapping[str, Any], module: str) -> tuple[int, float]:
@@ -237,11 +249,11 @@ def declared_rank_and_scaling(config: Mapping[str, Any], module: str) -> tuple[i
 
 
 def _declared(config: Mapping[str, Any], patterns: str, module: str, default: str) -> Any:
-    """What the first of the ``patterns`` that matches ``module`` says, else ``default``."""
-    found = config.get(patterns) or {}
-    if not isinstance(found, Mapping):
-        raise FedcoreError(f"{patterns} is {found!r:.60}; a mapping of patterns is needed")
-    for pattern, value in found.items():
+    """The value of the first of the ``patterns`` that matches ``module``, else of ``default``."""
+    declared = config.get(patterns) or {}
+    if not isinstance(declared, Mapping):
+        raise FedcoreError(f"{patterns} is {declared!r:.60}; a mapping of patterns is needed")
+    for pattern, value in declared.items():
         if not isinstance(pattern, str) or _NESTED_REPEAT.search(pattern):
             raise FedcoreError(f"{patterns} has {pattern!r:.60}, a repetition of repetitions")
         try:
@@ -252,15 +264,6 @@ def _declared(config: Mapping[str, Any], patterns: str, module: str, default: st
     return config.get(default)
 
 
-def _stored(factor: str, tensor: Tensor) -> Tensor:
-    return tensor.T if factor in TRANSPOSED_FACTORS else tensor
-
-
-def _leading(factor: str, view: Tensor, rank: int) -> Tensor:
-    """The part of a factor's rows that a lower rank fills."""
-    return view[:rank, :rank] if factor == CORE else view[:rank]
-
-
 def _check_pair(name: str, family: str, module: str, named: Mapping[str, Tensor]) -> None:
     missing = [factor for factor in _PAIRS[family] if factor not in named]
     if missing:
@@ -268,6 +271,6 @@ def _check_pair(name: str, family: str, module: str, named: Mapping[str, Tensor]
     if CORE in named and named[CORE].shape[0] != named[CORE].shape[1]:
         shape = tuple(named[CORE].shape)
         raise FedcoreError(f"{name}: module {module} has a core of shape {shape}; it is square")
-    ranks = {factor: _stored(factor, tensor).shape[0] for factor, tensor in named.items()}
+    ranks = {factor: rank_and_width(factor, tensor)[0] for factor, tensor in named.items()}
     if len(set(ranks.values())) > 1:
         raise FedcoreError(f"{name}: module {module} has factors of different rank {ranks}")

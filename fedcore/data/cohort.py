@@ -1,4 +1,4 @@
-"""One round's uploads as one matrix: a row a client."""
+"""One round's uploads as one matrix: one row per client."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fedcore.data.adapter_state import AdapterState
 from fedcore.data.peft_files import read_adapter
-from fedcore.data.peft_keys import CORE
+from fedcore.data.rows import absorb_scalings, widest_layout
 from fedcore.data.validation import (
     Dropped,
     OnInvalid,
@@ -22,14 +22,6 @@ from fedcore.data.validation import (
 )
 from fedcore.errors import FedcoreError
 from fedcore_kernels.layout import FactorLayout
-
-SCALE_POWER: Mapping[str, Mapping[str, float]] = {
-    "lora": {"B": 1.0},
-    "gram": {"A": 0.5},
-    "tri": {"R": 1.0},
-    "none": {},
-}
-"""How a factor takes up its scaling: updates are ``s B A``, ``s left A^T A right``, ``s B R A``."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +37,7 @@ class Cohort:
         ranks: ``(N, L)`` int64, the rank of each module (columns as ``layout.modules``).
         scalings: ``(N, L)`` fp64, what was absorbed, relative to the server's own scaling.
         dropped: clients left out, with reasons.
-        statistics: client id to what it told of its data before its first round, by name.
+        statistics: client id to the statistics of its data, sent before its first round, by name.
     """
 
     layout: FactorLayout
@@ -101,12 +93,14 @@ class Cohort:
         """
         if not states:
             raise FedcoreError("no adapters were given")
-        chosen = _widest_layout(states) if layout is None else layout
+        if layout is None:
+            first = states[min(states)].layout()
+            layout = widest_layout(first, (state.ranks for state in states.values()))
         family = next(iter(states.values())).family
-        builder = CohortBuilder(chosen, sorted(states), round=round)
+        builder = CohortBuilder(layout, sorted(states), round=round)
         for client_id in sorted(states):
             state = states[client_id]
-            problem = check_state(state, chosen, mixed_ranks=True)
+            problem = check_state(state, layout, mixed_ranks=True)
             if state.family != family:
                 problem = f"its adapter is of family {state.family!r}, others are {family!r}"
             if problem:
@@ -188,7 +182,7 @@ class CohortBuilder:
             self._scalings[place, j] = relative
             self._ranks[place, j] = state.rank(module)
         scaling = dict(zip(self.layout.modules, self._scalings[place].tolist(), strict=True))
-        absorb(row, self.layout, state.family, scaling)
+        absorb_scalings(row, self.layout, state.family, scaling)
 
     def receive(
         self,
@@ -215,8 +209,8 @@ class CohortBuilder:
             raise FedcoreError(f"round {self.round}: client {client_id} reported twice")
         self._received.add(client_id)
         if ranks is not None:
-            kept = [ranks[module] for module in self.layout.modules]
-            self._ranks[place] = torch.tensor(kept, dtype=torch.int64)
+            columns = [ranks[module] for module in self.layout.modules]
+            self._ranks[place] = torch.tensor(columns, dtype=torch.int64)
         stale = round is not None and round != self.round
         changed = expected_frozen is not None and frozen != expected_frozen
         problem = (
@@ -251,18 +245,18 @@ class CohortBuilder:
             if client not in self._received
         ]
         valid = [c for c in self._order if c in self._received and c not in self._problems]
-        kept = [client for client in valid if self._weights[self._index[client]] > 0]
-        if valid and not kept:
+        weighted = [client for client in valid if self._weights[self._index[client]] > 0]
+        if valid and not weighted:
             raise FedcoreError(f"round {self.round}: the weights of all clients are zero")
-        weightless = [Dropped(c, "its weight is zero") for c in valid if c not in kept]
-        places = torch.tensor([self._index[client] for client in kept], dtype=torch.int64)
+        weightless = [Dropped(c, "its weight is zero") for c in valid if c not in weighted]
+        places = torch.tensor([self._index[client] for client in weighted], dtype=torch.int64)
         # The common case keeps the matrix that the uploads were written into.
-        whole = len(kept) == len(self._order)
+        whole = len(weighted) == len(self._order)
         return Cohort(
             layout=self.layout,
             updates=self._updates if whole else self._updates[places],
             weights=self._weights[places],
-            client_ids=tuple(kept),
+            client_ids=tuple(weighted),
             round=self.round,
             ranks=self._ranks[places],
             scalings=self._scalings[places],
@@ -335,45 +329,3 @@ def gather(
     for client, reason in refused.items():
         builder.refuse(client, reason)
     return builder.finish(on_invalid)
-
-
-def absorb(
-    row: Tensor, layout: FactorLayout, family: str, scaling: Mapping[str, float], sign: int = 1
-) -> None:
-    """Multiply the factors of ``row`` in place by their share of each module's ``scaling``.
-
-    ``sign = -1`` divides instead, for the way down.
-    """
-    for slot in layout.factor_slots:
-        power = SCALE_POWER[family].get(slot.factor, 0.0)
-        scale = scaling[slot.module] ** (power * sign)
-        if scale != 1.0:
-            layout.view(row, slot).mul_(scale)
-
-
-def adapter_from_row(row: Tensor, layout: FactorLayout, like: AdapterState) -> AdapterState:
-    """A row of absorbed factors as an adapter with the scalings, ranks and keys of ``like``.
-
-    The way down: what a cohort of adapters absorbed is divided by the receiver's own scaling, so
-    that the adapter's update is the row's product.
-    """
-    own = row.clone()
-    absorb(own, layout, like.family, like.scaling, sign=-1)
-    return like.with_row(own, layout)
-
-
-def _widest_layout(states: Mapping[str, AdapterState]) -> FactorLayout:
-    """The first client's tensors, each factor at the largest rank that any client has."""
-    first = next(iter(dict(sorted(states.items())).values()))
-    ranks = {
-        module: max(s.rank(module) for s in states.values() if module in s.factors)
-        for module in first.factors
-    }
-    own = first.layout()
-    return FactorLayout.build(
-        [
-            (s.module, s.factor, ranks[s.module], ranks[s.module] if s.factor == CORE else s.width)
-            for s in own.factor_slots
-        ],
-        [(s.module, s.shape) for s in own.dense_slots if s.shape is not None],
-    )

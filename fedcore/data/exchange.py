@@ -20,7 +20,6 @@ from torch import Tensor
 
 from fedcore.data.adapter_state import AdapterState, declared_rank_and_scaling
 from fedcore.data.folders import read_object, replace_folder, write_text
-from fedcore.data.keyed_rows import row_from_tensors, tensors_from_row
 from fedcore.data.low_rank import LowRank, packed, unpacked
 from fedcore.data.peft_files import (
     CONFIG_FILE,
@@ -31,6 +30,7 @@ from fedcore.data.peft_files import (
     write_tensors,
 )
 from fedcore.data.peft_keys import PREFIX
+from fedcore.data.rows import row_from_tensors, tensors_from_row
 from fedcore.data.tensor_file import TensorFile
 from fedcore.data.validation import digest
 from fedcore.errors import FedcoreError
@@ -213,7 +213,7 @@ def read_upload(
 
     Raises:
         FedcoreError: it is for another round, a file is missing, malformed or far too large, a
-            tensor is missing, not asked for or of another shape, or a module's scaling differs.
+            tensor is missing, unexpected or of another shape, or a module's scaling differs.
     """
     label = "its upload"
     about = read_object(folder / UPLOAD_FILE, label, _UPLOAD_FIELDS)

@@ -32,7 +32,7 @@ def plain_lora(updates: Mapping[str, LowRank], like: AdapterState) -> AdapterSta
 
     ``B = outer^T`` and ``A = inner``, ``r = lora_alpha`` the largest rank; modules of less have
     rows and columns of zeros, because servers pass over ``rank_pattern`` and would scale them by
-    the wrong rank. Dense tensors and what the configuration says of the base model are those of
+    the wrong rank. Dense tensors and the fields that describe the base model are those of
     ``like``.
 
     Args:
@@ -64,7 +64,7 @@ def with_residual(adapter: AdapterState, residual: Mapping[str, LowRank]) -> Ada
     """A LoRA adapter and low-rank updates of the same base weights, as one adapter of scale 1.
 
     Args:
-        residual: module to an update relative to the adapter's own scaling, as rows hold it.
+        residual: module to an update relative to the adapter's own scaling, as in a row.
     """
     updates = {}
     for module, named in adapter.factors.items():
@@ -75,13 +75,13 @@ def with_residual(adapter: AdapterState, residual: Mapping[str, LowRank]) -> Ada
             dtype = named["A"].dtype
             parts.append(LowRank((beside.outer * scale).to(dtype), beside.inner.to(dtype)))
         # A fresh adapter of a method that starts anew each round is zero: nothing to carry along.
-        kept = [part for part in parts if bool(torch.any(part.outer))] or parts[:1]
-        updates[module] = total(kept)
+        nonzero = [part for part in parts if bool(torch.any(part.outer))]
+        updates[module] = total(nonzero or parts[:1])
     return plain_lora(updates, adapter)
 
 
 def _plain_config(config: Mapping[str, Any], rank: int) -> dict[str, Any]:
-    """The fields of ``adapter_config.json``; what ``config`` says of the base model is kept."""
+    """The fields of ``adapter_config.json``, with what ``config`` has of the base model."""
     return {
         **{field: _ordered(config.get(field)) for field in _KEPT_FIELDS},
         "peft_type": "LORA",

@@ -60,7 +60,7 @@ def check_state(state: AdapterState, layout: FactorLayout, *, mixed_ranks: bool)
         return f"{missing[0]} is missing"
     extra = [name for name in own if name not in layout.by_name]
     if extra:
-        return f"{extra[0]} was not asked for"
+        return f"unexpected tensor {extra[0]}"
     for slot in layout:
         mine = own[slot.name]
         if slot.dense and mine.shape != slot.shape:

@@ -32,7 +32,7 @@ from fedcore.training.partitions import Partition, assign_like, partition
 from fedcore.training.prefix import FrozenPrefix
 from fedcore.training.residual import FrozenResidual
 from fedcore.training.tasks import Task, find_task
-from fedcore.tuners.shared.attach import attach_adapter
+from fedcore.tuners.attach import attach_adapter
 
 POOLED = "everyone"
 """The one client of the centralised baseline."""
@@ -75,7 +75,7 @@ class Experiment:
     test_shards: Mapping[str, Tensor]
     test: Tensor
     label_names: tuple[str, ...]
-    counts: records.Partition
+    counts: records.PartitionRecord
     residual: FrozenResidual
     ranks: Mapping[str, Mapping[str, int]]
     statistics: Mapping[str, Mapping[str, Tensor]]
@@ -183,7 +183,7 @@ def build_experiment(
         test_shards=test_shards,
         test=test,
         label_names=texts.label_names,
-        counts=records.Partition(
+        counts=records.PartitionRecord(
             client_ids=ids,
             label_names=tuple(texts.label_names),
             class_counts=_count(shards, examples, classes),
@@ -215,7 +215,8 @@ def client_ranks(
     if not given or all(rank == recipe.adapter.rank for rank in given):
         return {}
     needs = (MIXED_RANKS, of_family(method.family))
-    refuse(method, needs, f"adapter.client_ranks is {list(given)}")
+    where, otherwise = f"adapter.client_ranks is {list(given)}", "give all clients one rank"
+    refuse(method, needs, where, otherwise)
     return {
         client: dict.fromkeys(modules, given[i % len(given)])
         for i, client in enumerate(sorted(ids))

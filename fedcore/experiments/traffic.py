@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from fedcore.data.codecs import Codec, Fp32, find_codec
-from fedcore.data.keyed_rows import at_ranks
+from fedcore.data.rows import layout_at_ranks
 from fedcore.experiments.setup import Experiment
 from fedcore.federation.state import ServerState
 from fedcore_kernels.layout import FactorLayout
@@ -66,7 +66,7 @@ def added(
 
 
 def _sizes(layout: FactorLayout, ranks: Mapping[str, int] | None, codec: Codec) -> dict[str, int]:
-    own = at_ranks(layout, ranks)
+    own = layout_at_ranks(layout, ranks)
     factors = {slot.factor for slot in own.factor_slots}
     return {
         "adapter": codec.bytes(own.select(factors, dense=False)),

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fedcore.data.keyed_rows import Ranks
+from fedcore.data.rows import Ranks
 from fedcore.federation.state import HELD, ServerState
 from fedcore.methods.base import Broadcast, Method
 from fedcore_kernels.layout import FactorLayout

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
+from fedcore.data.folders import OWN_LIMIT, read_json
 from fedcore.errors import FedcoreError
 from fedcore.federation.records import Record
 
@@ -43,9 +44,11 @@ def read_record(model: type[AnyRecord], path: Path) -> AnyRecord:
     """The file ``path`` as a ``model``.
 
     Raises:
-        FedcoreError: as :func:`parse_json` and :func:`validated`, naming the file.
+        FedcoreError: as :func:`fedcore.data.folders.read_json` and :func:`validated`.
     """
-    return validated(model, parse_json(path.read_bytes(), str(path))[0], str(path))
+    # In files of version 0.1 the perplexity of a loss that diverged is infinite.
+    values = read_json(path, "the run", limit=OWN_LIMIT, finite=False)
+    return validated(model, values, str(path))
 
 
 _WANTED = {

@@ -140,7 +140,7 @@ class ModuleRound(Record):
     error_ceiling: Number = None
 
 
-class Spending(Record):
+class PrivacyRecord(Record):
     """What either kind of differential privacy has in common.
 
     ``noise`` is ``"seeded"`` where the run's seed gives the noise, ``"secret"`` where nothing does.
@@ -152,7 +152,7 @@ class Spending(Record):
     noise: str
 
 
-class PrivacySpent(Spending):
+class PrivacySpent(PrivacyRecord):
     """What the clients have spent of their examples' privacy up to the end of a round.
 
     ``epsilon`` maps a client to the epsilon of (epsilon, ``delta``)-differential privacy of any one
@@ -179,7 +179,7 @@ class PrivacySummary(PrivacySpent):
     largest_epsilon_client: str | None = None
 
 
-class CentralPrivacySpent(Spending):
+class CentralPrivacySpent(PrivacyRecord):
     """What every client has spent of its privacy, as a whole, up to the end of a round."""
 
     max_norm: Number
@@ -330,7 +330,7 @@ class Environment(Record):
     versions: dict[str, str] = {}
 
 
-class Partition(Record):
+class PartitionRecord(Record):
     """``partition.json``: examples by client and class.
 
     ``class_counts``, the training examples, and ``test_counts`` are (clients, classes).

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from fedcore.data.cohort import Cohort, UploadedRow, gather
-from fedcore.data.keyed_rows import Ranks
+from fedcore.data.rows import Ranks
 from fedcore.data.validation import Dropped, OnInvalid, identical_rows
 from fedcore.errors import FedcoreError
 from fedcore.federation.state import (

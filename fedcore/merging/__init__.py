@@ -1,7 +1,16 @@
 """Adapters that were trained elsewhere, aggregated by one call: folders in, a folder out."""
 
+from typing import Any
+
 from fedcore.merging.api import aggregate
-from fedcore.merging.plan import usable_methods
+from fedcore.merging.plan import methods_for_merging
 from fedcore.merging.result import Aggregated, MethodError
 
-__all__ = ["Aggregated", "MethodError", "aggregate", "usable_methods"]
+__all__ = ["Aggregated", "MethodError", "aggregate", "methods_for_merging"]
+
+
+def __getattr__(name: str) -> Any:
+    """``usable_methods`` is called ``methods_for_merging`` now; the old name goes with 0.3."""
+    if name == "usable_methods":
+        return methods_for_merging
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,45 +1,134 @@
-"""``fedcore.aggregate``: adapters in, one adapter out."""
+"""``fedcore.aggregate``: adapters in, one adapter out.
+
+What a caller may pass is brought into one form here: adapters and weights by name, a torch dtype.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from math import sqrt
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from fedcore.checks import is_number
 from fedcore.data.peft_files import DEFAULT_BUDGET
-from fedcore.data.validation import OnInvalid
-from fedcore.errors import FedcoreError
-from fedcore.merging.error_table import ErrorTally
+from fedcore.data.validation import OnInvalid, check_weight, enforce
+from fedcore.errors import FedcoreError, unknown_name
+from fedcore.merging.error_table import error_tally
 from fedcore.merging.merge import Progress, merge
-from fedcore.merging.plan import check_usable, open_sources, plan_job, usable_methods
-from fedcore.merging.reading import DEFAULT_GROUP_BYTES, Job
+from fedcore.merging.plan import DEFAULT_GROUP_BYTES, Job, check_usable, open_sources, plan_job
 from fedcore.merging.result import (
     Aggregated,
     MethodError,
     adapters_of,
     check_output,
-    kept_scaling,
     write_folder,
 )
-from fedcore.merging.sources import (
-    Adapter,
-    Adapters,
-    Weights,
-    magnitudes,
-    named_adapters,
-    open_source,
-    parse_dtype,
-    weights_by_name,
-)
+from fedcore.merging.sources import Adapter, magnitudes, open_source
 from fedcore.methods import create_method
-from fedcore.methods.base import FACTORS, Method
 
-_COMPARED_ROWS = 4096
-"""Alternatives cost Grams of all stacked factors: above so many rows a module they are skipped."""
+Adapters = Sequence[Adapter] | Mapping[str, Adapter]
+Weights = Sequence[float] | Mapping[str, float]
+
+DTYPES: Mapping[str, torch.dtype] = {
+    "fp64": torch.float64,
+    "fp32": torch.float32,
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+}
+"""What an adapter can be written in."""
+
+
+def _as_named(key: str, names: Sequence[str]) -> str:
+    """``key`` or the folder that it spells otherwise."""
+    for name in (key, str(Path(key))):
+        if name in names:
+            return name
+    raise unknown_name("adapter in weights", key, names)
+
+
+def _named_adapters(adapters: Adapters) -> dict[str, Adapter]:
+    """Adapters by their client id; folders of a sequence go by their path.
+
+    Raises:
+        FedcoreError: there is none, or a folder is named twice.
+    """
+    if isinstance(adapters, str | Path) or not isinstance(adapters, Mapping | Sequence):
+        raise FedcoreError(
+            f"adapters is a {type(adapters).__name__}; pass a sequence of folders, or a mapping of "
+            "client ids to folders"
+        )
+    named: dict[str, Adapter] = {}
+    if isinstance(adapters, Mapping):
+        named = {str(name): adapter for name, adapter in adapters.items()}
+    else:
+        for place, adapter in enumerate(adapters, start=1):
+            folder = isinstance(adapter, str | Path)
+            name = str(Path(adapter)) if folder else f"adapter {place}"  # type: ignore[arg-type]
+            if name in named:
+                raise FedcoreError(f"{name} is given twice; weight it instead")
+            named[name] = adapter
+    if not named:
+        raise FedcoreError("no adapters were given")
+    return named
+
+
+def _weights_by_name(weights: Weights | None, names: Sequence[str]) -> dict[str, float]:
+    """The weight of each of ``names``; equal ones by default.
+
+    Raises:
+        FedcoreError: another number of weights than adapters, an unknown or missing name, a weight
+            that is negative or not finite, or nothing but zeros.
+    """
+    if weights is None:
+        return dict.fromkeys(names, 1.0)
+    if isinstance(weights, Mapping):
+        by_name = {_as_named(str(key), names): value for key, value in weights.items()}
+        for name in names:
+            if name not in by_name:
+                raise FedcoreError(f"weights has no entry for {name}")
+    elif isinstance(weights, Sequence) and not isinstance(weights, str):
+        if len(weights) != len(names):
+            raise FedcoreError(f"weights has {len(weights)} entries for {len(names)} adapters")
+        by_name = dict(zip(names, weights, strict=True))
+    else:
+        raise FedcoreError(f"weights is a {type(weights).__name__}; pass a list or a mapping")
+    for name, value in by_name.items():
+        try:
+            number = is_number(value)
+            problem = (
+                check_weight(value) if number else f"its weight is {value!r:.60}, not a number"
+            )
+        except OverflowError:
+            problem = "its weight is too large; weights are finite"
+        if problem:
+            raise FedcoreError(f"{name}: {problem}")
+    if not any(by_name.values()):
+        raise FedcoreError("the weights of all adapters are zero")
+    return {name: float(by_name[name]) for name in names}
+
+
+def _parsed_dtype(dtype: Any) -> torch.dtype | None:
+    """A torch dtype from its name or itself; None stays None.
+
+    Raises:
+        FedcoreError: no dtype in which adapters are written.
+    """
+    if dtype is None or dtype in DTYPES.values():
+        return dtype
+    if dtype not in DTYPES:
+        raise unknown_name("dtype", str(dtype), DTYPES)
+    return DTYPES[dtype]
+
+
+def _exact(job: Job, errors: tuple[MethodError, ...]) -> bool:
+    """Whether the mean of the products is kept up to the rounding of the coarsest dtype."""
+    if magnitudes(job.first.outline):
+        return False
+    coarsest = max(torch.finfo(dtype).eps for dtype in job.dtypes.values())
+    measured = errors[0].error if errors else float("nan")
+    return job.method.capabilities.always_exact or measured <= 4 * coarsest
 
 
 def aggregate(
@@ -72,16 +161,16 @@ def aggregate(
         adapters: PEFT folders, or client id to folder; in place of a folder a state, a PEFT state
             dict with its configuration under ``"config"``, or a pair of tensors (or arrays) and
             configuration. Ranks, scalings, dtypes may differ; modules and base model may not.
-        weights: one each, in the order of ``adapters`` or by id; equal unless given. An adapter of
-            weight zero has no influence.
-        method: a name of :func:`fedcore.merging.usable_methods`.
-        rank: of the result, for methods that choose it; the largest of the adapters unless given.
+        weights: one per adapter, in the order of ``adapters`` or by id; equal by default. An
+            adapter of weight zero has no influence.
+        method: a name of :func:`fedcore.merging.methods_for_merging`.
+        rank: of the result, for methods that choose it; the largest of the adapters by default.
             A module gets no more than its product can have.
         out: folder to write; a residual goes to ``out/residual``. Nothing is there before all is.
         options: the method's own.
         previous: the adapter that all started from, for methods that align to it.
         on_invalid: ``"raise"`` names the first bad adapter, ``"drop"`` leaves bad ones out.
-        dtype: ``fp64``, ``fp32``, ``fp16`` or ``bf16``; that of the first adapter unless given.
+        dtype: ``fp64``, ``fp32``, ``fp16`` or ``bf16``; that of the first adapter by default.
         compare: find the error of the method and of its alternatives too.
         overwrite: replace the adapter in ``out``.
         budget: refuse weight files of more bytes.
@@ -99,35 +188,35 @@ def aggregate(
         >>> one = {"q.lora_A.weight": torch.tensor([[1.0, 0.0]]), "config": {"r": 1}}
         >>> one |= {"q.lora_B.weight": torch.tensor([[2.0]])}
         >>> one["config"] |= {"lora_alpha": 3}
-        >>> found = aggregate({"a": one, "b": one}, [1, 3])
-        >>> (found.adapter.factors["q"]["B"] @ found.adapter.factors["q"]["A"]).tolist()
+        >>> merged = aggregate({"a": one, "b": one}, [1, 3])
+        >>> (merged.adapter.factors["q"]["B"] @ merged.adapter.factors["q"]["A"]).tolist()
         [[6.0, 0.0]]
     """
-    named = named_adapters(adapters)
-    counts = weights_by_name(weights, list(named))
+    named = _named_adapters(adapters)
+    counts = _weights_by_name(weights, list(named))
     given = dict(options or {})
     chosen = check_usable(create_method(method, **given), previous is not None, given.get("align"))
     if previous is not None and chosen.capabilities.history == "none":
         raise FedcoreError(f"{chosen.name} makes no use of previous; leave it out")
-    wanted = parse_dtype(dtype)
-    if on_invalid not in ("raise", "drop"):
-        raise FedcoreError(f"on_invalid is {on_invalid!r}; pass 'raise' or 'drop'")
+    result_dtype = _parsed_dtype(dtype)
+    enforce((), on_invalid, 0)
     if out is not None:
         inputs = [Path(one) for one in named.values() if isinstance(one, str | Path)]
         check_output(Path(out), inputs, overwrite)
     sources, dropped = open_sources(named, counts, on_invalid, budget)
-    before = None if previous is None else open_source("previous", previous, budget)
-    job = plan_job(chosen, sources, counts, before, rank, group_bytes)
-    dtypes = _dtypes(job, wanted)
-    tally = _tally(job, dtypes) if compare else None
-    merged = merge(job, _cast(job, dtypes), tally, progress)
-    if magnitudes(job.first.outline) and merged.factors and merged.residual:
-        raise FedcoreError(
-            f"{chosen.name} leaves a residual, which cannot stand beside a DoRA adapter: its "
-            "normalisation takes the sum of both; use another method"
-        )
+    job = plan_job(
+        chosen,
+        sources,
+        counts,
+        previous=None if previous is None else open_source("previous", previous, budget),
+        rank=rank,
+        dtype=result_dtype,
+        group_bytes=group_bytes,
+    )
+    tally = error_tally(job) if compare else None
+    merged = merge(job, None if tally is None else tally.add, progress)
     adapter, residual = adapters_of(job, merged)
-    errors = () if tally is None else tally.rows(chosen.name)
+    errors = () if tally is None else tally.rows()
     if out is not None:
         write_folder(Path(out), adapter, residual)
     return Aggregated(
@@ -136,79 +225,5 @@ def aggregate(
         errors,
         tuple(sorted(dropped)),
         tuple(merged.flags),
-        _exact(job, errors, dtypes),
+        _exact(job, errors),
     )
-
-
-def _dtypes(job: Job, wanted: torch.dtype | None) -> dict[str, torch.dtype]:
-    """Full name of every tensor of the result to its dtype."""
-    outline = job.first.outline
-    own = {
-        f"{module}.{factor}": tensor.dtype
-        for module, named in outline.factors.items()
-        for factor, tensor in named.items()
-    }
-    own |= {name: tensor.dtype for name, tensor in outline.dense.items()}
-    return own if wanted is None else dict.fromkeys(own, wanted)
-
-
-def _cast(job: Job, dtypes: Mapping[str, torch.dtype]) -> Callable[[str, Tensor], Tensor]:
-    """A tensor of the result, with all scaling absorbed, as it is written."""
-    units = _units(job)
-
-    def cast(name: str, values: Tensor) -> Tensor:
-        unit = units.get(name.rpartition(".")[0], 1.0)
-        found = (values / unit if unit != 1.0 else values).to(dtypes[name])
-        if not bool(torch.isfinite(found).all()):
-            largest = float(values.abs().max())
-            raise FedcoreError(
-                f"{name} of the result holds values up to {largest:.3g}, which are not finite in "
-                f"{dtypes[name]}; pass a wider dtype"
-            )
-        return found
-
-    return cast
-
-
-def _units(job: Job) -> dict[str, float]:
-    """Module to what a Gram factor takes up of the scaling that its adapter is written with."""
-    if job.method.family != "gram":
-        return {}
-    return {module: sqrt(scaling) for module, scaling in kept_scaling(job).items()}
-
-
-def _tally(job: Job, dtypes: Mapping[str, torch.dtype]) -> ErrorTally:
-    outline, units = job.first.outline, _units(job)
-    offsets: dict[str, Tensor] = {}
-    if outline.family == "gram" and outline.config.get("offset", True):
-        held = job.first.constants()
-        for module, unit in units.items():
-            if f"{module}.gram_A0" not in held:
-                raise FedcoreError(f"{job.first.name}: module {module} lacks gram_A0")
-            offsets[module] = held[f"{module}.gram_A0"].double() * unit
-    rows = max(sum(source.ranks[module] for source in job.sources) for module in outline.factors)
-    dense = sum(t.numel() * dtypes[name].itemsize for name, t in outline.dense.items())
-    others = _alternatives(job.method) if rows <= _COMPARED_ROWS else []
-    return ErrorTally(others, dtypes, dense, units, offsets)
-
-
-def _alternatives(chosen: Method) -> list[Method]:
-    """The other methods that adapters alone are enough for, with their default options."""
-    factors = frozenset(FACTORS[chosen.family])
-    return [
-        check_usable(method(), previous=False, align=None)
-        for method in usable_methods(chosen.family, previous=False)
-        # A method with a factor in common differs from averaging only where there is none; a rule
-        # is no other way of averaging.
-        if method.name != chosen.name
-        and method().plan(0).sends == factors
-        and method().rule is None
-    ]
-
-
-def _exact(job: Job, errors: tuple[MethodError, ...], dtypes: Mapping[str, torch.dtype]) -> bool:
-    if magnitudes(job.first.outline):
-        return False
-    coarsest = max(torch.finfo(dtype).eps for dtype in dtypes.values())
-    measured = errors[0].error if errors else float("nan")
-    return job.method.capabilities.always_exact or measured <= 4 * coarsest

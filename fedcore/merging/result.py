@@ -1,4 +1,7 @@
-"""What an aggregation of adapters gives: adapters that PEFT loads, and what was lost."""
+"""What an aggregation of adapters gives: adapters that PEFT loads, what was lost, and the folder.
+
+The first adapter of a job gives the configuration; ranks and alphas are the result's own.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,11 @@ from fedcore.data.peft_files import CONFIG_FILE, write_adapter
 from fedcore.data.peft_keys import PREFIX
 from fedcore.data.validation import Dropped
 from fedcore.errors import FedcoreError
-from fedcore.merging.reading import Job
+from fedcore.merging.plan import Job
+from fedcore.merging.sources import magnitudes
+
+RESIDUAL_FOLDER = "residual"
+"""Where a second adapter stands in the folder of the first."""
 
 
 @dataclass
@@ -40,7 +47,7 @@ class MethodError:
 
     Attributes:
         method: its name.
-        chosen: whether it is the method that was asked for.
+        chosen: whether it is the method of the call.
         error: ``||M - P||_F / ||M||_F`` over all modules; ``nan`` if every M is zero.
         worst: the largest error of a module, relative to its own M.
         worst_module: the module it is in.
@@ -66,7 +73,7 @@ class Aggregated:
     Attributes:
         adapter: the aggregated adapter, as it is written.
         residual: a second adapter that has to be added to the first, where the method has one.
-        errors: one row for the method and one for each alternative; empty if not asked for.
+        errors: one row for the method and one for each alternative; empty with ``compare=False``.
         dropped: adapters that were left out, with reasons.
         flags: what a user should know of the result.
         exact: whether the mean of the products is kept up to the rounding of the written dtype;
@@ -81,26 +88,6 @@ class Aggregated:
     exact: bool
 
 
-def adapters_of(job: Job, merged: Merged) -> tuple[AdapterState, AdapterState | None]:
-    """The adapter and, where factors and a residual stand beside each other, the second one."""
-    factors, residual = merged.factors, _lora_factors(merged.residual)
-    if not factors:
-        return _adapter(job, residual, merged.dense), None
-    beside = _adapter(job, residual, {}, plain=True) if residual else None
-    return _adapter(job, factors, merged.dense), beside
-
-
-def kept_scaling(job: Job) -> dict[str, float]:
-    """Module to the scaling that the result is written with, 1 wherever it can be absorbed.
-
-    The offset of a Gram adapter is stored unscaled, so the scaling that all share has to stay.
-    """
-    first = job.first.outline
-    if first.family == "gram" and first.config.get("offset", True):
-        return dict(first.scaling)
-    return dict.fromkeys(first.factors, 1.0)
-
-
 def _lora_factors(residual: Mapping[str, LowRank]) -> dict[str, dict[str, Tensor]]:
     return {
         module: {"A": part.inner.contiguous(), "B": part.outer.T.contiguous()}
@@ -108,33 +95,24 @@ def _lora_factors(residual: Mapping[str, LowRank]) -> dict[str, dict[str, Tensor
     }
 
 
-def _adapter(
-    job: Job,
-    factors: Mapping[str, Mapping[str, Tensor]],
-    dense: Mapping[str, Tensor],
-    plain: bool = False,
-) -> AdapterState:
-    first = job.first.outline
-    scaling = {module: kept_scaling(job)[module] for module in factors}
-    keys = {name: f"{PREFIX}{name}" for name in dense}
-    for module, named in factors.items():
-        for factor in named:
-            tag = _tag(first.keys[f"{module}.{factor}"])
-            keys[f"{module}.{factor}"] = f"{PREFIX}{module}.{tag}"
-    constants = {}
-    if first.constants and not plain:
-        constants = job.first.constants()
-        keys |= {name: f"{PREFIX}{name}" for name in constants}
-    found = AdapterState(first.family, factors, dense, constants, scaling, {}, keys)
-    ranks = {module: found.rank(module) for module in factors}
-    return replace(found, config=_config(job, ranks, scaling, plain))
-
-
 def _tag(key: str) -> str:
     """The end of a factor's key as files have it, from that of a file or of a live model."""
     parts = key.split(".")
     at = next(i for i in reversed(range(len(parts))) if re.match(r"(lora|gram)_", parts[i]))
     return f"{parts[at]}.weight" if parts[-1] == "weight" else parts[at]
+
+
+def _commonest(values: Mapping[str, Any]) -> Any:
+    return max(Counter(values.values()).items(), key=lambda item: (item[1], item[0]))[0]
+
+
+def _exceptions(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
+    # PEFT matches a pattern against the end of a path; the anchor makes it the whole path.
+    return {f"^{re.escape(m)}": v for m, v in sorted(values.items()) if v != default}
+
+
+def _number(value: float) -> float | int:
+    return int(value) if value == int(value) else value
 
 
 def _config(
@@ -166,20 +144,43 @@ def _config(
     return config
 
 
-def _commonest(values: Mapping[str, Any]) -> Any:
-    return max(Counter(values.values()).items(), key=lambda item: (item[1], item[0]))[0]
+def _adapter(
+    job: Job,
+    factors: Mapping[str, Mapping[str, Tensor]],
+    dense: Mapping[str, Tensor],
+    plain: bool = False,
+) -> AdapterState:
+    first = job.first.outline
+    scaling = {module: job.scaling[module] for module in factors}
+    keys = {name: f"{PREFIX}{name}" for name in dense}
+    for module, named in factors.items():
+        for factor in named:
+            tag = _tag(first.keys[f"{module}.{factor}"])
+            keys[f"{module}.{factor}"] = f"{PREFIX}{module}.{tag}"
+    constants = {}
+    if first.constants and not plain:
+        constants = job.first.constants()
+        keys |= {name: f"{PREFIX}{name}" for name in constants}
+    adapter = AdapterState(first.family, factors, dense, constants, scaling, {}, keys)
+    return replace(adapter, config=_config(job, adapter.ranks, scaling, plain))
 
 
-def _exceptions(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
-    # PEFT matches a pattern against the end of a path; the anchor makes it the whole path.
-    return {f"^{re.escape(m)}": v for m, v in sorted(values.items()) if v != default}
+def adapters_of(job: Job, merged: Merged) -> tuple[AdapterState, AdapterState | None]:
+    """The adapter and, where factors and a residual stand beside each other, the second one.
 
-
-def _number(value: float) -> float | int:
-    return int(value) if value == int(value) else value
-
-
-RESIDUAL_FOLDER = "residual"
+    Raises:
+        FedcoreError: a residual would have to stand beside a DoRA adapter.
+    """
+    if merged.factors and merged.residual and magnitudes(job.first.outline):
+        raise FedcoreError(
+            f"{job.method.name} leaves a residual, which cannot stand beside a DoRA adapter: its "
+            "normalisation takes the sum of both; use another method"
+        )
+    factors, residual = merged.factors, _lora_factors(merged.residual)
+    if not factors:
+        return _adapter(job, residual, merged.dense), None
+    beside = _adapter(job, residual, {}, plain=True) if residual else None
+    return _adapter(job, factors, merged.dense), beside
 
 
 def check_output(out: Path, inputs: Sequence[Path], overwrite: bool) -> None:

@@ -2,7 +2,8 @@
 
 A source knows the names, shapes and dtypes of its adapter from the start (its *outline*, an
 :class:`~fedcore.data.adapter_state.AdapterState` whose tensors hold no values) and reads values
-only when it is asked for named tensors.
+only when it is asked for named tensors. Whether adapters can be averaged at all is seen in their
+outlines: each by itself (:func:`adapter_problem`) and beside the first (:func:`mismatch`).
 """
 
 from __future__ import annotations
@@ -17,13 +18,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedcore.checks import is_number
 from fedcore.data.adapter_state import AdapterState
 from fedcore.data.peft_files import open_adapter
 from fedcore.data.peft_keys import MAGNITUDE
+from fedcore.data.rows import absorb_scalings, tensor_in_row
 from fedcore.data.tensor_file import TensorFile
-from fedcore.data.validation import check_state, check_weight
-from fedcore.errors import FedcoreError, unknown_name
+from fedcore.data.validation import check_row, check_state
+from fedcore.errors import FedcoreError
 from fedcore_kernels.layout import FactorLayout
 
 Adapter = (
@@ -31,6 +32,26 @@ Adapter = (
 )
 """One adapter as :func:`fedcore.aggregate` takes it: a PEFT folder, a state, a PEFT state dict
 with its configuration under ``"config"``, or a pair of tensors or arrays and configuration."""
+
+_SAME_FIELDS: Mapping[str, Any] = {
+    "peft_type": None,
+    "task_type": None,
+    "fan_in_fan_out": False,
+    "use_dora": False,
+    "bias": "none",
+    "alora_invocation_tokens": None,
+    "layer_replication": None,
+    "use_qalora": False,
+    "frame": None,
+    "frame_seed": None,
+    "frame_ids": None,
+    "module_shapes": None,
+    "offset": None,
+}
+"""Fields that change what the tensors mean, with the value that a missing one stands for."""
+
+_PLAIN_STARTS = (None, True, False, "gaussian", "orthogonal", "eva")
+"""Values of ``init_lora_weights`` that leave the base weights as they are."""
 
 
 class _Store(Protocol):
@@ -42,81 +63,8 @@ class _Store(Protocol):
 
 
 @dataclass(frozen=True)
-class Source:
-    """One adapter that is read in parts.
-
-    Attributes:
-        name: what to call it in errors and reports; distinct among the adapters of a call.
-        outline: names, shapes, dtypes, scalings and configuration; its tensors hold no values.
-    """
-
-    name: str
-    outline: AdapterState
-    _store: _Store
-
-    @cached_property
-    def ranks(self) -> dict[str, int]:
-        """Module to rank."""
-        return {module: self.outline.rank(module) for module in self.outline.factors}
-
-    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """The values of tensors by their full names, ``module.factor``.
-
-        Raises:
-            FedcoreError: the file cannot be read, or has changed since it was opened.
-        """
-        keys = {self.outline.keys[name]: name for name in names}
-        return {keys[key]: tensor for key, tensor in self._store.read(keys).items()}
-
-    def constants(self) -> dict[str, Tensor]:
-        """The values of the tensors that never change."""
-        return self.read(self.outline.constants)
-
-    def dense(self, name: str, start: int, stop: int) -> Tensor:
-        """Elements ``start`` to ``stop`` of a dense tensor, in row-major order."""
-        return self._store.read_flat(self.outline.keys[name], start, stop)
-
-
-def open_source(name: str, adapter: Adapter, budget: int, like: Source | None = None) -> Source:
-    """Look at one adapter without reading its values.
-
-    Args:
-        like: an adapter that was opened before; one of the same tensors and configuration shares
-            its outline.
-
-    Raises:
-        FedcoreError: naming the adapter: it is none of the accepted forms, its files are missing,
-            malformed or larger than ``budget`` bytes, or its tensors do not fit its configuration.
-    """
-    if isinstance(adapter, str | Path):
-        file, config = open_adapter(adapter, name=name, budget=budget)
-        if like is not None and isinstance(like._store, TensorFile):
-            known, outline = like._store.tensors, like.outline
-            if known == file.tensors and outline.config == config:
-                return Source(name, outline, file)
-        shapes = {key: (stored.shape, stored.dtype) for key, stored in file.tensors.items()}
-        return Source(name, _outline(name, shapes, config), file)
-    if isinstance(adapter, AdapterState):
-        tensors: Mapping[str, Any] = adapter.to_peft()
-        config = dict(adapter.config)
-    elif isinstance(adapter, tuple) and len(adapter) == 2:
-        tensors, config = adapter[0], _mapping(name, adapter[1])
-    elif isinstance(adapter, Mapping) and "config" in adapter:
-        tensors = {key: value for key, value in adapter.items() if key != "config"}
-        config = _mapping(name, adapter["config"])
-    else:
-        raise FedcoreError(
-            f"{name}: an adapter is a {type(adapter).__name__}; pass a folder, an AdapterState, a "
-            "PEFT state dict with its configuration under 'config', or a pair of both"
-        )
-    held = {key: _tensor(name, key, value) for key, value in _mapping(name, tensors).items()}
-    shapes = {key: (tuple(tensor.shape), tensor.dtype) for key, tensor in held.items()}
-    return Source(name, _outline(name, shapes, config), _Held(held))
-
-
-@dataclass(frozen=True)
-class _Held:
-    """Tensors in memory."""
+class _InMemory:
+    """Tensors that were passed themselves."""
 
     tensors: Mapping[str, Tensor]
 
@@ -162,119 +110,120 @@ def _tensor(name: str, key: str, value: Any) -> Tensor:
     return torch.from_numpy(native if shared else native.copy(order="C"))
 
 
-Adapters = Sequence[Adapter] | Mapping[str, Adapter]
-Weights = Sequence[float] | Mapping[str, float]
+def _target_problem(state: AdapterState) -> str | None:
+    targets = state.config.get("target_modules")
+    if not isinstance(targets, list | tuple | set | frozenset):
+        return None
+    for module in state.factors:
+        # PEFT takes a name as the whole path or as its end.
+        if not any(module == name or module.endswith(f".{name}") for name in targets):
+            return f"module {module} is adapted and not among target_modules, so PEFT drops it"
+    return None
 
-DTYPES: Mapping[str, torch.dtype] = {
-    "fp64": torch.float64,
-    "fp32": torch.float32,
-    "fp16": torch.float16,
-    "bf16": torch.bfloat16,
-}
-"""What an adapter can be written in."""
 
+@dataclass(frozen=True)
+class Source:
+    """One adapter that is read in parts.
 
-def named_adapters(adapters: Adapters) -> dict[str, Adapter]:
-    """Adapters by their client id; folders of a sequence go by their path.
-
-    Raises:
-        FedcoreError: there is none, or a folder is named twice.
+    Attributes:
+        name: what to call it in errors and reports; distinct among the adapters of a call.
+        outline: names, shapes, dtypes, scalings and configuration; its tensors hold no values.
     """
-    if isinstance(adapters, str | Path) or not isinstance(adapters, Mapping | Sequence):
-        raise FedcoreError(
-            f"adapters is a {type(adapters).__name__}; pass a sequence of folders, or a mapping of "
-            "client ids to folders"
-        )
-    found: dict[str, Adapter] = {}
-    if isinstance(adapters, Mapping):
-        found = {str(name): adapter for name, adapter in adapters.items()}
-    else:
-        for place, adapter in enumerate(adapters, start=1):
-            folder = isinstance(adapter, str | Path)
-            name = str(Path(adapter)) if folder else f"adapter {place}"  # type: ignore[arg-type]
-            if name in found:
-                raise FedcoreError(f"{name} is given twice; weight it instead")
-            found[name] = adapter
-    if not found:
-        raise FedcoreError("no adapters were given")
-    return found
 
+    name: str
+    outline: AdapterState
+    _store: _Store
 
-def weights_by_name(weights: Weights | None, names: Sequence[str]) -> dict[str, float]:
-    """The weight of each of ``names``; equal ones unless given.
+    @cached_property
+    def ranks(self) -> dict[str, int]:
+        """Module to rank."""
+        return self.outline.ranks
 
-    Raises:
-        FedcoreError: another number of weights than adapters, an unknown or missing name, a weight
-            that is negative or not finite, or nothing but zeros.
-    """
-    if weights is None:
-        return dict.fromkeys(names, 1.0)
-    if isinstance(weights, Mapping):
-        given = {_as_named(str(key), names): value for key, value in weights.items()}
-        for name in names:
-            if name not in given:
-                raise FedcoreError(f"weights has no entry for {name}")
-    elif isinstance(weights, Sequence) and not isinstance(weights, str):
-        if len(weights) != len(names):
-            raise FedcoreError(f"weights has {len(weights)} entries for {len(names)} adapters")
-        given = dict(zip(names, weights, strict=True))
-    else:
-        raise FedcoreError(f"weights is a {type(weights).__name__}; pass a list or a mapping")
-    for name, value in given.items():
-        try:
-            number = is_number(value)
-            problem = (
-                check_weight(value) if number else f"its weight is {value!r:.60}, not a number"
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """The values of tensors by their full names, ``module.factor``.
+
+        Raises:
+            FedcoreError: the file cannot be read, or has changed since it was opened.
+        """
+        keys = {self.outline.keys[name]: name for name in names}
+        return {keys[key]: tensor for key, tensor in self._store.read(keys).items()}
+
+    def constants(self) -> dict[str, Tensor]:
+        """The values of the tensors that never change."""
+        return self.read(self.outline.constants)
+
+    def dense(self, name: str, start: int, stop: int) -> Tensor:
+        """Elements ``start`` to ``stop`` of a dense tensor, in row-major order.
+
+        Raises:
+            FedcoreError: as :meth:`read`, or one of them is not finite.
+        """
+        values = self._store.read_flat(self.outline.keys[name], start, stop)
+        bad = ~torch.isfinite(values)
+        if bool(bad.any()):
+            raise FedcoreError(
+                f"{self.name}: {name} holds {int(bad.sum())} values that are not finite, such as "
+                f"{values[bad][0].item()}"
             )
-        except OverflowError:
-            problem = "its weight is too large; weights are finite"
+        return values
+
+    def fill_row(self, layout: FactorLayout, row: Tensor) -> dict[str, Tensor]:
+        """Write the factors that ``layout`` names into ``row (P,)``, scalings absorbed.
+
+        What lies beyond the adapter's ranks, and between tensors, is left as it is.
+
+        Returns:
+            The factors by their full names, as they were read.
+
+        Raises:
+            FedcoreError: as :meth:`read`, or a value is not finite once the scaling is in it.
+        """
+        factors = self.read(slot.name for slot in layout)
+        for slot in layout:
+            part = tensor_in_row(row, layout, slot.name, self.ranks[slot.module])
+            part.copy_(factors[slot.name])
+        absorb_scalings(row, layout, self.outline.family, self.outline.scaling)
+        problem = check_row(row, layout)
         if problem:
-            raise FedcoreError(f"{name}: {problem}")
-    if not any(given.values()):
-        raise FedcoreError("the weights of all adapters are zero")
-    return {name: float(given[name]) for name in names}
+            raise FedcoreError(f"{self.name}: {problem}")
+        return factors
 
 
-def parse_dtype(dtype: Any) -> torch.dtype | None:
-    """A torch dtype from its name or itself; None stays None.
+def open_source(name: str, adapter: Adapter, budget: int, like: Source | None = None) -> Source:
+    """Look at one adapter without reading its values.
+
+    Args:
+        like: an adapter that was opened before; one of the same tensors and configuration shares
+            its outline.
 
     Raises:
-        FedcoreError: no dtype in which adapters are written.
+        FedcoreError: naming the adapter: it is none of the accepted forms, its files are missing,
+            malformed or larger than ``budget`` bytes, or its tensors do not fit its configuration.
     """
-    if dtype is None or dtype in DTYPES.values():
-        return dtype
-    if dtype not in DTYPES:
-        raise unknown_name("dtype", str(dtype), DTYPES)
-    return DTYPES[dtype]
-
-
-def _as_named(key: str, names: Sequence[str]) -> str:
-    """``key`` or the folder that it spells otherwise."""
-    for name in (key, str(Path(key))):
-        if name in names:
-            return name
-    raise unknown_name("adapter in weights", key, names)
-
-
-_SAME_FIELDS: Mapping[str, Any] = {
-    "peft_type": None,
-    "task_type": None,
-    "fan_in_fan_out": False,
-    "use_dora": False,
-    "bias": "none",
-    "alora_invocation_tokens": None,
-    "layer_replication": None,
-    "use_qalora": False,
-    "frame": None,
-    "frame_seed": None,
-    "frame_ids": None,
-    "module_shapes": None,
-    "offset": None,
-}
-"""Fields that change what the tensors mean, with the value that a missing one stands for."""
-
-_PLAIN_STARTS = (None, True, False, "gaussian", "orthogonal", "eva")
-"""Values of ``init_lora_weights`` that leave the base weights as they are."""
+    if isinstance(adapter, str | Path):
+        file, config = open_adapter(adapter, name=name, budget=budget)
+        if like is not None and isinstance(like._store, TensorFile):
+            known, outline = like._store.tensors, like.outline
+            if known == file.tensors and outline.config == config:
+                return Source(name, outline, file)
+        shapes = {key: (stored.shape, stored.dtype) for key, stored in file.tensors.items()}
+        return Source(name, _outline(name, shapes, config), file)
+    if isinstance(adapter, AdapterState):
+        tensors: Mapping[str, Any] = adapter.to_peft()
+        config = dict(adapter.config)
+    elif isinstance(adapter, tuple) and len(adapter) == 2:
+        tensors, config = adapter[0], _mapping(name, adapter[1])
+    elif isinstance(adapter, Mapping) and "config" in adapter:
+        tensors = {key: value for key, value in adapter.items() if key != "config"}
+        config = _mapping(name, adapter["config"])
+    else:
+        raise FedcoreError(
+            f"{name}: an adapter is a {type(adapter).__name__}; pass a folder, an AdapterState, a "
+            "PEFT state dict with its configuration under 'config', or a pair of both"
+        )
+    in_memory = {key: _tensor(name, key, value) for key, value in _mapping(name, tensors).items()}
+    shapes = {key: (tuple(tensor.shape), tensor.dtype) for key, tensor in in_memory.items()}
+    return Source(name, _outline(name, shapes, config), _InMemory(in_memory))
 
 
 def magnitudes(state: AdapterState) -> list[str]:
@@ -282,7 +231,7 @@ def magnitudes(state: AdapterState) -> list[str]:
     return [name for name in state.dense if MAGNITUDE in name.split(".")]
 
 
-def own_problem(state: AdapterState) -> str | None:
+def adapter_problem(state: AdapterState) -> str | None:
     """What makes one adapter unfit for averaging, whatever the others are."""
     config = state.config
     if not state.factors:
@@ -308,7 +257,7 @@ def own_problem(state: AdapterState) -> str | None:
     return _target_problem(state)
 
 
-def shared_problem(state: AdapterState, first: Source, layout: FactorLayout) -> str | None:
+def mismatch(state: AdapterState, first: Source, layout: FactorLayout) -> str | None:
     """The first way in which an adapter does not fit ``first``, if any.
 
     Args:
@@ -330,16 +279,13 @@ def shared_problem(state: AdapterState, first: Source, layout: FactorLayout) -> 
     problem = check_state(state, layout, mixed_ranks=True)
     if problem:
         return problem
-    if (
-        state.family == "gram"
-        and config.get("offset", True)
-        and state.scaling != (first.outline.scaling)
-    ):
+    offset = state.family == "gram" and config.get("offset", True)
+    if offset and state.scaling != first.outline.scaling:
         return f"its scaling differs from that of {first.name}; the offset is common to all"
     return None
 
 
-def check_same_constants(sources: list[Source]) -> None:
+def check_same_constants(sources: Sequence[Source]) -> None:
     """Compare the tensors that never change, bit by bit.
 
     Raises:
@@ -350,22 +296,11 @@ def check_same_constants(sources: list[Source]) -> None:
         return
     expected = first.constants()
     for source in others:
-        found = source.constants()
-        for name in sorted(expected.keys() | found.keys()):
-            both = name in expected and name in found
-            if not both or not torch.equal(expected[name], found[name]):
+        constants = source.constants()
+        for name in sorted(expected.keys() | constants.keys()):
+            both = name in expected and name in constants
+            if not both or not torch.equal(expected[name], constants[name]):
                 raise FedcoreError(
                     f"{source.name}: {name} differs from that of {first.name}; factors are "
                     "relative to it and must not be mixed"
                 )
-
-
-def _target_problem(state: AdapterState) -> str | None:
-    targets = state.config.get("target_modules")
-    if not isinstance(targets, list | tuple | set | frozenset):
-        return None
-    for module in state.factors:
-        # PEFT takes a name as the whole path or as its end.
-        if not any(module == name or module.endswith(f".{name}") for name in targets):
-            return f"module {module} is adapted and not among target_modules, so PEFT drops it"
-    return None

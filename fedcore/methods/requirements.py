@@ -92,7 +92,7 @@ def refuse(method: Method, needs: Iterable[Need], where: str, otherwise: str = "
 
     Args:
         where: the place or the option that has these needs; it begins the message.
-        otherwise: what helps beside another method; it ends the message.
+        otherwise: what else helps, as something to do; it ends the message.
 
     Raises:
         FedcoreError: what the method lacks, and the methods that lack nothing.
@@ -110,5 +110,7 @@ sum shows the server their mean alone; use one of florg.whitened, florg.avg_a
         return
     host = "" if method.rule is None else f" with host {method.rule.inner().name}"
     able = ", ".join(other.name for other in methods_meeting(asked))
-    remedy = f"use one of {able}" if able else "no method can be used"
-    raise FedcoreError(f"{where}: {method.name}{host} {lack}; {remedy}{otherwise}")
+    remedies = [f"use one of {able}"] if able else []
+    remedies += [otherwise] if otherwise else []
+    remedy = ", or ".join(remedies) or "no method can be used"
+    raise FedcoreError(f"{where}: {method.name}{host} {lack}; {remedy}")

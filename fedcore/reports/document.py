@@ -32,7 +32,7 @@ class Picture:
 
 
 @dataclass(frozen=True)
-class Section:
+class PageSection:
     """What stands under one heading, in the order of the attributes; all of it is plain text.
 
     Attributes:
@@ -48,7 +48,7 @@ class Section:
     tables: Sequence[Grid] = ()
     pictures: Sequence[Picture] = ()
     folded: Sequence[tuple[str, str]] = ()
-    parts: Sequence[Section] = ()
+    parts: Sequence[PageSection] = ()
     anchor: str = ""
 
 
@@ -67,7 +67,7 @@ class Page:
     kind: str
     title: str
     outcome: str
-    sections: Sequence[Section]
+    sections: Sequence[PageSection]
     facts: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     notes: Sequence[str] = ()
     tab: str = ""

@@ -13,7 +13,7 @@ _FEW_EXAMPLES = 30
 _PLURAL = {"accuracy": "accuracies", "perplexity": "perplexities"}
 
 
-def outcome(record: RunRecord) -> str:
+def run_outcome(record: RunRecord) -> str:
     """The run in one sentence."""
     done = len(record.trained)
     clients = len(record.partition.client_ids)

@@ -8,7 +8,7 @@ from typing import Any
 
 from fedcore.federation.measures import Measure
 from fedcore.reports.comparison import RunGroup, comparison_rows, group_measure, group_runs
-from fedcore.reports.document import Page, Section, write_page
+from fedcore.reports.document import Page, PageSection, write_page
 from fedcore.reports.formatting import (
     DASH,
     duration,
@@ -21,7 +21,7 @@ from fedcore.reports.formatting import (
 )
 from fedcore.reports.grid import Column, Grid
 from fedcore.reports.intervals import Estimate
-from fedcore.reports.notes import comparison_notes, outcome, run_notes
+from fedcore.reports.notes import comparison_notes, run_notes, run_outcome
 from fedcore.reports.pictures import comparison_pictures, run_pictures
 from fedcore.reports.reading import read_run
 from fedcore.reports.record import RunRecord
@@ -54,12 +54,12 @@ def write_run_page(folder: str | Path) -> Path:
     page = Page(
         kind=f"Federated fine-tuning run{seed}",
         title=f"{s.method} on {s.recipe}",
-        outcome=outcome(record),
+        outcome=run_outcome(record),
         facts=_run_facts(record),
         notes=run_notes(record),
         sections=(
-            Section("Figures", pictures=list(run_pictures(record))),
-            Section(
+            PageSection("Figures", pictures=list(run_pictures(record))),
+            PageSection(
                 "Tables",
                 tables=[final_grid(record), run_grid(record), *samples, _environment(record)],
                 folded=[("Recipe", record.recipe)],
@@ -98,9 +98,9 @@ def write_comparison_page(
         outcome=_comparison_outcome(groups),
         notes=comparison_notes(groups),
         sections=(
-            Section(tables=[outcome_grid(rows), traffic_grid(rows)]),
-            Section("Figures", pictures=list(comparison_pictures(groups))),
-            Section(
+            PageSection(tables=[outcome_grid(rows), traffic_grid(rows)]),
+            PageSection("Figures", pictures=list(comparison_pictures(groups))),
+            PageSection(
                 "Runs",
                 tables=[_runs(groups)],
                 folded=[(f"Recipe of {g.label}", g.runs[0].recipe) for g in finished],

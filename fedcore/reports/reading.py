@@ -16,7 +16,7 @@ from fedcore.errors import FedcoreError
 from fedcore.federation.measures import Measure, measure_of
 from fedcore.federation.outcome import outcome
 from fedcore.federation.record_files import AnyRecord, parse_json, validated
-from fedcore.federation.records import Environment, Partition, Round, Sample, Summary
+from fedcore.federation.records import Environment, PartitionRecord, Round, Sample, Summary
 from fedcore.reports.record import RunRecord
 
 __all__ = ["RunRecord", "read_run"]
@@ -48,7 +48,7 @@ def read_run(folder: str | Path) -> RunRecord:
 
     environment, partition = (
         read(Environment, "environment.json"),
-        read(Partition, "partition.json"),
+        read(PartitionRecord, "partition.json"),
     )
     rounds, interrupted, not_finite = _rounds(folder / "metrics.jsonl")
     counts.append(not_finite)

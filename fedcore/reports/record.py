@@ -12,7 +12,7 @@ from fedcore.federation.records import (
     NO_TRAFFIC,
     CentralPrivacySpent,
     Environment,
-    Partition,
+    PartitionRecord,
     PrivacySpent,
     Round,
     Sample,
@@ -36,7 +36,7 @@ class RunRecord:
     folder: Path
     recipe: str
     environment: Environment
-    partition: Partition
+    partition: PartitionRecord
     rounds: tuple[Round, ...]
     summary: Summary
     interrupted_line: bool = False

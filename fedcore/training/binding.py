@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fedcore.data.peft_keys import TRANSPOSED_FACTORS, parse_key
+from fedcore.data.peft_keys import parse_key
+from fedcore.data.rows import rank_and_width, row_dtype, tensor_in_row
 from fedcore.errors import FedcoreError
 from fedcore_kernels.layout import FactorLayout
 
@@ -47,8 +48,8 @@ class ModelBinding:
             if meaning.role != "factor" and not parameter.requires_grad:
                 continue
             if meaning.role == "factor":
-                shape = _stored(meaning.factor, parameter).shape
-                factors.append((meaning.module, meaning.factor, shape[0], shape[1]))
+                size = rank_and_width(meaning.factor, parameter)
+                factors.append((meaning.module, meaning.factor, *size))
                 parameters[f"{meaning.module}.{meaning.factor}"] = parameter
             else:
                 dense.append((meaning.module, tuple(parameter.shape)))
@@ -63,35 +64,33 @@ class ModelBinding:
     @torch.no_grad()
     def load(self, row: Tensor, layout: FactorLayout | None = None) -> None:
         """Copy ``row`` into the model's parameters."""
-        chosen = self.layout if layout is None else layout
-        for slot in chosen:
-            parameter = self.parameters[slot.name]
-            values = chosen.view(row, slot)
-            parameter.copy_(_stored(slot.factor, values))
+        part = self.layout if layout is None else layout
+        for slot in part:
+            self.parameters[slot.name].copy_(tensor_in_row(row, part, slot.name))
 
     @torch.no_grad()
     def read(self, layout: FactorLayout | None = None, out: Tensor | None = None) -> Tensor:
-        """The model's parameters as a row of ``layout``, written into ``out`` if given."""
-        chosen = self.layout if layout is None else layout
-        row = torch.zeros(chosen.size) if out is None else out.zero_()
-        for slot in chosen:
-            values = _stored(slot.factor, self.parameters[slot.name])
-            chosen.view(row, slot).copy_(values)
+        """The model's parameters as a row of ``layout``, written into ``out`` if given.
+
+        A new row is fp64 where any bound parameter is, otherwise fp32, whatever ``layout`` names:
+        the parts of one adapter have one dtype, as :meth:`AdapterState.to_row` has it.
+        """
+        part = self.layout if layout is None else layout
+        dtype = row_dtype(self.parameters.values())
+        row = torch.zeros(part.size, dtype=dtype) if out is None else out.zero_()
+        for slot in part:
+            tensor_in_row(row, part, slot.name).copy_(self.parameters[slot.name])
         return row
 
     def trained(self, factors: Iterable[str]) -> dict[str, nn.Parameter]:
         """Freeze every factor that is not named and return what trains, dense tensors included."""
-        kept = set(factors)
-        chosen = {}
+        named = set(factors)
+        trained = {}
         for slot in self.layout:
             parameter = self.parameters[slot.name]
-            trains = slot.dense or slot.factor in kept
+            trains = slot.dense or slot.factor in named
             parameter.requires_grad_(trains)
             parameter.grad = None
             if trains:
-                chosen[slot.name] = parameter
-        return chosen
-
-
-def _stored(factor: str, tensor: Tensor) -> Tensor:
-    return tensor.T if factor in TRANSPOSED_FACTORS else tensor
+                trained[slot.name] = parameter
+        return trained

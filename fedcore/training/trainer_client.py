@@ -19,8 +19,8 @@ from fedcore.data.exchange import (
     read_broadcast,
     write_upload,
 )
-from fedcore.data.keyed_rows import row_from_tensors, tensors_from_row
 from fedcore.data.peft_files import read_adapter, read_tensors, write_tensors
+from fedcore.data.rows import row_from_tensors, tensors_from_row
 from fedcore.data.validation import check_row, check_weight, digest
 from fedcore.errors import FedcoreError, missing_extra
 from fedcore.methods import create_method

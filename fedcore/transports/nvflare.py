@@ -15,8 +15,8 @@ from torch import Tensor
 
 from fedcore.checks import is_number
 from fedcore.data.adapter_state import AdapterState
-from fedcore.data.keyed_rows import row_from_tensors, tensors_from_row
 from fedcore.data.peft_files import read_adapter, write_adapter
+from fedcore.data.rows import row_from_tensors, tensors_from_row
 from fedcore.data.validation import OnInvalid
 from fedcore.errors import FedcoreError, missing_extra
 from fedcore.federation.server_round import OpenRound
@@ -82,7 +82,7 @@ class FedLoRAAggregator(ModelAggregator):  # type: ignore[misc,unused-ignore]
             raise FedcoreError(f"on_invalid is {on_invalid!r}; pass 'raise' or 'drop'")
         self._method = create_method(method, **(options or {}))
         needs = (*ONE_BROADCAST, KEEPS_BASE)
-        refuse(self._method, needs, "a job of NVFlare", ", or another engine")
+        refuse(self._method, needs, "a job of NVFlare", "take another engine")
         self._start = read_adapter(adapter)
         if self._start.family != self._method.family:
             raise FedcoreError(

@@ -5,10 +5,10 @@ from fedcore.tuners.shared.registration import register  # isort: skip
 
 from fedcore.tuners.export import export_lora, gram_to_lora, tri_to_lora
 from fedcore.tuners.gram.config import GramConfig
+from fedcore.tuners.gram.frames import FrameRecipe, StructuredFrame, check_same_frames
 from fedcore.tuners.gram.layer import GramLayer
 from fedcore.tuners.gram.model import GramModel
 from fedcore.tuners.lora_factors import lora_factors
-from fedcore.tuners.shared.frames import FrameRecipe, StructuredFrame, check_same_frames
 from fedcore.tuners.tri.config import TriConfig
 from fedcore.tuners.tri.layer import TriLayer
 from fedcore.tuners.tri.lora_sb import apply_sb, first_step_statistics, sb_factors

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from peft import PeftModel, get_peft_model_state_dict
 from torch import Tensor
 
 from fedcore.data.adapter_state import AdapterState
@@ -13,12 +13,9 @@ from fedcore.data.low_rank import LowRank
 from fedcore.data.peft_files import read_adapter, write_adapter
 from fedcore.data.plain_lora import plain_lora
 from fedcore.errors import FedcoreError
+from fedcore.tuners.gram.frames import DenseFrame, Frame, FrameRecipe, StructuredFrame
 from fedcore.tuners.lora_factors import lora_factors
-from fedcore.tuners.shared.frames import DenseFrame, Frame, FrameRecipe, StructuredFrame
 from fedcore.tuners.tri.factors import tri_pair
-
-if TYPE_CHECKING:
-    from peft import PeftModel
 
 
 def export_lora(
@@ -77,7 +74,7 @@ def tri_to_lora(state: AdapterState, name: str = "adapter") -> AdapterState:
     """The plain LoRA adapter ``B' = s B R``, ``A' = A`` that equals ``state``.
 
     Raises:
-        FedcoreError: ``state`` is no tri-factor adapter.
+        FedcoreError: ``state`` is not a tri-factor adapter.
     """
     if state.family != "tri":
         raise FedcoreError(f"{name}: is of family {state.family!r}; export needs a 'tri' adapter")
@@ -94,8 +91,6 @@ def _as_lora(state: AdapterState, pairs: Mapping[str, tuple[Tensor, Tensor]]) ->
 
 
 def _live_state(model: PeftModel, adapter_name: str | None) -> AdapterState:
-    from peft import get_peft_model_state_dict
-
     active = model.active_adapters
     if adapter_name is None and len(active) != 1:
         raise FedcoreError(f"adapters {active} are active; pass adapter_name to choose one")
@@ -103,8 +98,8 @@ def _live_state(model: PeftModel, adapter_name: str | None) -> AdapterState:
     if chosen not in model.peft_config:
         raise FedcoreError(f"adapter_name is {chosen!r}; the model has {sorted(model.peft_config)}")
     tensors = get_peft_model_state_dict(model, adapter_name=chosen)
-    held = {key: tensor.detach().cpu() for key, tensor in tensors.items()}
-    return AdapterState.from_peft(held, model.peft_config[chosen].to_dict(), name=chosen)
+    on_cpu = {key: tensor.detach().cpu() for key, tensor in tensors.items()}
+    return AdapterState.from_peft(on_cpu, model.peft_config[chosen].to_dict(), name=chosen)
 
 
 def _initial(state: AdapterState, module: str, name: str) -> Tensor | None:

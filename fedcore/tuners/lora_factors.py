@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fedcore.tuners.shared.frames import Frame
+from fedcore.tuners.gram.frames import Frame
 
 
 def lora_factors(

@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from fedcore.reports.markup import Picture
 from matplotlib.figure import Figure
 
 import fedcore
@@ -44,6 +43,7 @@ from fedcore.errors import FedcoreError
 from fedcore.experiments.run_folder import RunFolder
 from fedcore.federation.state import ServerState, read_state, write_state
 from fedcore.reports import page
+from fedcore.reports.document import Picture
 from fedcore.reports.reading import read_run
 from tests.property.adapters import lora_state
 from tests.reports.fake_run import write_fake_run

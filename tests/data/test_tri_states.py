@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fedcore.data.adapter_state import AdapterState
-from fedcore.data.cohort import Cohort, adapter_from_row
+from fedcore.data.adapter_state import AdapterState, adapter_from_row
+from fedcore.data.cohort import Cohort
 from fedcore.data.peft_files import read_adapter, write_adapter
 from fedcore.data.validation import check_state
 from fedcore.errors import FedcoreError

@@ -28,9 +28,15 @@ def test_lower_ranks_train_upload_and_count_as_such(method, home, tmp_path, monk
     cohorts = []
     genuine = round_room.train_clients
 
-    def recorded(*arguments):
-        trained = genuine(*arguments)
-        cohorts.append(trained.factors or trained.cohort)
+    def recorded(experiment, opened, *others):
+        trained, close = genuine(experiment, opened, *others), opened.close
+
+        def closing(aggregation):
+            closed = close(aggregation)
+            cohorts.append(trained.factors or closed.cohort)
+            return closed
+
+        monkeypatch.setattr(opened, "close", closing)
         return trained
 
     monkeypatch.setattr(round_room, "train_clients", recorded)
@@ -38,6 +44,7 @@ def test_lower_ranks_train_upload_and_count_as_such(method, home, tmp_path, monk
     recipe = tiny_recipe(home, **MIXED, **chosen)
     mixed = start(recipe, tmp_path / "run")
     assert mixed["finished"]
+    assert len(cohorts) == recipe.rounds
     for cohort in cohorts:
         # Four clients take the three ranks in turn, the fourth the first again.
         assert cohort.ranks[:, 0].tolist() == [4, 1, 2, 4]
@@ -72,7 +79,9 @@ def test_an_interrupted_run_of_mixed_ranks_ends_with_the_same_bits(method, home,
 @pytest.mark.parametrize("method", UNABLE)
 def test_methods_that_need_equal_ranks_say_so_before_anything_runs(method, home, tmp_path):
     recipe = tiny_recipe(home, **MIXED, **{"method.name": method})
-    message = rf"is \[4, 1, 2\]: {re.escape(method)}.* needs equal ranks; use one of"
+    message = (
+        rf"is \[4, 1, 2\]: {re.escape(method)}.* needs equal ranks; .*give all clients one rank$"
+    )
     with pytest.raises(FedcoreError, match=message):
         start(recipe, tmp_path / "run")
     assert not (tmp_path / "run").exists()
@@ -85,17 +94,17 @@ def test_ranks_beyond_the_servers_are_no_recipe(ranks, home):
 
 
 def test_a_lower_rank_is_the_best_of_its_rank_under_product_svd(home, tmp_path, monkeypatch):
-    from fedcore.experiments import round as client_turns
+    from fedcore.experiments import round as round_room
 
     seen = {}
-    genuine = client_turns.client_row
+    genuine = round_room.lower_rank_starts
 
-    def recorded(experiment, state, client):
-        row = genuine(experiment, state, client)
-        seen[state.round, client] = (state, row)
-        return row
+    def recorded(state, *others):
+        starts = genuine(state, *others)
+        seen.update({(state.round, client): (state, row) for client, row in starts.items()})
+        return starts
 
-    monkeypatch.setattr(client_turns, "client_row", recorded)
+    monkeypatch.setattr(round_room, "lower_rank_starts", recorded)
     start(tiny_recipe(home, **MIXED, **{"method.name": "product_svd"}), tmp_path / "run")
     state, row = seen[1, "client-02"]
     layout = state.layout

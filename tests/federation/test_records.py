@@ -15,7 +15,7 @@ from fedcore.federation.records import (
     DroppedClient,
     Environment,
     ModuleRound,
-    Partition,
+    PartitionRecord,
     PrivacySpent,
     Round,
     Sample,
@@ -30,7 +30,7 @@ RECORDED = Path(__file__).resolve().parents[1] / "reports" / "recorded"
 
 FILES = {
     "environment.json": Environment,
-    "partition.json": Partition,
+    "partition.json": PartitionRecord,
     "summary.json": Summary,
     "sample.json": Sample,
 }
@@ -150,6 +150,22 @@ def test_an_error_shows_little_of_a_long_value():
 def test_what_is_no_object_is_refused():
     with pytest.raises(FedcoreError, match=r"^F: it is \[\]; it must be an object$"):
         validated(Round, [], "F")
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path):
+    file = tmp_path / "environment.json"
+    with pytest.raises(FedcoreError, match=r"cannot read .*environment\.json"):
+        read_record(Environment, file)
+    file.write_text("[" * 100_000)
+    with pytest.raises(FedcoreError, match=r"cannot read .*environment\.json"):
+        read_record(Environment, file)
+
+
+def test_an_infinite_number_of_an_older_file_is_undefined(tmp_path):
+    file = tmp_path / "summary.json"
+    recorded = json.loads((RECORDED / "language-model" / "summary.json").read_text())
+    file.write_text(json.dumps({**recorded, "perplexity": float("inf")}))
+    assert read_record(Summary, file).perplexity is None
 
 
 def test_undefined_numbers_are_counted():

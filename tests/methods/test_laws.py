@@ -19,11 +19,11 @@ from typing import Any
 
 import pytest
 import torch
+from fedcore.data.keyed_rows import row_from_tensors, tensors_from_row
 from torch import Tensor
 
 from fedcore.data.adapter_state import AdapterState
 from fedcore.data.cohort import SCALE_POWER, Cohort
-from fedcore.data.keyed_rows import row_from_tensors, tensors_from_row
 from fedcore.data.low_rank import LowRank
 from fedcore.errors import FedcoreError
 from fedcore.federation.server_round import OpenRound

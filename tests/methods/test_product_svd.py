@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fedcore.data.adapter_state import AdapterState
-from fedcore.data.cohort import Cohort, adapter_from_row
+from fedcore.data.adapter_state import AdapterState, adapter_from_row
+from fedcore.data.cohort import Cohort
 from fedcore.errors import FedcoreError
 from fedcore.experiments.run import start
 from fedcore.federation.diagnostics import diagnose

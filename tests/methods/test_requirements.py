@@ -35,9 +35,9 @@ def test_a_refusal_names_exactly_the_methods_that_are_not_refused(needs):
 
 def test_the_message_says_where_what_and_what_instead():
     with pytest.raises(FedcoreError) as caught:
-        refuse(create_method("fedex"), (MIXED_RANKS, of_family("lora")), "ranks [1, 2]", ", or not")
+        refuse(create_method("fedex"), (MIXED_RANKS, of_family("lora")), "ranks [1, 2]", "do not")
     assert str(caught.value).startswith("ranks [1, 2]: fedex needs equal ranks; use one of ffa, ")
-    assert str(caught.value).endswith(", or not")
+    assert str(caught.value).endswith(", or do not")
 
 
 def test_the_options_of_a_method_decide_and_its_host_is_named():
@@ -50,3 +50,5 @@ def test_the_options_of_a_method_decide_and_its_host_is_named():
 def test_where_no_method_can_run_the_message_says_so():
     with pytest.raises(FedcoreError, match=r"here: fedit is not for .* 'none'; no method can be"):
         refuse(create_method("fedit"), (of_family("none"), MIXED_RANKS), "here")
+    with pytest.raises(FedcoreError, match=r"'none'; pass equal ones$"):
+        refuse(create_method("fedit"), (of_family("none"), MIXED_RANKS), "here", "pass equal ones")

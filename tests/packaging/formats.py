@@ -61,7 +61,7 @@ from fedcore.transports.flower.secure_aggregation import SecureFedLoRA
 from fedcore.transports.flower.strategy import sample_nodes
 from fedcore.transports.folders import FileServer
 from fedcore.tuners import GramConfig, TriConfig
-from fedcore.tuners.shared.frames import FrameRecipe, StructuredFrame
+from fedcore.tuners.gram.frames import FrameRecipe, StructuredFrame
 from fedcore_kernels import FactorLayout
 from tests.experiments.jobs import tiny_causal_recipe, tiny_recipe
 from tests.transports.flower.grid import FakeGrid

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from fedcore.data.keyed_rows import Ranks, row_from_tensors, tensors_from_row
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -22,7 +23,6 @@ from torch import Tensor
 from fedcore.data.adapter_state import AdapterState
 from fedcore.data.cohort import Cohort
 from fedcore.data.exchange import UploadFolder, read_broadcast, write_upload
-from fedcore.data.keyed_rows import Ranks, row_from_tensors, tensors_from_row
 from fedcore.data.low_rank import LowRank, accumulated
 from fedcore.data.peft_files import WEIGHTS_FILE, write_adapter
 from fedcore.data.validation import OnInvalid, digest

@@ -10,7 +10,7 @@ import pytest
 from fedcore.errors import FedcoreError
 from fedcore.reports.comparison import comparison_rows, group_runs
 from fedcore.reports.intervals import estimate, median_until
-from fedcore.reports.notes import comparison_notes, outcome, run_notes
+from fedcore.reports.notes import comparison_notes, run_notes, run_outcome
 from fedcore.reports.reading import read_run
 from fedcore.reports.record import RunRecord
 from tests.reports.fake_run import write_fake_run
@@ -174,9 +174,9 @@ def test_notes_tell_what_a_reader_must_know(tmp_path: Path):
     assert "1 upload was left out of the aggregate: client-01 (non-finite values)." in text
     assert "One run, seed 0" in text
     assert f"{run.partition.smallest_test} examples" in text
-    assert outcome(run).startswith("After 5 rounds with 4 clients, held-out accuracy is 0.")
+    assert run_outcome(run).startswith("After 5 rounds with 4 clients, held-out accuracy is 0.")
     unmeasured = run.rounds[-1].model_copy(update={"accuracy": None})
     late = replace(run, rounds=(*run.rounds[:-1], unmeasured))
-    assert "(last measured after round 4)" in outcome(late)
+    assert "(last measured after round 4)" in run_outcome(late)
     cut = replace(run, rounds=run.rounds[:-2])
     assert "as of 3 of 5 planned rounds" in " ".join(run_notes(cut))

@@ -5,10 +5,12 @@ import pytest
 import torch
 from torch import nn
 
+from fedcore.data.validation import digest
 from fedcore.errors import FedcoreError
 from fedcore.training.binding import ModelBinding
 from fedcore.training.encoding import EncodedDataset
 from fedcore.training.evaluation import evaluate
+from fedcore.training.live_adapter import live_adapter
 from fedcore.training.local_training import LocalSettings, train_client
 from fedcore.training.optimisers import OptimiserSettings, build_optimiser, optimiser_state
 
@@ -206,6 +208,33 @@ def test_a_model_is_read_and_loaded_as_a_row():
     assert [n for n, p in wrapped.named_parameters() if p.requires_grad and "lora_A" in n] == []
     with pytest.raises(FedcoreError, match="no trained parameter"):
         ModelBinding.of(nn.Linear(2, 2).requires_grad_(False))
+
+
+@pytest.mark.parametrize(
+    ("wide", "expected"), [("", torch.float32), ("head", torch.float64), ("lora", torch.float64)]
+)
+def test_a_row_of_a_model_is_as_wide_as_its_widest_bound_parameter(wide, expected):
+    model = nn.Sequential()
+    model.add_module("q", nn.Linear(6, 4))
+    model.add_module("head", nn.Linear(4, 2))
+    config = peft.LoraConfig(r=3, target_modules=["q"], modules_to_save=["head"])
+    wrapped = peft.get_peft_model(model, config)
+    # More digits than fp32 has.
+    with torch.no_grad():
+        for name, parameter in wrapped.named_parameters():
+            parameter.copy_(torch.rand_like(parameter))
+            if wide and parameter.requires_grad and wide in name:
+                parameter.data = torch.rand(parameter.shape, dtype=torch.float64)
+    binding = ModelBinding.of(wrapped)
+    adapter = live_adapter(wrapped)
+    layout = binding.layout
+    assert adapter.layout() == layout
+    row = binding.read()
+    assert row.dtype == expected
+    assert torch.equal(row, adapter.to_row(layout))
+    # A part of the row has the row's dtype, or digests of the same part would differ.
+    for part in (layout.select("A", dense=False), layout.select("B")):
+        assert digest(binding.read(part), part) == digest(layout.gather(row, part), part)
 
 
 def test_frozen_factors_are_bound_too():

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fedcore.errors import FedcoreError
-from fedcore.tuners.shared.frames import (
+from fedcore.tuners.gram.frames import (
     DenseFrame,
     FrameRecipe,
     StructuredFrame,
@@ -127,7 +127,7 @@ def test_frame_spreads_a_unit_vector():
 def test_bit_equal_in_another_process():
     frame = StructuredFrame(recipe(300, 77))
     script = (
-        "from fedcore.tuners.shared.frames import FrameRecipe, StructuredFrame\n"
+        "from fedcore.tuners.gram.frames import FrameRecipe, StructuredFrame\n"
         f"frame = StructuredFrame({recipe(300, 77)!r})\n"
         "print(frame.frame_id, frame.rows.tolist(), frame.signs.tolist())"
     )

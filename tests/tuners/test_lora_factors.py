@@ -3,8 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fedcore.tuners import FrameRecipe, StructuredFrame
-from fedcore.tuners.shared import lora_factors
+from fedcore.tuners import FrameRecipe, StructuredFrame, lora_factors
 
 SCALING = 4.0
 

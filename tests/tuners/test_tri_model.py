@@ -16,7 +16,7 @@ from torch import nn
 
 from fedcore.errors import FedcoreError
 from fedcore.tuners import TriConfig, TriModel
-from fedcore.tuners.shared.attach import attach_adapter
+from fedcore.tuners.attach import attach_adapter
 from tests.tuners.tiny import BUILD, bert, llama, logits
 from tests.tuners.tri_tiny import (
     STARTS,

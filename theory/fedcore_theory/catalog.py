@@ -24,15 +24,15 @@ def all_checks() -> tuple[Check[Any], ...]:
     Raises:
         FedcoreError: two checks of one id, or an id that is not a letter of ``ORDER`` and a number.
     """
-    found: dict[str, Check[Any]] = {}
+    by_id: dict[str, Check[Any]] = {}
     for module in pkgutil.walk_packages(checks.__path__, f"{checks.__name__}."):
         if module.ispkg:
             continue
         check = importlib.import_module(module.name).CHECK
-        if check.id in found:
-            raise FedcoreError(f"two checks are called {check.id}; {module.name} has the second")
-        found[check.id] = check
-    return tuple(sorted(found.values(), key=lambda check: _place(check.id)))
+        if check.id in by_id:
+            raise FedcoreError(f"two checks are called {check.id}; rename that of {module.name}")
+        by_id[check.id] = check
+    return tuple(sorted(by_id.values(), key=lambda check: _place(check.id)))
 
 
 def chosen_checks(ids: Sequence[str]) -> tuple[Check[Any], ...]:

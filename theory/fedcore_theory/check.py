@@ -97,11 +97,11 @@ class Check(Generic[Case]):
         assumptions: under which the claim is made.
         data: the generator in words, sizes and seeds included.
         draw: a seed to one case.
-        measure: the cases, drawn as they are asked for, to the outcome. Implementations under test
+        measure: the cases, drawn one by one as needed, to the outcome. Implementations under test
             are its keyword arguments, with what is shipped as their defaults, so that a test can
             put a wrong one in their place.
         picture: the outcome to a figure.
-        repetitions: cases unless asked otherwise, with seeds that follow each other.
+        repetitions: the number of cases by default, with consecutive seeds.
         first_seed: the seed of the first.
         derivation: what is our own: how a bound was found, tightened or repaired.
         finding: what a reader should take away; for an erratum, what is wrong and what is right.
@@ -143,8 +143,8 @@ def worst(values: Iterable[float]) -> float:
 
     ``max`` forgets a NaN that does not come first, and with it the failure that it stands for.
     """
-    found = list(values)
-    return math.nan if not found or any(math.isnan(value) for value in found) else max(found)
+    numbers = list(values)
+    return math.nan if not numbers or any(math.isnan(value) for value in numbers) else max(numbers)
 
 
 def least(values: Iterable[float]) -> float:

@@ -120,7 +120,7 @@ def histogram(
     """How often which value was met, as outlines; ``marks`` are bounds on the x axis."""
     figure = new_figure(3.2)
     axes = dress(figure.add_subplot(), x_label, "cases")
-    arrays = {label: np.asarray(found, float) for label, found in values.items()}
+    arrays = {label: np.asarray(numbers, float) for label, numbers in values.items()}
     every = np.concatenate([*arrays.values(), list((marks or {}).values())])
     if log_x:
         axes.set_xscale("log")
@@ -128,9 +128,9 @@ def histogram(
         edges = np.geomspace(positive.min(), positive.max() * (1 + 1e-12), bins + 1).tolist()
     else:
         edges = np.linspace(every.min(), every.max() + 1e-300, bins + 1).tolist()
-    for n, (label, found) in enumerate(arrays.items()):
+    for n, (label, array) in enumerate(arrays.items()):
         style = series_style(n, 0)
-        shown = np.maximum(found, _FLOOR) if log_x else found
+        shown = np.maximum(array, _FLOOR) if log_x else array
         axes.hist(shown, edges, histtype="step", linewidth=1.6, color=style["color"], label=label)
     for n, (label, place) in enumerate((marks or {}).items()):
         dashes = _DASHES[n % len(_DASHES)]

@@ -40,7 +40,7 @@ class Divergence:
     """``rho / ||M||`` of every method, layer by layer, along one run.
 
     Attributes:
-        driver: the method whose results the clients went on with.
+        driver: the method whose results the clients continued from.
         modules: L names.
         errors: method to ``rounds`` lists of L numbers, ``||M - result||_F / ||M||_F``.
     """
@@ -71,7 +71,7 @@ def _recorded(recipe: Recipe, methods: Sequence[str], watcher: Observer) -> Dive
         if other.family != experiment.method.family:
             raise FedcoreError(
                 f"{other.name} aggregates adapters of family {other.family!r}, the run has "
-                f"{experiment.method.family!r}"
+                f"{experiment.method.family!r}; pass methods of that family"
             )
     errors: dict[str, list[tuple[float, ...]]] = {other.name: [] for other in others}
 
@@ -79,10 +79,10 @@ def _recorded(recipe: Recipe, methods: Sequence[str], watcher: Observer) -> Dive
         for other in others:
             sent = _as_sent(other, cohort, previous)
             # The mean of products is that of the uploads, whatever a method makes of them.
-            found = diagnose(
+            diagnostics = diagnose(
                 cohort, other.aggregate(sent, previous), previous, other.family, experiment.offset
             )
-            errors[other.name].append(tuple(one.aggregation_error for one in found))
+            errors[other.name].append(tuple(one.aggregation_error for one in diagnostics))
 
     experiment = replace(experiment, method=_watched(experiment.method, watch))
     state = ServerState(round=0, layout=experiment.binding.layout, row=experiment.binding.read())
@@ -100,13 +100,13 @@ def _recorded(recipe: Recipe, methods: Sequence[str], watcher: Observer) -> Dive
 def _as_sent(method: Method, cohort: Cohort, previous: Broadcast) -> Cohort:
     updates = cohort.updates.clone()
     for row in updates:
-        own = method.prepare_upload(row.clone(), cohort.layout, previous, cohort.round)
-        row.copy_(own.row)
+        upload = method.prepare_upload(row.clone(), cohort.layout, previous, cohort.round)
+        row.copy_(upload.row)
     return replace(cohort, updates=updates)
 
 
 def _watched(method: Method, watch: Callable[[Cohort, Broadcast], None]) -> Method:
-    """``method``, telling ``watch`` of every cohort before it aggregates it."""
+    """``method``, which calls ``watch`` with every cohort before it aggregates it."""
     kind: Any = type(method)
 
     class Watched(kind):
@@ -115,16 +115,18 @@ def _watched(method: Method, watch: Callable[[Cohort, Broadcast], None]) -> Meth
             result: Aggregate = super().aggregate(cohort, previous)
             return result
 
-    found: Method = Watched(**{field.name: getattr(method, field.name) for field in fields(kind)})
-    return found
+    wrapped: Method = Watched(**{field.name: getattr(method, field.name) for field in fields(kind)})
+    return wrapped
 
 
 def write_record(recipe: str, path: Path, observer: Observer | None = None) -> None:
     """Record every panel on a shipped recipe and write it as JSON."""
     runs = []
     for driver, methods in PANELS.items():
-        found = record_divergence(load_recipe(recipe, {"method.name": driver}), methods, observer)
-        runs.append({"driver": driver, "modules": found.modules, "errors": found.errors})
+        divergence = record_divergence(
+            load_recipe(recipe, {"method.name": driver}), methods, observer
+        )
+        runs.append({"driver": driver, "modules": divergence.modules, "errors": divergence.errors})
     content = {"format": FORMAT, "recipe": recipe, **describe_environment().plain(), "runs": runs}
     write_text(json.dumps(content, indent=1) + "\n", path)
 
@@ -137,7 +139,9 @@ def read_record(recipe: str) -> tuple[Divergence, ...]:
     """
     place = files("fedcore_theory").joinpath("recorded", f"{recipe}.json")
     if not place.is_file():
-        raise FedcoreError(f"no run of {recipe!r} is recorded")
+        raise FedcoreError(
+            f"no run of {recipe!r} is recorded; pass a recorded one, such as bbc-news-fast"
+        )
     content = json.loads(place.read_text(encoding="utf-8"))
     return tuple(
         Divergence(

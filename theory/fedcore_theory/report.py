@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from fedcore.data.folders import write_text
-from fedcore.reports.document import Page, Picture, Section, render
+from fedcore.reports.document import Page, PageSection, Picture, render
 from fedcore_theory.running import Result
 from fedcore_theory.tables import failures, measured_grid, results_grid
 
@@ -53,8 +53,8 @@ def write_report(results: Sequence[Result], path: str | Path) -> Path:
         },
         notes=odd,
         sections=[
-            Section(tables=[results_grid(results)]),
-            *(Section(title, parts=checks) for title, checks in parts.items() if checks),
+            PageSection(tables=[results_grid(results)]),
+            *(PageSection(title, parts=checks) for title, checks in parts.items() if checks),
         ],
         tab="Numeric checks of fedcore",
     )
@@ -68,7 +68,7 @@ def _letters(name: str) -> str:
     return "".join(letter for letter in name if letter.isupper())
 
 
-def _part(result: Result) -> Section:
+def _part(result: Result) -> PageSection:
     check, outcome = result.check, result.outcome
     words = {
         "Claim": check.claim,
@@ -80,7 +80,7 @@ def _part(result: Result) -> Section:
         "Excludes": outcome.excludes,
         "Finding": check.finding,
     }
-    return Section(
+    return PageSection(
         f"{check.id}: {check.title} ({check.verdict})",
         terms={name: text for name, text in words.items() if text},
         tables=[measured_grid(outcome)],

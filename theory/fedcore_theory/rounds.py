@@ -43,11 +43,11 @@ class Round:
     @property
     def product(self) -> Array:
         """``B A`` or ``B R A``, and the residual; of a Gram adapter ``A^T A``."""
-        found = self.factors
-        if "B" not in found:
-            return np.asarray(found["A"].T @ found["A"])
-        core = found["R"] if "R" in found else np.eye(len(found["A"]))
-        return np.asarray(found["B"] @ core @ found["A"] + self.residual)
+        factors = self.factors
+        if "B" not in factors:
+            return np.asarray(factors["A"].T @ factors["A"])
+        core = factors["R"] if "R" in factors else np.eye(len(factors["A"]))
+        return np.asarray(factors["B"] @ core @ factors["A"] + self.residual)
 
 
 def server_round(
@@ -67,11 +67,11 @@ def server_round(
         uploads: factor name to the clients' values: ``A (N, r, d_in)``, ``B (N, d_out, r)``, Gram
             adapters ``A (N, r, k)`` alone, tri-factor ones ``R (N, r, r)`` too, scalings absorbed.
             What the method's clients do not send is used for their frozen or private state only.
-        weights: ``(N,)``, equal unless given.
-        previous: the global factors that the clients started from; zeros unless given.
-        round: the server's round, which tells methods that alternate what is trained.
+        weights: ``(N,)``, equal by default.
+        previous: the global factors that the clients started from; zeros by default.
+        round: the server's round, by which alternating methods decide what is trained.
         ranks: ``(N,)`` the clients' ranks; rows of their factors beyond them must be zero.
-        statistics: client number to what it told of its data.
+        statistics: client number to the statistics of its data.
 
     Raises:
         FedcoreError: the method refuses the uploads.
@@ -90,12 +90,14 @@ def server_round(
     read = chosen.read_layout(layout, round)
     shares = np.ones(count) if weights is None else np.asarray(weights, float)
     for n, name in enumerate(names):
-        own = layout.gather(_row(layout, {key: stack[n] for key, stack in stacks.items()}), read)
-        builder.row(name).copy_(chosen.prepare_upload(own, read, broadcast, round).row)
+        client_row = layout.gather(
+            _row(layout, {key: stack[n] for key, stack in stacks.items()}), read
+        )
+        builder.row(name).copy_(chosen.prepare_upload(client_row, read, broadcast, round).row)
         own_rank = None if ranks is None else {MODULE: ranks[n]}
         builder.receive(name, float(shares[n]), ranks=own_rank)
-    told = {names[n]: values for n, values in (statistics or {}).items()}
-    cohort = replace(builder.finish(), statistics=told)
+    metadata = {names[n]: values for n, values in (statistics or {}).items()}
+    cohort = replace(builder.finish(), statistics=metadata)
     result = chosen.aggregate(cohort, broadcast)
     return Round(
         factors=_factors(layout, result.row),
@@ -123,11 +125,11 @@ def _row(layout: FactorLayout, factors: Mapping[str, Array]) -> Tensor:
 
 
 def _factors(layout: FactorLayout, row: Tensor) -> dict[str, Array]:
-    found = {slot.factor: layout.view(row, slot).numpy().copy() for slot in layout.factor_slots}
-    return {name: value.T if name == "B" else value for name, value in found.items()}
+    factors = {slot.factor: layout.view(row, slot).numpy().copy() for slot in layout.factor_slots}
+    return {name: value.T if name == "B" else value for name, value in factors.items()}
 
 
 def _residual(result: Aggregate, stacks: Mapping[str, Array]) -> Array:
     shape = (stacks["B"].shape[1], stacks["A"].shape[2]) if "B" in stacks else (0, 0)
-    found = result.residual.get(MODULE)
-    return np.zeros(shape) if found is None else (found.outer.T @ found.inner).double().numpy()
+    pair = result.residual.get(MODULE)
+    return np.zeros(shape) if pair is None else (pair.outer.T @ pair.inner).double().numpy()

@@ -1,4 +1,4 @@
-"""Runs checks side by side, one process a core."""
+"""Runs checks side by side, one process per core."""
 
 from __future__ import annotations
 
@@ -58,22 +58,22 @@ def run_checks(
 
     Args:
         checks: of :func:`fedcore_theory.catalog.all_checks`, by whose ids processes find them.
-        repetitions: cases of each; its own number unless given.
-        processes: as many as there are cores unless given; 1 runs all here.
-        done: told of every result as it arrives.
+        repetitions: cases of each; its own number by default.
+        processes: as many as there are cores by default; 1 runs all in this process.
+        done: called with every result as it arrives.
     """
     workers = min(len(checks), processes or _cores())
     arriving = _here(checks, repetitions) if workers < 2 else _apart(checks, repetitions, workers)
-    found = {}
+    results = {}
     for result in arriving:
-        found[result.check.id] = result
+        results[result.check.id] = result
         if done is not None:
             done(result)
-    return [found[check.id] for check in checks]
+    return [results[check.id] for check in checks]
 
 
 def _cores() -> int:
-    """The cores that this process may use, where the system tells."""
+    """The cores that this process may use, where the system reports them."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

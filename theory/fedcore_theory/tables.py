@@ -16,7 +16,7 @@ _NOTE = (
 
 
 def results_grid(results: Sequence[Result]) -> Grid:
-    """One row a check."""
+    """One row per check."""
     return Grid(
         title="Claims, checked",
         columns=(

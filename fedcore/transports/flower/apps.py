@@ -37,7 +37,7 @@ def check_recipe(recipe: Recipe) -> None:
         FedcoreError: naming the key and what to do.
     """
     method = recipe.method.create()
-    otherwise = ", engine = 'local', or FedLoRA in an app of your own"
+    otherwise = "take engine = 'local', or FedLoRA in an app of your own"
     refuse(method, (EXCHANGES, ONE_MODEL), "the flower engine", otherwise)
     for key, is_set in (
         ("round.secure_sum", recipe.round.secure_sum),

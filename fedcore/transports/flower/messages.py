@@ -12,8 +12,8 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from torch import Tensor
 
 from fedcore.data.adapter_state import AdapterState
-from fedcore.data.keyed_rows import Ranks, row_from_tensors, slot_name, tensors_from_row
 from fedcore.data.low_rank import packed
+from fedcore.data.rows import Ranks, row_from_tensors, slot_name, tensors_from_row
 from fedcore.errors import FedcoreError
 from fedcore.federation.downloads import Download
 from fedcore.federation.state import ServerState, personal_of, statistics_of
@@ -191,8 +191,9 @@ class KeyMap:
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor]) -> tuple[KeyMap, Tensor]:
-        """The key map of ``tensors``, an adapter by PEFT's keys, and its row ``(P,)``: fp64 where the
-        adapter is, otherwise fp32.
+        """The key map of an adapter ``tensors``, by PEFT's keys, and its row ``(P,)``.
+
+        The row is fp64 where the adapter is, otherwise fp32.
 
         Raises:
             FedcoreError: no tensor, integers, several adapter families, two keys of one meaning, a

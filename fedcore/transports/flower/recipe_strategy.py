@@ -11,7 +11,7 @@ import torch
 from flwr.app import Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 
-from fedcore.data.keyed_rows import Ranks
+from fedcore.data.rows import Ranks
 from fedcore.experiments.evaluation import Score, evaluates, score
 from fedcore.experiments.observer import Observer
 from fedcore.experiments.privacy import check_local

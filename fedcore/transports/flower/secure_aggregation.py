@@ -40,7 +40,7 @@ from flwr.server.client_proxy import ClientProxy
 from flwr.server.strategy import FedAvg
 from torch import Tensor
 
-from fedcore.data.keyed_rows import slot_name
+from fedcore.data.rows import slot_name
 from fedcore.errors import FedcoreError
 from fedcore.federation.server_round import OpenRound
 from fedcore.federation.state import ServerState, begin, save
@@ -80,7 +80,7 @@ class SecureFedLoRA(FedAvg):
         **fedavg: Any,
     ) -> None:
         self.method = create_method(method) if isinstance(method, str) else method
-        otherwise = ", or round.secure_sum of a recipe"
+        otherwise = "take round.secure_sum of a recipe"
         refuse(self.method, (*SECURE_SUM, SENDS_FACTORS), "Flower's secure aggregation", otherwise)
         self.key_map, row = KeyMap.of(adapter)
         if self.key_map.family != self.method.family:

@@ -17,7 +17,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Result
 from torch import Tensor
 
-from fedcore.data.keyed_rows import Ranks, tensors_from_row
+from fedcore.data.rows import Ranks, tensors_from_row
 from fedcore.data.seeding import derive_seed
 from fedcore.data.validation import OnInvalid, digest
 from fedcore.errors import FedcoreError

@@ -12,9 +12,8 @@ from torch import Tensor, nn
 from fedcore.data.adapter_state import declared_rank_and_scaling
 from fedcore.data.seeding import derive_seed
 from fedcore.tuners.gram.config import GramConfig
-from fedcore.tuners.shared.additive_layer import AdditiveLayer
-from fedcore.tuners.shared.containers import GramConstants, GramFactors
-from fedcore.tuners.shared.frames import (
+from fedcore.tuners.gram.factors import GramConstants, GramFactors
+from fedcore.tuners.gram.frames import (
     DenseFrame,
     Frame,
     FrameRecipe,
@@ -22,6 +21,7 @@ from fedcore.tuners.shared.frames import (
     check_same_frames,
     qr_frame,
 )
+from fedcore.tuners.shared.additive_layer import AdditiveLayer
 
 INIT_SCALE = 0.1
 """The rows of the initial ``A`` have about this norm unless ``init_std`` says otherwise."""
@@ -108,8 +108,8 @@ class GramLayer(AdditiveLayer):
 
     def update(self, x: Tensor) -> Tensor:
         """The active adapters' share of the output, ``(..., in)`` to ``(..., out)``."""
-        found: Tensor = self.gram_A(x)
-        return found
+        update: Tensor = self.gram_A(x)
+        return update
 
     def __repr__(self) -> str:
         return "gram." + super().__repr__()
@@ -139,9 +139,9 @@ class GramLayer(AdditiveLayer):
             left = state_dict.get(f"{prefix}gram_left.{adapter}")
             right = state_dict.get(f"{prefix}gram_right.{adapter}")
             if left is not None and right is not None:
-                found = {prefix[:-1]: DenseFrame(left, right).frame_id}
+                loaded = {prefix[:-1]: DenseFrame(left, right).frame_id}
                 expected = {prefix[:-1]: self.frame_ids[adapter]}
-                check_same_frames(expected, found, f"adapter {adapter!r}")
+                check_same_frames(expected, loaded, f"adapter {adapter!r}")
                 self.frame_pending.pop(adapter, None)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
@@ -152,8 +152,8 @@ class GramLayer(AdditiveLayer):
         target = self._base_device() if device is None else device
         if adapter_name not in self.gram_A or target.type == "meta":
             return
-        for held in (self.gram_A, self.gram_A0, self.gram_left, self.gram_right):
-            if adapter_name in held and held[adapter_name].device.type != "meta":
-                held[adapter_name] = held[adapter_name].to(target)
+        for tensors in (self.gram_A, self.gram_A0, self.gram_left, self.gram_right):
+            if adapter_name in tensors and tensors[adapter_name].device.type != "meta":
+                tensors[adapter_name] = tensors[adapter_name].to(target)
         if adapter_name in self.gram_frame:
             self.gram_frame[adapter_name].to(target)

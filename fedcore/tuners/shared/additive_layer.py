@@ -112,8 +112,8 @@ class AdditiveLayer(nn.Module, BaseTunerLayer):
 
     def _base_device(self) -> torch.device:
         base = self.get_base_layer()
-        held = next(chain(base.parameters(), base.buffers()), None)
-        return torch.device("cpu") if held is None else held.device
+        first = next(chain(base.parameters(), base.buffers()), None)
+        return torch.device("cpu") if first is None else first.device
 
 
 def layer_shape(layer: nn.Module, module: str) -> tuple[int, int]:

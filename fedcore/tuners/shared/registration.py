@@ -40,10 +40,10 @@ def extend_peft_type(name: str) -> PeftType:
         PeftType._value2member_map_[name] = member
         # EnumType refuses plain assignment of a member.
         type.__setattr__(PeftType, name, member)
-        found = PeftType(name) is member and PeftType[name] is member and name in list(PeftType)
+        extended = PeftType(name) is member and PeftType[name] is member and name in list(PeftType)
     except (AttributeError, TypeError, ValueError) as error:
         raise _unsupported(name) from error
-    if not found:
+    if not extended:
         raise _unsupported(name)
     return member
 

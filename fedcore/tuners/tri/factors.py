@@ -2,51 +2,25 @@
 
 There is a container for each of ``A``, ``R`` and ``B``, and a call of one multiplies by that factor
 of every active adapter at once: ``A`` stacks the hidden vectors of several adapters along the rank,
-``R`` is block-diagonal on that stack and ``B`` adds up. So the module that is called is the module
-that owns the parameters, and per-sample gradients by hooks (Opacus) or by ``torch.func`` are right
-for every choice of the factors that train.
-
-Frozen bases rounded to bf16 are orthonormal to 1e-2 only; like everything in
-:mod:`fedcore.tuners.shared.containers` these follow a cast of the model to wider dtypes alone.
+``R`` is block-diagonal on that stack and ``B`` adds up. So every factor, whichever of them train,
+is owned by the module that is called.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-
 import torch
 from torch import Tensor, nn
 
-from fedcore.tuners.shared.containers import at_least_fp32
+from fedcore.tuners.shared.factors import ActiveFactors
 
 
-class StackedFactors(nn.ParameterDict):
+class StackedFactors(ActiveFactors):
     """One factor of a layer's adapters, by adapter name; subclasses say how it acts when called."""
-
-    # ParameterDict refuses to be called; a Module does not.
-    __call__ = nn.Module.__call__
-
-    def __init__(self) -> None:
-        super().__init__()
-        # Underscored, because an adapter's name becomes an attribute here too.
-        self._active: tuple[str, ...] = ()
-
-    def activate(self, adapters: Iterable[str]) -> None:
-        """Use these ``adapters`` from now on, in this order; unknown names are left out."""
-        self._active = tuple(name for name in adapters if name in self)
-
-    @property
-    def any_active(self) -> bool:
-        """Whether a call would use any adapter."""
-        return bool(self._active)
 
     @property
     def active(self) -> list[nn.Parameter]:
         """The active adapters' factors."""
         return [self[name] for name in self._active]
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> StackedFactors:
-        return super()._apply(at_least_fp32(fn), recurse)
 
 
 class InputBases(StackedFactors):
@@ -54,8 +28,8 @@ class InputBases(StackedFactors):
 
     def forward(self, x: Tensor) -> Tensor:
         """In the factors' dtype, or autocast's."""
-        found = [nn.functional.linear(x.to(factor.dtype), factor) for factor in self.active]
-        return torch.cat(found, -1)
+        hidden = [nn.functional.linear(x.to(factor.dtype), factor) for factor in self.active]
+        return torch.cat(hidden, -1)
 
 
 class Cores(StackedFactors):
@@ -65,8 +39,8 @@ class Cores(StackedFactors):
         """Block by block."""
         cores = self.active
         parts = hidden.split([core.shape[0] for core in cores], -1)
-        found = [nn.functional.linear(h, core) for h, core in zip(parts, cores, strict=True)]
-        return torch.cat(found, -1)
+        products = [nn.functional.linear(h, core) for h, core in zip(parts, cores, strict=True)]
+        return torch.cat(products, -1)
 
 
 class OutputBases(StackedFactors):
@@ -79,11 +53,11 @@ class OutputBases(StackedFactors):
     def forward(self, hidden: Tensor) -> Tensor:
         """The adapters' updates, added up."""
         parts = hidden.split([factor.shape[1] for factor in self.active], -1)
-        found = [
+        updates = [
             nn.functional.linear(self._scaling[name] * h, self[name])
             for name, h in zip(self._active, parts, strict=True)
         ]
-        return sum(found[1:], start=found[0])
+        return sum(updates[1:], start=updates[0])
 
 
 def tri_pair(A: Tensor, R: Tensor, B: Tensor, scaling: float) -> tuple[Tensor, Tensor]:

@@ -77,8 +77,8 @@ class TriLayer(AdditiveLayer):
 
     def factor(self, name: str) -> StackedFactors:
         """The container of factor ``"A"``, ``"R"`` or ``"B"``."""
-        found: StackedFactors = getattr(self, f"tri_{name}")
-        return found
+        factors: StackedFactors = getattr(self, f"tri_{name}")
+        return factors
 
     @torch.no_grad()
     def set_factors(self, adapter: str, factors: TriFactors) -> None:
@@ -162,7 +162,7 @@ class TriLayer(AdditiveLayer):
         if not self.carries(adapter_name) or target.type == "meta":
             return
         for factor in "ARB":
-            held = self.factor(factor)[adapter_name]
-            if held.device.type != "meta" and held.device != target:
-                moved = nn.Parameter(held.detach().to(target), requires_grad=held.requires_grad)
+            values = self.factor(factor)[adapter_name]
+            if values.device.type != "meta" and values.device != target:
+                moved = nn.Parameter(values.detach().to(target), requires_grad=values.requires_grad)
                 self.factor(factor)[adapter_name] = moved

@@ -4,12 +4,12 @@
     G  ~= U_r S_r V_r^T:    B = U_r,  A = V_r^T,  s R = diag(S_r)
 
 The adapted model starts as the best rank-r version of that step. Who computes ``G`` is a decision
-of the federation, since it is a dense matrix a module and a function of data:
+of the federation, since it is one dense matrix per module and a function of data:
 
-* the server, on public or own data: nothing is sent but the bases, ``r (in + out)`` once a client;
-* the clients, by one secure sum of their gradients: ``in x out`` numbers a module and client, once,
-  which the traffic of a comparison has to count (a thousand rounds of cores of rank 16 on a layer
-  of 512 x 512).
+* the server, on public or own data: only the bases are sent, ``r (in + out)`` once per client;
+* the clients, by one secure sum of their gradients: ``in x out`` numbers per module and client,
+  once, which the traffic of a comparison has to count (a thousand rounds of cores of rank 16 on a
+  layer of 512 x 512).
 
 Source: LoRA-SB, arXiv 2411.19557.
 """
@@ -39,7 +39,7 @@ def sb_factors(statistic: Tensor, rank: int) -> TriFactors:
     statistic has a lower rank.
 
     Raises:
-        FedcoreError: the statistic is no finite matrix, or ``rank`` is above ``min(out, in)``.
+        FedcoreError: the statistic is not a finite matrix, or ``rank`` is above ``min(out, in)``.
 
     Example:
         >>> A, R, B = sb_factors(torch.diag(torch.tensor([3.0, 2.0, 1.0])), 2)
@@ -69,7 +69,7 @@ def apply_sb(
     for module in statistics:
         if module not in layers:
             raise FedcoreError(f"statistics has module {module}, which carries no {adapter_name!r}")
-    found = {}
+    starts = {}
     for module, layer in layers.items():
         if module not in statistics:
             raise FedcoreError(f"statistics lacks module {module}")
@@ -80,8 +80,8 @@ def apply_sb(
                 f"pass {shape} (out, in)"
             )
         factors = _factors(statistic, layer.r[adapter_name], f"the statistic of module {module}")
-        found[module] = factors._replace(R=factors.R / layer.scaling[adapter_name])
-    for module, factors in found.items():
+        starts[module] = factors._replace(R=factors.R / layer.scaling[adapter_name])
+    for module, factors in starts.items():
         layers[module].set_factors(adapter_name, factors)
 
 
@@ -107,7 +107,8 @@ def first_step_statistics(
         FedcoreError: no batch, a learning rate that is not positive, a quantised weight, a merged
             adapter, a module that no loss depends on, or a gradient that is not finite.
 
-    Cost: a forward and backward pass a batch, and one fp32 matrix of the weight's size a module.
+    Cost: one pass forward and backward per batch, and one fp32 matrix of the weight's size per
+    module.
     """
     if not (isfinite(learning_rate) and learning_rate > 0):
         raise FedcoreError(f"learning_rate is {learning_rate}; pass a positive number")
@@ -142,14 +143,14 @@ def _factors(statistic: Tensor, rank: int, name: str) -> TriFactors:
 
 
 def _tri_layers(model: nn.Module, adapter_name: str) -> dict[str, TriLayer]:
-    found = {
+    layers = {
         name.removeprefix(PREFIX): layer
         for name, layer in model.named_modules()
         if isinstance(layer, TriLayer) and layer.carries(adapter_name)
     }
-    if not found:
+    if not layers:
         raise FedcoreError(f"the model has no tri-factor adapter {adapter_name!r}")
-    return found
+    return layers
 
 
 def _trainable_weight(layer: TriLayer, module: str) -> nn.Parameter:
@@ -168,17 +169,17 @@ def _upright(layer: TriLayer, weight: Tensor) -> Tensor:
 @contextmanager
 def _base_model(layers: Iterable[TriLayer], weights: list[nn.Parameter]) -> Iterator[None]:
     """The tri-factor adapters out of the way, gradients on for ``weights``; put back on leaving."""
-    held = [(layer, layer.disable_adapters) for layer in layers]
+    before = [(layer, layer.disable_adapters) for layer in layers]
     flags = [weight.requires_grad for weight in weights]
     try:
-        for layer, _ in held:
+        for layer, _ in before:
             layer._disable_adapters = True
         for weight in weights:
             weight.requires_grad_(True)
         with torch.enable_grad():
             yield
     finally:
-        for layer, disabled in held:
+        for layer, disabled in before:
             layer._disable_adapters = disabled
         for weight, flag in zip(weights, flags, strict=True):
             weight.requires_grad_(flag)

@@ -106,5 +106,5 @@ def _weight(layer: nn.Module, module: str) -> Tensor:
     if weight.is_meta or not bool(torch.isfinite(weight).all()):
         state = "on the meta device" if weight.is_meta else "not finite"
         raise FedcoreError(f"module {module} has a weight that is {state}; init 'xs' decomposes it")
-    held = weight.detach().cpu()
-    return held.T if isinstance(layer, Conv1D) else held
+    values = weight.detach().cpu()
+    return values.T if isinstance(layer, Conv1D) else values

@@ -279,5 +279,6 @@ def test_a_client_of_another_recipe_is_told_so(home):
     strategy.start(FakeGrid(recipe_nodes(clients)), to_arrays(model_tensors(server)), num_rounds=1)
     reasons = {d["reason"] for d in strategy.state.record["dropped"]}
     assert reasons == {
-        "its node sent an error: the server runs ffa, this client's recipe says fedit"
+        "its node sent an error: the server runs ffa, this client's recipe says fedit; "
+        "give both the same recipe"
     }

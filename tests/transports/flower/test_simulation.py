@@ -48,7 +48,10 @@ def test_ray_ends_with_the_local_engines_files(home, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"method.name": "local_only"}, "local_only exchanges nothing .*, engine = 'local'"),
+        (
+            {"method.name": "local_only"},
+            "local_only exchanges nothing .*, or take engine = 'local'",
+        ),
         ({"method.name": "fedsa"}, "fedsa leaves each client a model of its own"),
         ({"round.secure_sum": True, "method.name": "fedit"}, "no round.secure_sum"),
         ({"round.codec": "int8"}, "no round.codec = 'int8'"),

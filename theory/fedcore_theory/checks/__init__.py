@@ -1,1 +1,1 @@
-"""Every check, one a file, in a folder for each paper; :mod:`fedcore_theory.catalog` finds them."""
+"""Every check, one per file, one folder per paper; :mod:`fedcore_theory.catalog` finds them."""

@@ -56,22 +56,22 @@ def split_digits(seed: int, clients: int, federations: int) -> Digits:
     for federation in range(federations):
         random = np.random.default_rng((seed, federation))
         order = random.permutation(len(labels))
-        chosen, held = order[:TRAINED], order[TRAINED:]
+        chosen, rest = order[:TRAINED], order[TRAINED:]
         # A tenth of the range of greys, so that pixels that are always white stay finite.
         centre, spread = pixels[chosen].mean(0), pixels[chosen].std(0) + 1.6
         scaled = (pixels - centre) / spread
-        own = [chosen[labels[chosen] * clients // CLASSES == c] for c in range(clients)]
-        picks = np.stack([places[: min(map(len, own))] for places in own])
+        by_client = [chosen[labels[chosen] * clients // CLASSES == c] for c in range(clients)]
+        picks = np.stack([places[: min(map(len, by_client))] for places in by_client])
         A = random.standard_normal((RANK, WIDTH)) / np.sqrt(WIDTH)
         head = random.standard_normal((WIDTH, CLASSES)) / np.sqrt(WIDTH)
-        parts.append((scaled, picks, held, A, head))
+        parts.append((scaled, picks, rest, A, head))
     # Federations draw other digits, so the smallest client of all sets the common size.
     size = min(picks.shape[1] for _, picks, *_ in parts)
     return Digits(
         inputs=np.stack([scaled[picks[:, :size]] for scaled, picks, *_ in parts]),
         labels=np.stack([np.eye(CLASSES)[labels[picks[:, :size]]] for _, picks, *_ in parts]),
-        test_inputs=np.stack([scaled[held] for scaled, _, held, *_ in parts]),
-        test_labels=np.stack([labels[held] for _, _, held, *_ in parts]),
+        test_inputs=np.stack([scaled[rest] for scaled, _, rest, *_ in parts]),
+        test_labels=np.stack([labels[rest] for _, _, rest, *_ in parts]),
         A=np.stack([part[3] for part in parts]),
         head=np.stack([part[4] for part in parts]),
     )
@@ -105,7 +105,7 @@ def train(
     accuracy = []
     for round in range(rounds):
         trains = create_method(method).plan(round).trains
-        own_A, own_B = (np.repeat(held[:, None], clients, 1) for held in (A, B))
+        own_A, own_B = (np.repeat(factor[:, None], clients, 1) for factor in (A, B))
         for _ in range(epochs):
             order = random.permutation(size)
             for first in range(0, size, batch):
@@ -116,11 +116,11 @@ def train(
                 step_A = _turned(back @ own_B) @ x if "A" in trains else 0.0
                 step_B = _turned(back) @ hidden if "B" in trains else 0.0
                 own_A, own_B = own_A - rate * step_A, own_B - rate * step_B
-        found = [
+        results = [
             server(method, {"A": own_A[s], "B": own_B[s]}, {"A": A[s], "B": B[s]}, round).factors
             for s in range(count)
         ]
-        A, B = (np.stack([one[name] for one in found]) for name in "AB")
+        A, B = (np.stack([one[name] for one in results]) for name in "AB")
         scores = np.maximum(digits.test_inputs @ _turned(A) @ _turned(B), 0) @ digits.head
         accuracy.append((scores.argmax(-1) == digits.test_labels).mean(-1))
     return Trained(np.array(accuracy), A, B)

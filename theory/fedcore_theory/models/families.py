@@ -56,7 +56,7 @@ def indep(random: Random, shape: Shape) -> ClientFactors:
 
 
 def scalar(random: Random, shape: Shape, drift: float = 0.3) -> ClientFactors:
-    """``consensus`` with a scale and a sign a client, which no product shows."""
+    """``consensus`` with one scale and one sign per client, which no product shows."""
     near = consensus(random, shape, drift)
     signs = random.choice([-1.0, 1.0], size=shape.clients)
     scales = (signs * np.exp(random.standard_normal(shape.clients)))[:, None, None]
@@ -64,7 +64,7 @@ def scalar(random: Random, shape: Shape, drift: float = 0.3) -> ClientFactors:
 
 
 def rot(random: Random, shape: Shape, drift: float = 0.3) -> ClientFactors:
-    """``consensus`` with a rotation a client, which no product shows."""
+    """``consensus`` with one rotation per client, which no product shows."""
     near = consensus(random, shape, drift)
     turns = haar(random, shape.clients, shape.rank)
     return _equal(near.B @ turns, turns.transpose(0, 2, 1) @ near.A)

@@ -59,7 +59,7 @@ def polar_factor(matrix: Array) -> Array:
 
 
 def best_gram(case: GramRound) -> Array:
-    """``truncated`` by its definition: the SVD of F in fp64, turned towards ``A_prev``."""
+    """``truncated`` by its definition: the SVD of F in fp64, aligned with ``A_prev``."""
     _, values, right = np.linalg.svd(case.stack, full_matrices=False)
     return aligned(values[: case.rank, None] * right[: case.rank], case.previous)
 
@@ -87,15 +87,15 @@ def errors(
     exact: Mapping[str, Callable[[GramRound], Array]],
 ) -> dict[str, list[float]]:
     """Rule to its largest error over all cases, condition by condition."""
-    found: dict[str, dict[float, list[float]]] = {name: {} for name in rules}
+    by_rule: dict[str, dict[float, list[float]]] = {name: {} for name in rules}
     for case in cases:
         for condition, rounds in case.items():
             for one in rounds:
                 truth = {name: rule(one) for name, rule in exact.items()}
                 for name, rule in rules.items():
                     wanted = truth[next(key for key in truth if name.startswith(key))]
-                    found[name].setdefault(condition, []).append(weakest_error(rule(one), wanted))
-    return {name: [worst(list_) for list_ in by.values()] for name, by in found.items()}
+                    by_rule[name].setdefault(condition, []).append(weakest_error(rule(one), wanted))
+    return {name: [worst(list_) for list_ in by.values()] for name, by in by_rule.items()}
 
 
 def factor_off(found: float, entry: tuple[float, float]) -> float:

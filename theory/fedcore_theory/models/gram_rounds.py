@@ -77,7 +77,7 @@ def gram_round(
 
 
 def default_round(seed: int) -> GramRound:
-    """6 clients at rank 4 and width 60, a standard normal start, deviations of .3 an entry."""
+    """6 clients at rank 4 and width 60, a standard normal start, deviations of .3 per entry."""
     random = np.random.default_rng(seed)
     return gram_round(random, random.standard_normal((RANK, WIDTH)))
 
@@ -94,8 +94,8 @@ def rounds_of(seed: int, deviations: Sequence[float]) -> list[GramRound]:
 
 def gram_step(method: str | Method, case: GramRound) -> Array:
     """The next ``A (r, k)`` by a shipped method."""
-    found = server_round(method, {"A": case.A}, case.weights, {"A": case.previous})
-    return found.factors["A"]
+    result = server_round(method, {"A": case.A}, case.weights, {"A": case.previous})
+    return result.factors["A"]
 
 
 GramStep = Callable[[GramRound], Array]

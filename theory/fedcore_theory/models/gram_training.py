@@ -62,11 +62,11 @@ def gram_problem(
     """
     left, right = (np.linalg.qr(random.standard_normal((width, width)))[0] for _ in range(2))
     Z = random.standard_normal((rank, width))
-    own = random.standard_normal((clients, width, width)) / np.sqrt(width)
+    deviations = random.standard_normal((clients, width, width)) / np.sqrt(width)
     return GramProblem(
         left=left,
         right=right,
-        targets=(4 / width) * left @ Z.T @ Z @ right + spread * own,
+        targets=(4 / width) * left @ Z.T @ Z @ right + spread * deviations,
         start=start * random.standard_normal((rank, width)),
     )
 
@@ -80,7 +80,7 @@ class Optimiser:
         rate: the step size.
         decay: weight decay, decoupled in AdamW and part of the gradient otherwise.
         clip: the largest Frobenius norm of a client's gradient.
-        keeps_state: whether moments go on from a client's last round or start from zero.
+        keeps_state: whether moments continue from a client's last round or start from zero.
     """
 
     rule: Literal["sgd", "adamw"] = "sgd"
@@ -120,7 +120,7 @@ def step(
 Stepper = Callable[[Array, Array, Moments, Optimiser], tuple[Array, Moments]]
 
 Server = Callable[[GramRound], Array]
-"""What clients sent to the factor that they go on from."""
+"""What clients sent, to the factor that they continue from."""
 
 
 @dataclass(frozen=True)

@@ -86,9 +86,9 @@ def along(rho: float, direction: int) -> Error:
     """``rho`` along one axis in every step."""
 
     def error(gradient: Array, x: Array, t: int) -> Array:
-        found = np.zeros_like(x)
-        found[:, direction] = rho
-        return found
+        shift = np.zeros_like(x)
+        shift[:, direction] = rho
+        return shift
 
     return error
 

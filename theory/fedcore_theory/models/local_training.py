@@ -35,7 +35,7 @@ def simultaneous(start: Pairs, targets: Array, step: float, steps: int) -> Pairs
 
 
 def sequential(start: Pairs, targets: Array, step: float, steps: int) -> Pairs:
-    """``steps`` times a step on B, then one on A at the new B."""
+    """``steps`` times: one step on B, then one on A at the new B."""
     A, B = start
     for _ in range(steps):
         B = B - step * fit_slopes(A, B, targets).B
@@ -113,9 +113,9 @@ def federate(
     excess, missed = np.empty(rounds), np.empty(rounds)
     for t in range(rounds):
         common = Pairs(np.broadcast_to(A, (count, *A.shape)), np.broadcast_to(B, (count, *B.shape)))
-        own = local(clients, common, method.plan(t).trains, step, steps)
-        found = server_round(method, own._asdict(), previous={"A": A, "B": B}, round=t)
-        A, B = found.factors["A"], found.factors["B"]
-        excess[t] = clients.excess(found.product)
-        missed[t] = np.linalg.norm((own.B @ own.A).mean(0) - found.product)
+        trained = local(clients, common, method.plan(t).trains, step, steps)
+        result = server_round(method, trained._asdict(), previous={"A": A, "B": B}, round=t)
+        A, B = result.factors["A"], result.factors["B"]
+        excess[t] = clients.excess(result.product)
+        missed[t] = np.linalg.norm((trained.B @ trained.A).mean(0) - result.product)
     return History(excess, missed)

@@ -11,7 +11,7 @@ from fedcore_theory.models.regressor import Regression, at_sine, random_regressi
 from fedcore_theory.rounds import Array
 
 ROWS: Mapping[float, int] = {0.3: 4_000, 0.5: 4_000, 0.8: 16_000}
-"""Initial sine to rows a client, enough for eps~ to keep below (1 - sine^2)/16."""
+"""Initial sine to rows per client, enough for eps~ to stay below (1 - sine^2)/16."""
 
 ITERATIONS = 60
 

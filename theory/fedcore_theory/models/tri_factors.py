@@ -68,13 +68,13 @@ def drifting_clients(
     """
     scale = 1 / np.sqrt(width)
     A, B = (scale * random.standard_normal(s) for s in ((rank, width), (width, rank)))
-    found = TriClients(
+    drifted = TriClients(
         A=A + drift * scale * random.standard_normal((clients, rank, width)),
         R=np.eye(rank) + 0.3 * random.standard_normal((clients, rank, rank)),
         B=B + drift * scale * random.standard_normal((clients, width, rank)),
         weights=np.full(clients, 1 / clients),
     )
-    return found, CommonBases(A, B)
+    return drifted, CommonBases(A, B)
 
 
 def haar(random: np.random.Generator, count: int, size: int) -> Array:

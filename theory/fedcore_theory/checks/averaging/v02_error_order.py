@@ -71,11 +71,11 @@ def measure(
             *(
                 Measured(
                     f"distance of the slope from {expected[name]}: {name}",
-                    worst(abs(one - expected[name]) for one in found),
+                    worst(abs(one - expected[name]) for one in values),
                     "<=",
                     0.02,
                 )
-                for name, found in slopes.items()
+                for name, values in slopes.items()
             ),
         ),
         samples=f"steps {_STEPS[0]:g} to {_STEPS[-1]:g} on {len(single) // len(_STEPS)} rounds",
@@ -86,9 +86,9 @@ def measure(
 def _error(start: Start, train: Train, step: float, steps: int) -> float:
     """The largest entry of ``M - Bbar Abar`` after a round."""
     common = Pairs(*(np.repeat(side[None], _CLIENTS, 0) for side in (start.A, start.B)))
-    own = train(common, start.targets, step, steps)
-    found = server_round("fedit", own._asdict(), previous={"A": start.A, "B": start.B})
-    return float(np.abs((own.B @ own.A).mean(0) - found.product).max())
+    trained = train(common, start.targets, step, steps)
+    averaged = server_round("fedit", trained._asdict(), previous={"A": start.A, "B": start.B})
+    return float(np.abs((trained.B @ trained.A).mean(0) - averaged.product).max())
 
 
 def picture(outcome: Outcome) -> Figure:

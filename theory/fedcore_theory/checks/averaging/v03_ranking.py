@@ -43,7 +43,7 @@ def measure(
     averaging: str = "fedit",
 ) -> Outcome:
     """Where each method is after 400 rounds of several local steps, and of one."""
-    found: dict[str, list[float]] = {}
+    final: dict[str, list[float]] = {}
     histories: dict[str, History] = {}
     for case in cases:
         runs = {
@@ -60,20 +60,20 @@ def measure(
         ends["missed"] = float(runs["FedAvg"].missed[-1])
         ends["missed, 1 step"] = float(runs["FedAvg, 1 step"].missed[-1])
         for name, end in ends.items():
-            found.setdefault(name, []).append(end)
+            final.setdefault(name, []).append(end)
         histories = histories or runs
     return Outcome(
         measured=(
-            Measured("RoLoRA, excess loss", worst(found["RoLoRA"]), "<=", 1e-9),
-            Measured("FFA-LoRA, distance from its floor", worst(found[_FLOOR]), "<=", 1e-8),
-            Measured("FedAvg of both, excess loss", least(found["FedAvg"]), ">", 1e-7),
-            Measured("FedAvg of both, aggregation error", least(found["missed"]), ">", 1e-4),
-            Measured("the same, 20 steps of .02", least(found["FedAvg, step .02"]), ">", 1e-9),
-            Measured("RoLoRA, 1 step a round", worst(found["RoLoRA, 1 step"]), "<=", 1e-7),
-            Measured("FedAvg, 1 step a round", worst(found["FedAvg, 1 step"]), "<=", 1e-9),
-            Measured("its aggregation error", least(found["missed, 1 step"]), ">", 1e-4),
+            Measured("RoLoRA, excess loss", worst(final["RoLoRA"]), "<=", 1e-9),
+            Measured("FFA-LoRA, distance from its floor", worst(final[_FLOOR]), "<=", 1e-8),
+            Measured("FedAvg of both, excess loss", least(final["FedAvg"]), ">", 1e-7),
+            Measured("FedAvg of both, aggregation error", least(final["missed"]), ">", 1e-4),
+            Measured("the same, 20 steps of .02", least(final["FedAvg, step .02"]), ">", 1e-9),
+            Measured("RoLoRA, 1 step per round", worst(final["RoLoRA, 1 step"]), "<=", 1e-7),
+            Measured("FedAvg, 1 step per round", worst(final["FedAvg, 1 step"]), "<=", 1e-9),
+            Measured("its aggregation error", least(final["missed, 1 step"]), ">", 1e-4),
         ),
-        samples=f"{_ROUNDS} rounds of each method on {len(found['missed'])} federations",
+        samples=f"{_ROUNDS} rounds of each method on {len(final['missed'])} federations",
         curves={name: run.excess for name, run in histories.items()},
     )
 
@@ -91,7 +91,7 @@ def picture(outcome: Outcome) -> Figure:
 CHECK = Check(
     id="V3",
     title="alternation, freezing and FedAvg on a regressor",
-    claim="With 5 local steps a round on clients with different heads, alternation reaches the "
+    claim="With 5 local steps per round on clients with different heads, alternation reaches the "
     "best common model, a frozen A stays at ||bm||^2 delta0^2, and FedAvg of both factors stops at "
     "a small excess. With one local step FedAvg reaches it too, though its aggregation error is no "
     "smaller.",
@@ -100,7 +100,7 @@ CHECK = Check(
     assumptions="Population losses ||b_n* a*^T - b a^T||_F^2, plain gradient steps on a and b, no "
     "normalisation of a, b = 0 at the start, equal weights.",
     data="8 clients, d = 10, heads = a common unit vector + N(0, 1/d), sine .8, 400 rounds; "
-    "step .05, and .02 where there are 20 steps a round; seed 0",
+    "step .05, and .02 where there are 20 steps per round; seed 0",
     draw=draw,
     measure=measure,
     picture=picture,

@@ -21,7 +21,7 @@ _CLIENTS, _RANK, _D_OUT, _D_IN = 5, 4, 30, 25
 
 @dataclass(frozen=True)
 class Written:
-    """The same models twice: as trained, and with every client's factors turned."""
+    """The same models twice: as trained, and with every client's factors rotated."""
 
     plain: ClientFactors
     turned: ClientFactors
@@ -53,7 +53,7 @@ def shipped(clients: ClientFactors) -> Array:
 def measure(
     cases: Iterable[Written], product: Callable[[ClientFactors], Array] = shipped
 ) -> Outcome:
-    """Relative errors before and after the turns; the SVD of the mean product as the control."""
+    """Relative errors before and after the rotations; the SVD of the mean product as control."""
     growth, moved, steady, shown = [], [], [], {}
     for n, case in enumerate(cases):
         before, after = (
@@ -61,15 +61,15 @@ def measure(
             for clients in (case.plain, case.turned)
         )
         growth.append(after / before)
-        own = [clients.B @ clients.A for clients in (case.plain, case.turned)]
-        moved.append(relative(own[1], own[0]))
+        models = [clients.B @ clients.A for clients in (case.plain, case.turned)]
+        moved.append(relative(models[1], models[0]))
         plain, turned = (_exact(clients) for clients in (case.plain, case.turned))
         steady.append(relative(turned, plain))
         shown[f"seed {n}"] = {
             "mean of factors": before,
-            "mean of factors, turned": after,
+            "mean of factors, rotated": after,
             "product SVD": relative(plain, case.plain.mean_product),
-            "product SVD, turned": relative(turned, case.turned.mean_product),
+            "product SVD, rotated": relative(turned, case.turned.mean_product),
         }
     return Outcome(
         measured=(
@@ -96,7 +96,7 @@ CHECK = Check(
     id="V4",
     title="gauge dependence of FedAvg",
     claim="Rotating each client's factors by its own O_n, (B_n O_n, O_n^T A_n), changes no "
-    "client's model, but turns a small error of the mean of factors into one of the size of "
+    "client's model, but makes a small error of the mean of factors one of the size of "
     "the update.",
     source="ours",
     verdict="holds",

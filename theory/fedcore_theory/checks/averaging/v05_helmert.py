@@ -59,20 +59,20 @@ def measure(
     step: Callable[[ClientFactors], Round] = shipped,
 ) -> Outcome:
     """The contrasts against means and covariance, and what is shipped against both."""
-    found: dict[str, list[float]] = {}
+    all_errors: dict[str, list[float]] = {}
     curves: dict[str, dict[str, float]] = {}
     for case in cases:
         for name, clients in case.clients.items():
             errors = _errors(clients, reflection(clients.weights), step(clients))
             for what, error in errors.items():
-                found.setdefault(what, []).append(error)
+                all_errors.setdefault(what, []).append(error)
             curves.setdefault(name, errors)
     return Outcome(
         measured=tuple(
             Measured(what, worst(errors), "<=", 0 if what == _RANK else 1e-13)
-            for what, errors in found.items()
+            for what, errors in all_errors.items()
         ),
-        samples=f"{len(found[_RANK])} rounds of 4 kinds of weights",
+        samples=f"{len(all_errors[_RANK])} rounds of 4 kinds of weights",
         curves=curves,
     )
 

@@ -70,13 +70,13 @@ def gradients(factors: Factors, target: Array) -> Factors:
 
 def losses(start: Factors, trains: str, target: Array) -> Array:
     """The loss over gradient descent on the factors ``trains``, from ``start``."""
-    factors, found = dict(start), []
+    factors, curve = dict(start), []
     for _ in range(_STEPS + 1):
         residual = factors["B"] @ factors["R"] @ factors["A"] - target
-        found.append(0.5 * float((residual**2).sum()))
+        curve.append(0.5 * float((residual**2).sum()))
         steps = gradients(factors, target)
         factors |= {name: factors[name] - 0.1 * steps[name] for name in trains}
-    return np.array(found)
+    return np.array(curve)
 
 
 def zero_and_frozen(start: Factors, trains: str) -> bool:
@@ -129,7 +129,7 @@ def measure(
 
 
 def picture(outcome: Outcome) -> Figure:
-    """The loss over the steps, for the starts that tell most."""
+    """The loss over the steps, for the most instructive starts."""
     chosen = {
         "ce, trained: AR": "CE-LoRA start, A and R",
         "ce, trained: ARB": "CE-LoRA start, A, R, B",

@@ -40,13 +40,13 @@ def draw(seed: int) -> Case:
     clients, d_out, d_in, r = 6, 14, 11, 3
     B, right = (np.linalg.qr(random.standard_normal((d, r)))[0] for d in (d_out, d_in))
     A = np.ascontiguousarray(right.T)
-    held = TriClients(
+    adapters = TriClients(
         A=np.broadcast_to(A, (clients, r, d_in)),
         R=np.eye(r) + 0.3 * random.standard_normal((clients, r, r)),
         B=np.broadcast_to(B, (clients, d_out, r)),
         weights=random.dirichlet(np.ones(clients)),
     )
-    return Case(held, CommonBases(A, B), random.standard_normal((clients, d_out, d_in)))
+    return Case(adapters, CommonBases(A, B), random.standard_normal((clients, d_out, d_in)))
 
 
 def fed_sb(clients: TriClients, bases: CommonBases) -> Round:
@@ -78,10 +78,10 @@ def measure(
         clients, bases = case.clients, case.bases
         exact = clients.mean_product
         errors["mean"].append(_distance(mean(clients, bases).product, exact))
-        found = mixes(clients, bases).personal
+        personal = mixes(clients, bases).personal
         wanted = np.einsum("ij,jod->iod", _shares(clients.R), clients.products)
         errors["mixes"] += [
-            _distance(bases.B @ found[n]["R"] @ bases.A, wanted[n]) for n in range(len(wanted))
+            _distance(bases.B @ personal[n]["R"] @ bases.A, wanted[n]) for n in range(len(wanted))
         ]
         stepped = TriClients(
             A=clients.A,
@@ -110,8 +110,8 @@ def _shares(R: Array) -> Array:
     """``softmax_j(cos(R_i - I, R_j - I) / temperature)``, entry by entry."""
     moves = (R - np.eye(R.shape[1])).reshape(len(R), -1)
     lengths = np.linalg.norm(moves, axis=1)
-    found = np.exp(moves @ moves.T / np.outer(lengths, lengths) / TEMPERATURE)
-    return np.asarray(found / found.sum(1, keepdims=True))
+    exponentials = np.exp(moves @ moves.T / np.outer(lengths, lengths) / TEMPERATURE)
+    return np.asarray(exponentials / exponentials.sum(1, keepdims=True))
 
 
 def _distance(found: Array, exact: Array) -> float:
@@ -140,7 +140,7 @@ CHECK = Check(
     "by P_B g P_A: B (B^T g A^T) A = P_B g P_A.",
     source="ours; exact averaging of cores is the point of Fed-SB, arXiv 2502.15436",
     verdict="holds",
-    assumptions="All clients hold the same bases to the bit; for the step, orthonormal ones.",
+    assumptions="All clients hold identical bases, bit for bit; for the step, orthonormal ones.",
     data="6 clients, 14 x 11, rank 3, cores I + 0.3 N(0, 1), Dirichlet(1) weights; seeds 0 to 4",
     draw=draw,
     measure=measure,

@@ -47,8 +47,8 @@ def draw(seed: int) -> Case:
 def uniform_mixes(clients: TriClients) -> Array:
     """CE-LoRA at a temperature at which everyone gets the plain mean, between its own bases."""
     method = CELoRA(lam=0.0, temperature=1e18)
-    found = server_round(method, clients.uploads, clients.weights).personal
-    cores = np.stack([found[n]["R"] for n in range(len(clients.R))])
+    personal = server_round(method, clients.uploads, clients.weights).personal
+    cores = np.stack([personal[n]["R"] for n in range(len(clients.R))])
     return np.asarray(clients.B @ cores @ clients.A)
 
 
@@ -96,8 +96,8 @@ CHECK = Check(
     id="C3",
     title="cores between private bases",
     claim="If clients keep bases of their own, the mean of their cores is not the mean of their "
-    "models; the error grows with the drift of the bases, and turning each client's factors, which "
-    "changes no model, makes it about 1 whatever the drift.",
+    "models; the error grows with the drift of the bases, and rotating each client's factors, "
+    "which changes no model, makes it about 1 whatever the drift.",
     source="ours, on the averaging of cores in CE-LoRA, arXiv 2503.23869",
     verdict="holds",
     assumptions="Bases common + drift x Gaussian of entries with variance 1/64; the comparison is "

@@ -35,13 +35,13 @@ def measure(cases: Iterable[Case], model: Projected = shipped) -> Outcome:
         for drift in DRIFTS:
             clients = case.clients[drift]
             exact = clients.mean_product
-            found = model(clients, case.bases)
+            product = model(clients, case.bases)
             left, right = _projector(case.bases.B), _projector(case.bases.A.T)
-            formula.append(relative(found, left @ exact @ right))
-            projected.append(relative(found, exact))
+            formula.append(relative(product, left @ exact @ right))
+            projected.append(relative(product, exact))
             unprojected.append(np.mean([relative(one, exact) for one in uniform_mixes(clients)]))
             gauges = (case.rotated[drift], _stretched(clients, seed))
-            changed += [relative(model(other, case.bases), found) for other in gauges]
+            changed += [relative(model(other, case.bases), product) for other in gauges]
         try:
             model(clients, CommonBases(case.bases.A, np.zeros_like(case.bases.B)))
             taken += 1

@@ -42,14 +42,14 @@ def nothing(clients: TriClients) -> TriClients:
 
 def cores(clients: TriClients) -> TriClients:
     """CE-LoRA at equal weights."""
-    found = server_round(_EVERYONE_ALIKE, clients.uploads, clients.weights)
-    return replace(clients, R=np.stack([found.personal[n]["R"] for n in sorted(found.personal)]))
+    result = server_round(_EVERYONE_ALIKE, clients.uploads, clients.weights)
+    return replace(clients, R=np.stack([result.personal[n]["R"] for n in sorted(result.personal)]))
 
 
 def input_bases(clients: TriClients) -> TriClients:
     """A averaged, as FedSA-LoRA does; cores and B stay private."""
-    found = server_round("fedsa", {"A": clients.A, "B": clients.B}, clients.weights)
-    return replace(clients, A=_common(found.factors["A"], clients.A))
+    result = server_round("fedsa", {"A": clients.A, "B": clients.B}, clients.weights)
+    return replace(clients, A=_common(result.factors["A"], clients.A))
 
 
 def everything(clients: TriClients) -> TriClients:
@@ -62,8 +62,8 @@ def everything(clients: TriClients) -> TriClients:
 def between_frozen_bases(clients: TriClients) -> TriClients:
     """Fed-SB."""
     previous = {"A": clients.A[0], "B": clients.B[0]}
-    found = server_round("fed_sb", clients.uploads, clients.weights, previous)
-    return replace(clients, R=_common(found.factors["R"], clients.R))
+    result = server_round("fed_sb", clients.uploads, clients.weights, previous)
+    return replace(clients, R=_common(result.factors["R"], clients.R))
 
 
 SHARED: Mapping[str, Exchange] = {
@@ -77,7 +77,7 @@ SHARED: Mapping[str, Exchange] = {
 
 def measure(cases: Iterable[Case], shared: Mapping[str, Exchange] = SHARED) -> Outcome:
     """The clients' final errors by what they share, averaged over seeds."""
-    found: dict[str, dict[float, list[float]]] = {
+    errors: dict[str, dict[float, list[float]]] = {
         name: {private: [] for private in PRIVATE} for name in shared
     }
     seeds = 0
@@ -86,8 +86,10 @@ def measure(cases: Iterable[Case], shared: Mapping[str, Exchange] = SHARED) -> O
         for private, problem in case.items():
             for name, exchange in shared.items():
                 frozen = "frozen" in name
-                found[name][private].append(problem.error(train(problem, exchange, frozen)))
-    mean = {name: {p: float(np.mean(v)) for p, v in own.items()} for name, own in found.items()}
+                errors[name][private].append(problem.error(train(problem, exchange, frozen)))
+    mean = {
+        name: {p: float(np.mean(v)) for p, v in by_size.items()} for name, by_size in errors.items()
+    }
     alone, core, every = mean["nothing"], mean["R"], mean["A, B and R"]
     gaps = [abs(core[private] - alone[private]) for private in PRIVATE]
     return Outcome(
@@ -108,15 +110,15 @@ def measure(cases: Iterable[Case], shared: Mapping[str, Exchange] = SHARED) -> O
 
 def train(problem: Regression, exchange: Exchange, frozen: bool) -> TriClients:
     """Gradient descent on the factors that train, with an exchange after every round."""
-    held = problem.common_bases() if frozen else problem.start
+    clients = problem.common_bases() if frozen else problem.start
     for _ in range(ROUNDS):
         for _ in range(STEPS):
-            step_A, step_R, step_B = problem.gradients(held)
-            held = replace(held, R=held.R - RATE * step_R)
+            step_A, step_R, step_B = problem.gradients(clients)
+            clients = replace(clients, R=clients.R - RATE * step_R)
             if not frozen:
-                held = replace(held, A=held.A - RATE * step_A, B=held.B - RATE * step_B)
-        held = exchange(held)
-    return held
+                clients = replace(clients, A=clients.A - RATE * step_A, B=clients.B - RATE * step_B)
+        clients = exchange(clients)
+    return clients
 
 
 def _common(factor: Array, stack: Array) -> Array:
@@ -137,7 +139,7 @@ CHECK = Check(
     source="ours",
     verdict="holds",
     assumptions="This toy: least squares, 24 examples for 24 inputs, gradient descent, the plain "
-    "mean of cores. CE-LoRA's own setting (pretrained encoders, weights by likeness) differs.",
+    "mean of cores. CE-LoRA's own setting (pretrained encoders, weights by similarity) differs.",
     data="10 clients, 24 x 24, targets of rank 4 in common plus 0 / 0.3 / 1 times private ones of "
     "rank 2, noise 0.3, rank-4 adapters, 80 rounds of 5 steps of 0.01; seeds 0 to 3",
     draw=draw,

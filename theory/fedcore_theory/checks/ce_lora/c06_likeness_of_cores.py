@@ -1,4 +1,4 @@
-"""What linear CKA of cores can and cannot tell, beside the cosine of their moves."""
+"""What linear CKA of cores shows and what it cannot show, beside the cosine of their moves."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def measure(
 ) -> Outcome:
     """Laws on random cores, then what unrelated pairs look like."""
     law, left, mirror, odd = [], [], [], []
-    found: dict[str, list[float]] = {"far": [], "near": [], "near, cosine": [], "far, centred": []}
+    scores: dict[str, list[float]] = {"far": [], "near": [], "near, cosine": [], "far, centred": []}
     for random in cases:
         eye = np.eye(SIZE)
         X, Y = random.standard_normal((2, SIZE, SIZE))
@@ -60,12 +60,12 @@ def measure(
         odd.append(float(np.abs(still - np.array([[1, 0, 0], [0, 1, 1], [0, 1, 1]])).max()))
         far = random.standard_normal((2 * PAIRS, SIZE, SIZE))
         near = 0.1 * random.standard_normal((2 * PAIRS, SIZE, SIZE))
-        found["far"] += _pairs(cka(far))
-        found["far, centred"] += _pairs(cka(far - far.mean(1, keepdims=True)))
-        found["near"] += _pairs(cka(eye + near))
-        found["near, cosine"] += _pairs(cosine(near))
-    mean = {name: float(np.mean(values)) for name, values in found.items()}
-    above = float(np.mean(np.array(found["near"]) > 0.75))
+        scores["far"] += _pairs(cka(far))
+        scores["far, centred"] += _pairs(cka(far - far.mean(1, keepdims=True)))
+        scores["near"] += _pairs(cka(eye + near))
+        scores["near, cosine"] += _pairs(cosine(near))
+    mean = {name: float(np.mean(values)) for name, values in scores.items()}
+    above = float(np.mean(np.array(scores["near"]) > 0.75))
     return Outcome(
         measured=(
             Measured("mean CKA of unrelated Gaussian 8 x 8", mean["far"], "within", (0.475, 0.505)),
@@ -78,10 +78,10 @@ def measure(
             Measured("cosine of a move and its opposite", worst(mirror), "<=", -1 + 1e-12),
             Measured("error of the cosine where cores did not move", worst(odd), "<=", 1e-12),
         ),
-        samples=f"{len(found['far']):,} pairs of each kind",
+        samples=f"{len(scores['far']):,} pairs of each kind",
         excludes="the means are known to 0.004 (one standard error) from 500 pairs; their "
         "intervals leave more than three",
-        curves=found,
+        curves=scores,
     )
 
 
@@ -109,7 +109,7 @@ def picture(outcome: Outcome) -> Figure:
 
 CHECK = Check(
     id="C6",
-    title="likeness of cores",
+    title="similarity of cores",
     claim="Linear CKA of cores, ||Y^T X||^2 / (||X^T X|| ||Y^T Y||), is 1 on equal ones, "
     "symmetric, and blind to scale, sign and rotations from the right; unrelated cores near the "
     "identity have 0.87. The cosine of R - I is 0 for unrelated moves and -1 for opposite ones.",
@@ -124,5 +124,5 @@ CHECK = Check(
     derivation="E<X X^T, Y Y^T> = r^3 and E||X X^T||^2 = r^2 (2 r + 1) give r/(2 r + 1) = 0.47 at "
     "r = 8 to first order; the mean of the ratio is 0.49. Centred columns give 0.52.",
     finding="On cores near the identity CKA says 0.87 whether clients have anything in common or "
-    "not, and cannot tell a client from its opposite; the cosine of what moved can.",
+    "not, and cannot distinguish a client from its opposite; the cosine of what moved can.",
 )

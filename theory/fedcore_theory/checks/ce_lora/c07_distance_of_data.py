@@ -45,10 +45,10 @@ def measure(
 
     for seed, clients in enumerate(cases):
         random = np.random.default_rng(seed)
-        found = distances(clients)
-        D = np.sqrt(np.maximum(found, 0))
-        note("symmetric", float(np.abs(found - found.T).max()))
-        note("zero to itself", float(np.abs(found.diagonal()).max()))
+        squared = distances(clients)
+        D = np.sqrt(np.maximum(squared, 0))
+        note("symmetric", float(np.abs(squared - squared.T).max()))
+        note("zero to itself", float(np.abs(squared.diagonal()).max()))
         note("triangle", *(D[i, k] - D[i, j] - D[j, k] for i, j, k in permutations(range(5), 3)))
         half = random.standard_normal(SIZE)
         line = [replace(clients[0], means=clients[0].means + k * half) for k in range(3)]
@@ -67,17 +67,18 @@ def measure(
             ]
         )
         note(
-            "common shift, order of coordinates", *np.abs([moved - found, swapped - found]).ravel()
+            "common shift, order of coordinates",
+            *np.abs([moved - squared, swapped - squared]).ravel(),
         )
         wide = [replace(c, means=3 * c.means, deviations=3 * c.deviations) for c in clients]
-        note("square of the scale", *np.abs(distances(wide) - 9 * found).ravel())
-        note("linear programs", abs(float(found[0, 1]) - _by_programs(clients[0], clients[1])))
+        note("square of the scale", *np.abs(distances(wide) - 9 * squared).ravel())
+        note("linear programs", abs(float(squared[0, 1]) - _by_programs(clients[0], clients[1])))
         first, second = (_mixture(random, 1, 1) for _ in range(2))
         note(
             "single Gaussians",
             abs(float(distances([first, second])[0, 1]) - _w2(first, second, 0, 0)),
         )
-    apart = float(np.min(found[np.triu_indices(5, 1)]))
+    apart = float(np.min(squared[np.triu_indices(5, 1)]))
     return Outcome(
         measured=(
             Measured("triangle: largest D_ik - D_ij - D_jk", worst(laws["triangle"]), "<=", 1e-9),

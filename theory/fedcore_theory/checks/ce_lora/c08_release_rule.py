@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Fit = Callable[[Tensor, Tensor, int, int], Mapping[str, Tensor]]
-"""Features, labels, seed and examples behind each component at least, to what is told."""
+"""Features, labels, seed and examples behind each component at least, to what is sent."""
 
 SIZES = (2, 3, 9, 10, 15, 20, 30, 60)
 """Examples of a class."""
@@ -33,51 +33,53 @@ def draw(seed: int) -> dict[int, Array]:
 
 
 def measure(cases: Iterable[Mapping[int, Array]], fit: Fit = fit_class_mixtures) -> Outcome:
-    """How near what is told comes to an example, with and without the rule."""
-    told: list[float] = []
+    """How near the statistics sent come to an example, with and without the rule."""
+    reproduced: list[float] = []
     open_: dict[int, list[float]] = {size: [] for size in SIZES}
-    kept: dict[int, list[float]] = {size: [] for size in SIZES}
+    guarded: dict[int, list[float]] = {size: [] for size in SIZES}
     wrong = below = seeds = 0
     for case in cases:
         for size, features in case.items():
-            found = _means(fit, features, seeds, 1)
-            open_[size].append(_nearest(found, features))
+            means = _means(fit, features, seeds, 1)
+            open_[size].append(_nearest(means, features))
             if size <= 3:
-                told.append(float(_distances(found, features).min(1).max()))
+                reproduced.append(float(_distances(means, features).min(1).max()))
             released = _means(fit, features, seeds, LEAST)
             wrong += len(released) > min(3, size // LEAST)
             below += len(released) if size < LEAST else 0
             if len(released):
-                kept[size].append(_nearest(released, features))
+                guarded[size].append(_nearest(released, features))
         seeds += 1
-    nearest = [value for values in kept.values() for value in values]
+    nearest = [value for values in guarded.values() for value in values]
     return Outcome(
         measured=(
-            Measured("distance of a told mean to an example, 3 or fewer", worst(told), "<=", 1e-6),
-            Measured("components told of classes below the least size", below, "<=", 0),
+            Measured(
+                "distance of a sent mean to an example, 3 or fewer", worst(reproduced), "<=", 1e-6
+            ),
+            Measured("components sent of classes below the least size", below, "<=", 0),
             Measured("classes with more components than the rule allows", wrong, "<=", 0),
             Measured("smallest distance, ten behind each component", least(nearest), ">", 0.1),
         ),
-        samples=f"{seeds} clients with classes of {len(SIZES)} sizes, {len(nearest)} of which told "
+        samples=f"{seeds} clients with classes of {len(SIZES)} sizes, {len(nearest)} of which sent "
         "something",
         curves={
             "open": {size: least(values) for size, values in open_.items()},
-            "kept": {size: least(values) for size, values in kept.items() if values},
+            "kept": {size: least(values) for size, values in guarded.items() if values},
         },
     )
 
 
 def _means(fit: Fit, features: Array, seed: int, smallest: int) -> Array:
-    """``(G, D)``, none where nothing is told."""
+    """``(G, D)``, none where nothing is sent."""
     labels = torch.zeros(len(features), dtype=torch.int64)
-    told = fit(torch.from_numpy(features), labels, seed, smallest)
-    return np.zeros((0, features.shape[1])) if not told else told["means"].double().numpy()
+    mixtures = fit(torch.from_numpy(features), labels, seed, smallest)
+    return np.zeros((0, features.shape[1])) if not mixtures else mixtures["means"].double().numpy()
 
 
 def _distances(means: Array, features: Array) -> Array:
     """``(G, n)`` in standard deviations of a feature."""
-    found = np.linalg.norm(means[:, None] - features, axis=2)
-    return np.asarray(found / np.sqrt(features.shape[1]))
+    lengths = np.linalg.norm(means[:, None] - features, axis=2)
+    return np.asarray(lengths / np.sqrt(features.shape[1]))
 
 
 def _nearest(means: Array, features: Array) -> float:
@@ -85,7 +87,7 @@ def _nearest(means: Array, features: Array) -> float:
 
 
 def picture(outcome: Outcome) -> Figure:
-    """The nearest example to any mean that is told, of all seeds, over the size of the class."""
+    """The nearest example to any mean that is sent, of all seeds, over the size of the class."""
     lines = [
         Line(label, list(outcome.curves[key]), list(outcome.curves[key].values()))
         for key, label in (("open", "one example suffices"), ("kept", "ten for each component"))
@@ -103,7 +105,7 @@ CHECK = Check(
     title="release rule",
     claim="Three components fitted to three examples of a class are these examples. With at most "
     "min(3, floor(n / 10)) components, each resting on 10 examples or more by its "
-    "responsibilities, nothing is told of a class below 10 examples and no mean is an example.",
+    "responsibilities, nothing is sent of a class below 10 examples and no mean is an example.",
     source="ours; three components for a class and their start are from CE-LoRA's released code",
     verdict="holds",
     assumptions="Statistics travel in single precision, which is all that hides the examples.",

@@ -1,4 +1,4 @@
-"""Soft rotations turn every plane part of the way, and never the client's model."""
+"""Soft rotations rotate every plane part of the way and never change the client's model."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ class Turned:
 
     Attributes:
         basis: ``(6, 6)`` orthogonal; its columns span three planes.
-        angles: ``(3,)`` by which they are turned.
+        angles: ``(3,)`` by which they are rotated.
         A, B: ``(4, 30)`` and ``(20, 4)`` the reference.
-        turn: ``(4, 4)`` of determinant +1, by which the client's factors are turned.
+        gauge: ``(4, 4)`` of determinant +1, by which the client's factors are rotated.
         noise: ``(4, 30)`` and ``(20, 4)``, what else it changed.
     """
 
@@ -44,7 +44,7 @@ class Turned:
     angles: Array
     A: Array
     B: Array
-    turn: Array
+    gauge: Array
     noise: tuple[Array, Array]
 
     def rotation(self, angles: Array) -> Array:
@@ -55,20 +55,20 @@ class Turned:
     @property
     def own(self) -> tuple[Array, Array]:
         """The client's A and B."""
-        return self.turn @ (self.A + self.noise[0]), (self.B + self.noise[1]) @ self.turn.T
+        return self.gauge @ (self.A + self.noise[0]), (self.B + self.noise[1]) @ self.gauge.T
 
 
 def draw(seed: int) -> Turned:
     """Angles below 3 in three planes of R^6; one client of a 20 x 30 weight at rank 4."""
     random = np.random.default_rng(seed)
-    turn = orthogonal(random, 4)
-    turn[0] *= np.sign(np.linalg.det(turn))
+    gauge = orthogonal(random, 4)
+    gauge[0] *= np.sign(np.linalg.det(gauge))
     return Turned(
         orthogonal(random, 6),
         random.uniform(-3, 3, 3),
         random.standard_normal((4, 30)),
         random.standard_normal((20, 4)),
-        turn,
+        gauge,
         (0.05 * random.standard_normal((4, 30)), 0.05 * random.standard_normal((20, 4))),
     )
 
@@ -95,14 +95,14 @@ def measure(cases: Iterable[Turned], soft: Soft = shipped, send: Send = upload) 
         whole = case.rotation(case.angles)
         mirrored = whole @ np.diag([-1.0, 1, 1, 1, 1, 1])
         for strength in STRENGTHS:
-            found = soft(whole, strength)
+            softened = soft(whole, strength)
             part = np.arctan2(
                 strength * np.sin(case.angles), 1 - strength + strength * np.cos(case.angles)
             )
-            angles.append(float(np.abs(found - case.rotation(part)).max()))
-            commuting.append(float(np.abs(found @ whole - whole @ found).max()))
+            angles.append(float(np.abs(softened - case.rotation(part)).max()))
+            commuting.append(float(np.abs(softened @ whole - whole @ softened).max()))
             limit = 2 * strength * np.linalg.norm(whole - np.eye(6))
-            lengths.append(float(np.linalg.norm(found - np.eye(6)) - limit))
+            lengths.append(float(np.linalg.norm(softened - np.eye(6)) - limit))
             signs.append(float(np.linalg.det(soft(mirrored, strength))))
         jumps.append((_towards(mirrored, 0.4), _towards(mirrored, 0.6)))
         apart.append([])
@@ -128,7 +128,7 @@ def measure(cases: Iterable[Turned], soft: Soft = shipped, send: Send = upload) 
             Measured("the same at .6", worst(j[1] for j in jumps), "<=", -1 + 1e-12),
             Measured("change of the client's product, relative", worst(products), "<=", 1e-12),
             Measured(
-                "distance to the reference, turned over as it was",
+                "distance to the reference, rotated / as it was",
                 worst(distances[:, -1] / distances[:, 0]),
                 "<=",
                 0.2,
@@ -164,15 +164,15 @@ def picture(outcome: Outcome) -> Figure:
 CHECK = Check(
     id="FR",
     title="soft rotations",
-    claim="O = polar((1 - lam) I + lam O*) turns a plane that O* turns by t by atan2(lam sin t, "
-    "1 - lam + lam cos t), commutes with O*, and is at most 2 lam ||O* - I|| from I. O* has "
-    "determinant +1: on the way to a reflection O would jump from a rotation to a reflection at "
-    "lam = 1/2. B_n O O^T A_n = B_n A_n.",
+    claim="O = polar((1 - lam) I + lam O*) rotates a plane that O* rotates by t by "
+    "atan2(lam sin t, 1 - lam + lam cos t), commutes with O*, and is at most 2 lam ||O* - I|| "
+    "from I. O* has determinant +1: on the way to a reflection O would jump from a rotation to a "
+    "reflection at lam = 1/2. B_n O O^T A_n = B_n A_n.",
     source="FedRot-LoRA, arXiv 2602.23638; the bound is known to us from secondary summaries "
     "only; angles, commutation and the jump are ours",
     verdict="holds",
-    assumptions="No plane is turned by exactly pi when lam = 1/2.",
-    data="Three planes of R^6, angles uniform in (-3, 3); a client of 20 x 30 at rank 4 turned "
+    assumptions="No plane is rotated by exactly pi when lam = 1/2.",
+    data="Three planes of R^6, angles uniform in (-3, 3); a client of 20 x 30 at rank 4 rotated "
     "by a Haar rotation, plus .05 N(0, 1); strengths 0 to 1; seeds 0 to 9",
     draw=draw,
     measure=measure,

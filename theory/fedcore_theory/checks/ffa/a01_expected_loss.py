@@ -51,10 +51,10 @@ def shipped(frozen: Array, wanted: Array) -> Array:
 
     ``b_n = (a^T Sig_n a* / a^T Sig_n a) b*``; the draws are the rows of one ``B``.
     """
-    own = (frozen * wanted).sum(-1) / (frozen**2).sum(-1)
-    clients = own.shape[1]
+    solutions = (frozen * wanted).sum(-1) / (frozen**2).sum(-1)
+    clients = solutions.shape[1]
     one = np.ones((clients, 1, 1))
-    result = server_round("ffa", {"A": one, "B": own.T[:, :, None]}, previous={"A": one[0]})
+    result = server_round("ffa", {"A": one, "B": solutions.T[:, :, None]}, previous={"A": one[0]})
     return np.asarray(result.factors["B"][:, 0])
 
 
@@ -85,7 +85,7 @@ def measure(
             Measured("standard errors, price of averaging over pooling", worst(gaps), "<=", 5),
         ),
         samples=f"{_DRAWS:,} federations of each of {len(scores)} sizes",
-        excludes="a true formula fails with probability 6e-7 a number (5 standard errors); the "
+        excludes="a true formula fails with probability 6e-7 per number (5 standard errors); the "
         "losses have four moments only just, so tails are somewhat heavier than the normal's",
         curves=curves,
     )

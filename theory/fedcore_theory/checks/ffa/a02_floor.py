@@ -82,9 +82,9 @@ def measure(
         for frozen, low in zip(case.frozen[:_FEDERATED], floors[:_FEDERATED], strict=True):
             left = ((mean - product(case.wanted, case.weights, frozen)) ** 2).sum()
             gaps.append(float(abs(left - low) / low))
-        found = np.asarray(floors / (mean**2).sum())
-        scores.append(abs(standard_errors(found, expected)))
-        ratios.append(found)
+        shares = np.asarray(floors / (mean**2).sum())
+        scores.append(abs(standard_errors(shares, expected)))
+        ratios.append(shares)
     return Outcome(
         measured=(
             Measured(
@@ -94,7 +94,7 @@ def measure(
         ),
         samples=f"{_DRAWS:,} random A for each of {len(scores)} targets, {_FEDERATED} of them with "
         "a federation",
-        excludes="a true mean fails with probability 6e-7 a target (5 standard errors)",
+        excludes="a true mean fails with probability 6e-7 per target (5 standard errors)",
         curves={"floors": np.concatenate(ratios), "expected": expected},
     )
 

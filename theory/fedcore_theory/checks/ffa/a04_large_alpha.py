@@ -83,18 +83,18 @@ def measure(
 
 
 def _train(case: Clients, name: str, alpha: float, gradients: Gradients, size: float) -> Array:
-    """``s B A`` after every round, ``(T, d_out, d_in)``; one local step a round."""
+    """``s B A`` after every round, ``(T, d_out, d_in)``; one local step per round."""
     method, s = create_method(name), alpha / _RANK
     A, B = case.A, np.zeros((6, _RANK))
-    found = []
+    products = []
     for _ in range(_ROUNDS):
         slope_A, slope_B = gradients(A, B, case.targets, s)
         # The server's factors have absorbed s; the client divides it out again.
         uploads = {"A": A - size * slope_A, "B": s * (B - size * slope_B)}
         result = server_round(method, uploads, previous={"A": A, "B": s * B})
         A, B = result.factors["A"], result.factors["B"] / s
-        found.append(result.product)
-    return np.stack(found)
+        products.append(result.product)
+    return np.stack(products)
 
 
 def picture(outcome: Outcome) -> Figure:
@@ -110,7 +110,7 @@ CHECK = Check(
     source="ours; FFA-LoRA, arXiv 2403.12313, is said to state such a limit, its text was not "
     "available to us",
     verdict="holds",
-    assumptions="Plain gradient steps, one a round, s = alpha/r; a fixed number of rounds.",
+    assumptions="Plain gradient steps, one per round, s = alpha/r; a fixed number of rounds.",
     data="3 clients with Gaussian targets, 6 x 7, rank 2, 20 rounds, eta0 .02, alpha 10, 20, 40, "
     "80; seeds 0 to 2",
     draw=draw,

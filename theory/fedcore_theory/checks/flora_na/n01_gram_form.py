@@ -67,8 +67,8 @@ def measure(
         gram.append(abs(_value(build(clients), at) / dense - 1))
         pairs.append(abs(_sum_over_pairs(clients, at) / dense - 1))
         entries = base * (clients.mean_product - combined(clients, at))
-        own = _value(build_weighted(clients, base), at)
-        weighted.append(abs(own / float(np.square(entries).sum()) - 1))
+        value = _value(build_weighted(clients, base), at)
+        weighted.append(abs(value / float(np.square(entries).sum()) - 1))
     return Outcome(
         measured=(
             Measured("relative difference, Gram form against dense", worst(gram), "<=", 1e-10),
@@ -93,7 +93,7 @@ def _sum_over_pairs(clients: ClientFactors, at: Coefficients) -> float:
 
 def picture(outcome: Outcome) -> Figure:
     """How far each form is from the dense one."""
-    shown = {name: np.maximum(found, 1e-17) for name, found in outcome.curves.items()}
+    shown = {name: np.maximum(differences, 1e-17) for name, differences in outcome.curves.items()}
     return histogram(
         shown, "relative difference from the dense form", marks={"allowed": 1e-10}, log_x=True
     )

@@ -46,13 +46,13 @@ def measure(
         }
         for form, (objective, entries) in forms.items():
             pairs = zip(slopes(objective, at), _differences(clients, at, entries), strict=True)
-            for name, (own, right) in zip("pq", pairs, strict=True):
-                error = float(np.linalg.norm(own - right) / np.linalg.norm(right))
+            for name, (slope, right) in zip("pq", pairs, strict=True):
+                error = float(np.linalg.norm(slope - right) / np.linalg.norm(right))
                 errors.setdefault(f"gradient in {name}{form}", []).append(error)
     return Outcome(
         measured=tuple(
-            Measured(f"relative error, {name}", worst(found), "<=", 1e-6)
-            for name, found in errors.items()
+            Measured(f"relative error, {name}", worst(values), "<=", 1e-6)
+            for name, values in errors.items()
         ),
         samples=f"{len(errors['gradient in p'])} random points of as many rounds",
         curves=errors,

@@ -80,9 +80,9 @@ def measure(
         half_steps += len(values) - 1
         curves.setdefault(name, [value / size for value in values])
 
-        found = fit(clients)
-        error = float(np.square(clients.mean_product - found.product).sum())
-        off.append(abs(_reported(found) - error) / size)
+        fitted = fit(clients)
+        error = float(np.square(clients.mean_product - fitted.product).sum())
+        off.append(abs(_reported(fitted) - error) / size)
         above.append((error - values[0]) / size)
         below.append((tail(clients) ** 2 - error) / size)
         isotropic.append(_isotropic_share(objective, clients))
@@ -109,13 +109,13 @@ def _descend(objective: PairObjective, at: Coefficients, sweep: Sweep) -> tuple[
 
     values, residuals = [value(at)], []
     for _ in range(_SWEEPS):
-        found = sweep(objective, at)
-        values += [value(Coefficients(found.p, at.q)), value(found)]
-        p, q = start(objective, found)
+        swept = sweep(objective, at)
+        values += [value(Coefficients(swept.p, at.q)), value(swept)]
+        p, q = start(objective, swept)
         wanted = p @ objective.cross
         left = apply(objective.right_curvature(p), q) - wanted
         residuals.append(float(left.norm() / wanted.norm()))
-        at = found
+        at = swept
     return values, worst(residuals)
 
 

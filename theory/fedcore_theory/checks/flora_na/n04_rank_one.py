@@ -38,8 +38,8 @@ def draw(seed: int) -> dict[str, ClientFactors]:
 
 def shipped_product(clients: ClientFactors) -> Array:
     """The method's aggregate."""
-    found = server_round("flora_na", {"A": clients.A, "B": clients.B}, clients.weights)
-    return found.product
+    result = server_round("flora_na", {"A": clients.A, "B": clients.B}, clients.weights)
+    return result.product
 
 
 def isotropic(clients: ClientFactors) -> Coefficients:
@@ -58,12 +58,12 @@ def measure(
     heights: dict[str, dict[str, float]] = {}
     for name, clients in (one for case in cases for one in case.items()):
         best, size = tail(clients) ** 2, squared_size(clients)
-        found = float(np.square(clients.mean_product - fit(clients)).sum())
+        error = float(np.square(clients.mean_product - fit(clients)).sum())
         formula = squared_error(clients, closed_form(clients))
         means = squared_error(clients, Coefficients(clients.weights, clients.weights))
-        fitted.append(abs(found / best - 1))
+        fitted.append(abs(error / best - 1))
         closed.append(abs(formula / best - 1))
-        parts = {"FedAvg": means, "fit": found, "closed form": formula, "SVD": best}
+        parts = {"FedAvg": means, "fit": error, "closed form": formula, "SVD": best}
         heights.setdefault(name, {part: value / size for part, value in parts.items()})
     return Outcome(
         measured=(

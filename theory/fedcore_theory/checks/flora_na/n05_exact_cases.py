@@ -69,10 +69,10 @@ def measure(cases: Iterable[Mapping[str, ClientFactors]], solve: Solve = nearest
             if name == "equal clients":
                 moved += [float(np.abs(side - clients.weights).max()) for side in point]
             uploads = {"A": clients.A, "B": clients.B}
-            found = server_round("flora_na", uploads, clients.weights).product
-            apart.append(float(np.square(clients.mean_product - found).sum()) / size - share)
-            own = {"FedAvg": squared_error(clients, means) / size, "nearest": share}
-            heights.setdefault(name, own)
+            product = server_round("flora_na", uploads, clients.weights).product
+            apart.append(float(np.square(clients.mean_product - product).sum()) / size - share)
+            shares = {"FedAvg": squared_error(clients, means) / size, "nearest": share}
+            heights.setdefault(name, shares)
     return Outcome(
         measured=(
             Measured("f / ||M||^2, cases said to be exact", worst(exact), "<=", 1e-12),
@@ -96,7 +96,7 @@ CHECK = Check(
     id="N5",
     title="exact cases, and one that is not",
     claim="The least f is 0 for one client, equal clients (where p = q = w), a factor common up to "
-    "a scale a client, and equal products in different gauges. That M has rank r is not enough.",
+    "a scale per client, and equal products in different gauges. That M has rank r is not enough.",
     source="ours; the problem is FLoRA-NA's, arXiv 2509.26399",
     verdict="holds",
     assumptions="Equal ranks.",

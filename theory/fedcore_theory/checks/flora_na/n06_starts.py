@@ -70,11 +70,11 @@ def measure(cases: Iterable[Sequence[Batch]], fit: Fit = shipped) -> Outcome:
     for batch in (one for case in cases for one in case):
         objective, size = batch.objective, batch.objective.target
         ends = alternate(objective, batch.p, batch.q, sweeps=200, tolerance=1e-8).value
-        own, means = fit(objective), from_the_means(objective)
-        best = torch.minimum(torch.minimum(ends.amin(-1), means), own)
-        ways = (own, means, ends[:, 0])
-        for name, found in zip(excess, ways, strict=True):
-            excess[name] += ((found - best) / size).tolist()
+        fitted, means = fit(objective), from_the_means(objective)
+        best = torch.minimum(torch.minimum(ends.amin(-1), means), fitted)
+        ways = (fitted, means, ends[:, 0])
+        for name, reached in zip(excess, ways, strict=True):
+            excess[name] += ((reached - best) / size).tolist()
     arrays = {name: np.array(values) for name, values in excess.items()}
     count = len(arrays["three starts"])
     missed = {name: float(np.mean(~(values <= _SAME))) for name, values in arrays.items()}

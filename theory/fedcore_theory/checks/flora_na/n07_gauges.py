@@ -67,7 +67,7 @@ def _rotated(random: Random, shape: Shape) -> ClientFactors:
 
 
 def aligned(clients: ClientFactors) -> Array:
-    """The method's aggregate after it turned the clients into one gauge."""
+    """The method's aggregate after it aligned the clients to one gauge."""
     uploads = {"A": clients.A, "B": clients.B}
     return server_round(FloraNA(align=True), uploads, clients.weights).product
 
@@ -112,17 +112,19 @@ def measure(cases: Iterable[Gauges], solve: Solve = nearest, align: Product = al
         )
         for name, clients in case.rotated.items():
             size, floor = np.sqrt(squared_size(clients)), tail(clients)
-            own = float(np.linalg.norm(clients.mean_product - combined(clients, solve(clients))))
-            found = float(np.linalg.norm(clients.mean_product - align(clients)))
-            turned.append(own / floor)
-            cured.append(found / floor)
-            parts = {"as they are": own, "aligned": found, "SVD": floor}
+            plain_error = float(
+                np.linalg.norm(clients.mean_product - combined(clients, solve(clients)))
+            )
+            aligned_error = float(np.linalg.norm(clients.mean_product - align(clients)))
+            turned.append(plain_error / floor)
+            cured.append(aligned_error / floor)
+            parts = {"as they are": plain_error, "aligned": aligned_error, "SVD": floor}
             heights.setdefault(name, {key: value / size for key, value in parts.items()})
     return Outcome(
         measured=(
             *(
-                Measured(f"change: {name}", worst(found), "<=", 1e-9)
-                for name, found in changes.items()
+                Measured(f"change: {name}", worst(values), "<=", 1e-9)
+                for name, values in changes.items()
             ),
             Measured("least p^T w", least(signs), ">=", 0),
             Measured("FedAvg's f under scales / before", least(means), ">", 2),
@@ -150,9 +152,9 @@ def picture(outcome: Outcome) -> Figure:
 CHECK = Check(
     id="N7",
     title="gauges",
-    claim="One invertible matrix for all clients, a scale or sign a client, the order of the "
-    "clients, and B -> 2 B, A -> 3 A leave the fit alone. A rotation a client does not: no "
-    "product changes, but the error grows tenfold; turning the clients into one gauge first mends "
+    claim="One invertible matrix for all clients, one scale or sign per client, the order of the "
+    "clients, and B -> 2 B, A -> 3 A leave the fit alone. One rotation per client does not: no "
+    "product changes, but the error grows tenfold; aligning the clients to one gauge first mends "
     "it.",
     source="ours; the problem is FLoRA-NA's, arXiv 2509.26399",
     verdict="holds",

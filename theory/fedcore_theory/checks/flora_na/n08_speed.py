@@ -74,7 +74,7 @@ def measure(cases: Iterable[Sequence[Rounds]], sweep: Sweep = shipped_sweep) -> 
             "Adam": adam(objective, _CAP),
             "gradient descent": gradient_descent(objective, _CAP),
         }
-        # What can be reached from the means, by whichever of the two that settle.
+        # What can be reached from the means, by the better of the two that converge.
         least = np.minimum(_settled(objective), ways["L-BFGS"][-1])
         start = ways["ALS"][0]
         for way, values in ways.items():
@@ -96,7 +96,7 @@ def measure(cases: Iterable[Sequence[Rounds]], sweep: Sweep = shipped_sweep) -> 
 
 
 def _medians(counts: Mapping[str, list[float]]) -> dict[str, float]:
-    return {way: float(np.median(found)) for way, found in counts.items()}
+    return {way: float(np.median(values)) for way, values in counts.items()}
 
 
 def _settled(objective: PairObjective) -> Array:
@@ -134,7 +134,7 @@ CHECK = Check(
     source="ours; the problem is FLoRA-NA's, arXiv 2509.26399, which does not name a solver",
     verdict="holds",
     assumptions="Every solver starts at (w, w); the possible decrease is to the lower end of "
-    "settled ALS and L-BFGS from there; Adam at the best of the rates 1e-3, 1e-2, 1e-1, gradient "
+    "converged ALS and L-BFGS from there; Adam at the best of the rates 1e-3, 1e-2, 1e-1, gradient "
     "descent at 1/(4 max curvature at the start), L-BFGS as SciPy has it.",
     data="six families of 256 x 256, (N, r) = (5, 16), (10, 8), (30, 8), equal weights; seed 1; at "
     "most 300 steps",
@@ -144,5 +144,5 @@ CHECK = Check(
     first_seed=1,
     finding="The two blocks are solved exactly, so that scales, which make gradients stiff, cost "
     "nothing. Where clients went different lengths along one direction (corr), or share nothing "
-    "(indep, rot), a sweep is no magic, and L-BFGS can need fewer iterations.",
+    "(indep, rot), a sweep does not work wonders, and L-BFGS can need fewer iterations.",
 )

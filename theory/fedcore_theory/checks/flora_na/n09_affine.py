@@ -78,7 +78,7 @@ def measure(
             abs(float(np.linalg.norm(clients.mean_product - product)) / np.sqrt(size) - errors[1])
         )
     near = ratios["consensus"] + ratios["round1"]
-    every = [ratio for found in ratios.values() for ratio in found]
+    every = [ratio for of_family in ratios.values() for ratio in of_family]
     far = ratios["corr"] + ratios["indep"] + ratios["rot"]
     return Outcome(
         measured=(
@@ -112,7 +112,7 @@ CHECK = Check(
     id="N9",
     title="coefficients that sum to one",
     claim="With sum p_n = sum q_n = 1 the descent is still monotone and the sums are kept. The "
-    "error is the free one's when clients share a start (consensus, round1). Under scales a "
+    "error is the free one's when clients share a start (consensus, round1). With one scale per "
     "client the constraint costs most of the repair, though FedAvg is far worse still; in the "
     "other families it costs percents to tens of percents.",
     source="ours; the problem is FLoRA-NA's, arXiv 2509.26399, which sets no such constraint",

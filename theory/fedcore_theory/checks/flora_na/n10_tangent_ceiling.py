@@ -41,8 +41,8 @@ def covariance_off_the_tangent(clients: ClientFactors) -> float:
 
 def shipped_product(clients: ClientFactors) -> Array:
     """The method's aggregate."""
-    found = server_round("flora_na", {"A": clients.A, "B": clients.B}, clients.weights)
-    return found.product
+    result = server_round("flora_na", {"A": clients.A, "B": clients.B}, clients.weights)
+    return result.product
 
 
 def measure(
@@ -51,7 +51,7 @@ def measure(
     fit: Product = shipped_product,
 ) -> Outcome:
     """Errors of FedAvg, of the fit and of the SVD beside the prediction."""
-    found: dict[str, dict[float, list[float]]] = {
+    relative_errors: dict[str, dict[float, list[float]]] = {
         name: {drift: [] for drift in DRIFTS}
         for name in ("FedAvg of factors", "FLoRA-NA", "best rank r", "predicted", "generic factor")
     }
@@ -61,11 +61,11 @@ def measure(
         M, size = clients.mean_product, np.sqrt(squared_size(clients))
         uploads = {"A": clients.A, "B": clients.B}
         means = float(np.linalg.norm(M - server_round("fedit", uploads, clients.weights).product))
-        own = float(np.linalg.norm(M - fit(clients)))
-        errors = (means, own, tail(clients), predict(clients), means * generic)
-        for name, error in zip(found, errors, strict=True):
-            found[name][drift].append(error / size)
-    first, second, best, predicted, general = (_near(one) for one in found.values())
+        fitted = float(np.linalg.norm(M - fit(clients)))
+        errors = (means, fitted, tail(clients), predict(clients), means * generic)
+        for name, error in zip(relative_errors, errors, strict=True):
+            relative_errors[name][drift].append(error / size)
+    first, second, best, predicted, general = (_near(one) for one in relative_errors.values())
     return Outcome(
         measured=(
             Measured(
@@ -80,7 +80,8 @@ def measure(
         ),
         samples=f"{len(best)} rounds with drifts up to 0.3",
         curves={
-            name: {d: float(np.mean(v)) for d, v in one.items()} for name, one in found.items()
+            name: {d: float(np.mean(v)) for d, v in one.items()}
+            for name, one in relative_errors.items()
         },
     )
 

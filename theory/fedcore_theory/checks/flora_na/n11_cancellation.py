@@ -37,8 +37,8 @@ def draw(seed: int) -> dict[float, ClientFactors]:
 
 def shipped_report(clients: ClientFactors) -> float:
     """The objective in the method's report."""
-    found = server_round("flora_na", {"A": clients.A, "B": clients.B}, clients.weights)
-    report = found.aggregate.steps[MODULE]
+    result = server_round("flora_na", {"A": clients.A, "B": clients.B}, clients.weights)
+    report = result.aggregate.steps[MODULE]
     assert isinstance(report, CombinationReport)
     return report.objective
 
@@ -97,8 +97,8 @@ def _stacks(clients: ClientFactors) -> tuple[torch.Tensor, torch.Tensor]:
 def picture(outcome: Outcome) -> Figure:
     """Relative squared error against the drift."""
     lines = [
-        Line(name, list(found), np.abs(list(found.values())), bound=name == "entry by entry")
-        for name, found in outcome.curves.items()
+        Line(name, list(errors), np.abs(list(errors.values())), bound=name == "entry by entry")
+        for name, errors in outcome.curves.items()
     ]
     return trajectories(lines, "drift from the common start", "f / ||M||^2", log_x=True)
 

@@ -37,8 +37,8 @@ def draw(seed: int) -> dict[str, ClientFactors]:
 
 def shipped_product(clients: ClientFactors) -> Array:
     """The method's aggregate."""
-    found = server_round("flora_na", {"A": clients.A, "B": clients.B}, clients.weights)
-    return found.product
+    result = server_round("flora_na", {"A": clients.A, "B": clients.B}, clients.weights)
+    return result.product
 
 
 def measure(
@@ -50,9 +50,9 @@ def measure(
         M, size = clients.mean_product, np.sqrt(squared_size(clients))
         uploads = {"A": clients.A, "B": clients.B}
         means = server_round("fedit", uploads, clients.weights).product
-        found = [float(np.linalg.norm(M - product)) for product in (means, fit(clients))]
-        errors[name].append((found[0] / size, found[1] / size, tail(clients) / size))
-    scalar, corr, round1 = (np.array(found).T for found in errors.values())
+        distances = [float(np.linalg.norm(M - product)) for product in (means, fit(clients))]
+        errors[name].append((distances[0] / size, distances[1] / size, tail(clients) / size))
+    scalar, corr, round1 = (np.array(rows).T for rows in errors.values())
     everything = np.concatenate([scalar, corr, round1], axis=1)
     return Outcome(
         measured=(
@@ -73,8 +73,8 @@ def measure(
         ),
         samples=f"{len(scalar.T)} rounds of each family",
         curves={
-            name: dict(zip(("FedAvg", "FLoRA-NA", "best rank r"), np.mean(found, 0), strict=True))
-            for name, found in errors.items()
+            name: dict(zip(("FedAvg", "FLoRA-NA", "best rank r"), np.mean(rows, 0), strict=True))
+            for name, rows in errors.items()
         },
     )
 

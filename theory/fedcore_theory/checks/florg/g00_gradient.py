@@ -55,14 +55,14 @@ def draw(seed: int) -> Case:
 
 def differences(problem: GramQuadratic, A: Array, step: float) -> Array:
     """Five-point central differences, exact for a polynomial of degree four such as this loss."""
-    found = np.zeros_like(A)
+    gradient = np.zeros_like(A)
     for place in np.ndindex(A.shape):
         moved = np.zeros_like(A)
         moved[place] = step
         near = problem.loss(A + moved) - problem.loss(A - moved)
         far = problem.loss(A + 2 * moved) - problem.loss(A - 2 * moved)
-        found[place] = (8 * near - far) / (12 * step)
-    return found
+        gradient[place] = (8 * near - far) / (12 * step)
+    return gradient
 
 
 def measure(
@@ -76,13 +76,13 @@ def measure(
     by_step: list[float] = []
     for case in cases:
         exact = differences(case.problem, case.A, STEPS[-1])
-        found = gradient(case.problem, case.A)
+        analytic = gradient(case.problem, case.A)
         # With orthonormal columns x, the gradient g = x G^T of the outputs gives g^T x = G.
         outputs = case.inputs @ case.problem.residual(case.A).T
-        dense.append(relative(found, exact))
+        dense.append(relative(analytic, exact))
         batch.append(relative(batch_gradient(case.problem, case.A, case.inputs, outputs), exact))
         if not by_step:
-            by_step = [relative(differences(case.problem, case.A, h), found) for h in STEPS]
+            by_step = [relative(differences(case.problem, case.A, h), analytic) for h in STEPS]
     return Outcome(
         measured=(
             Measured("relative error of s A (H + H^T)", worst(dense), "<=", 1e-8),

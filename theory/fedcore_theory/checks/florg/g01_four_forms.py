@@ -32,7 +32,7 @@ _TOLERANCE = 1e-10
 
 @dataclass(frozen=True)
 class Case:
-    """A round, and an orthogonal ``O (r, r)`` to turn its previous factor by."""
+    """A round, and an orthogonal ``O (r, r)`` to rotate its previous factor by."""
 
     round: GramRound
     turn: Array
@@ -46,14 +46,14 @@ def draw(seed: int) -> Case:
 
 
 def rectangular_procrustes(case: GramRound) -> Array:
-    """The rule as it is stated: every eigenvector of Q, turned towards ``A_prev``.
+    """The rule as it is stated: every eigenvector of Q, aligned with ``A_prev``.
 
     ``Q = U diag(lam) U^T`` without its null space, ``Til = diag(lam)^(1/2) U^T``,
     ``A_prev Til^T = X S Z^T``, ``A = X Z^T Til``.
     """
     values, vectors = np.linalg.eigh(case.gram)
-    kept = values > 1e-12 * values[-1]
-    Til = np.sqrt(values[kept])[:, None] * vectors[:, kept].T
+    nonzero = values > 1e-12 * values[-1]
+    Til = np.sqrt(values[nonzero])[:, None] * vectors[:, nonzero].T
     X, _, Z = np.linalg.svd(case.previous @ Til.T, full_matrices=False)
     return np.asarray(X @ Z @ Til)
 
@@ -88,12 +88,12 @@ def measure(
     errors: dict[str, list[float]] = {name: [] for name in (*forms, "truncated", "mean of A")}
     laws: dict[str, list[float]] = {"nystrom": [], "skew": [], "least": [], "slack": [], "turn": []}
     for case in cases:
-        found = case.round
-        exact = rectangular_procrustes(found)
+        current = case.round
+        exact = rectangular_procrustes(current)
         for name, form in forms.items():
-            errors[name].append(relative(form(found), exact))
-        errors["truncated"].append(relative(truncated(found), exact))
-        errors["mean of A"].append(relative(mean_factor(found), exact))
+            errors[name].append(relative(form(current), exact))
+        errors["truncated"].append(relative(truncated(current), exact))
+        errors["mean of A"].append(relative(mean_factor(current), exact))
         for name, value in _laws(case, batch).items():
             laws[name].append(value)
     return Outcome(
@@ -122,7 +122,7 @@ def measure(
                 -_TOLERANCE,
             ),
             Measured(
-                "A of a turned A_prev against turned A, relative",
+                "A of a rotated A_prev against rotated A, relative",
                 worst(laws["turn"]),
                 "<=",
                 _TOLERANCE,
@@ -136,17 +136,19 @@ def measure(
 
 def _laws(case: Case, step: GramStep) -> dict[str, float]:
     """What the step preserves, as numbers that are zero (or not negative) where it does."""
-    found, A = case.round, step(case.round)
-    product = found.previous @ found.gram
-    nystrom = product.T @ np.linalg.solve(product @ found.previous.T, product)
-    overlap = A @ found.previous.T
+    current, A = case.round, step(case.round)
+    product = current.previous @ current.gram
+    nystrom = product.T @ np.linalg.solve(product @ current.previous.T, product)
+    overlap = A @ current.previous.T
     spectrum = np.linalg.eigvalsh(overlap + overlap.T)
-    turned = GramRound(case.turn @ found.previous, found.A, found.weights)
+    turned = GramRound(case.turn @ current.previous, current.A, current.weights)
     return {
         "nystrom": relative(gram_of(A), nystrom),
         "skew": relative(overlap.T, overlap),
         "least": float(spectrum[0] / spectrum[-1]),
-        "slack": float(np.linalg.eigvalsh(found.gram - gram_of(A))[0] / np.linalg.norm(found.gram)),
+        "slack": float(
+            np.linalg.eigvalsh(current.gram - gram_of(A))[0] / np.linalg.norm(current.gram)
+        ),
         "turn": relative(step(turned), case.turn @ A),
     }
 
@@ -174,7 +176,7 @@ CHECK = Check(
     claim="Rectangular Procrustes on all eigenvectors of Q = sum w_n A_n^T A_n is "
     "A = polar(A_prev F^T) F = K^(-1/2) A_prev Q, K = A_prev Q A_prev^T, and follows from a "
     "weighted sum of uploads of A's size. A^T A = Q A_prev^T K^-1 A_prev Q <= Q, A A_prev^T is "
-    "symmetric and positive, and a turned A_prev turns A.",
+    "symmetric and positive, and rotating A_prev rotates A.",
     source="ours; the rule itself is FLoRG's, arXiv 2602.17095, as secondary summaries have it: "
     "the paper's text was not available to us",
     verdict="holds",

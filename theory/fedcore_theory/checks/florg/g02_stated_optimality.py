@@ -46,7 +46,7 @@ def descend(start: Array, Til: Array, previous: Array, steps: int) -> tuple[Arra
 
 def measure(cases: Iterable[GramRound], alignment: Alignment = stated) -> Outcome:
     """The rule's factor, a descent that starts from it, and what the Gram loses."""
-    found: dict[str, list[float]] = {
+    numbers: dict[str, list[float]] = {
         name: [] for name in ("same", "rows", "columns", "share", "loss", "best", "descended")
     }
     paths = []
@@ -55,40 +55,44 @@ def measure(cases: Iterable[GramRound], alignment: Alignment = stated) -> Outcom
         turn = alignment(Til, case.previous)
         nearer, path = descend(turn, Til, case.previous, DESCENT_STEPS)
         rank, all_of_them = turn.shape
-        found["same"].append(relative(turn @ Til, sketched(case)))
-        found["rows"].append(float(np.abs(turn @ turn.T - np.eye(rank)).max()))
-        found["columns"].append(float(np.linalg.norm(turn.T @ turn - np.eye(all_of_them))))
-        found["share"].append(path[-1] / path[0])
+        numbers["same"].append(relative(turn @ Til, sketched(case)))
+        numbers["rows"].append(float(np.abs(turn @ turn.T - np.eye(rank)).max()))
+        numbers["columns"].append(float(np.linalg.norm(turn.T @ turn - np.eye(all_of_them))))
+        numbers["share"].append(path[-1] / path[0])
         size = float(np.linalg.norm(case.gram))
-        found["loss"].append(relative(gram_of(turn @ Til), case.gram))
-        found["descended"].append(relative(gram_of(nearer @ Til), case.gram) / found["loss"][-1])
-        found["best"].append(tail(case.gram, rank) / size)
+        numbers["loss"].append(relative(gram_of(turn @ Til), case.gram))
+        numbers["descended"].append(
+            relative(gram_of(nearer @ Til), case.gram) / numbers["loss"][-1]
+        )
+        numbers["best"].append(tail(case.gram, rank) / size)
         paths.append(np.array(path) / path[0])
     rule, other = _two_clients(alignment)
     return Outcome(
         measured=(
             Measured(
-                "squared distance after descent / of the rule", worst(found["share"]), "<", 0.95
+                "squared distance after descent / of the rule", worst(numbers["share"]), "<", 0.95
             ),
-            Measured("relative Gram error of the rule", least(found["loss"]), ">", 1e-3),
-            Measured("relative Gram error of the best rank r", least(found["best"]), ">", 1e-3),
-            Measured("Gram error after descent / of the rule", least(found["descended"]), ">", 1.0),
-            Measured("||O^T O - I||_F", least(found["columns"]), ">", 1.0),
-            Measured("largest entry of O O^T - I", worst(found["rows"]), "<=", 1e-12),
-            Measured("florg.sketched against O Til, relative", worst(found["same"]), "<=", 1e-10),
+            Measured("relative Gram error of the rule", least(numbers["loss"]), ">", 1e-3),
+            Measured("relative Gram error of the best rank r", least(numbers["best"]), ">", 1e-3),
+            Measured(
+                "Gram error after descent / of the rule", least(numbers["descended"]), ">", 1.0
+            ),
+            Measured("||O^T O - I||_F", least(numbers["columns"]), ">", 1.0),
+            Measured("largest entry of O O^T - I", worst(numbers["rows"]), "<=", 1e-12),
+            Measured("florg.sketched against O Til, relative", worst(numbers["same"]), "<=", 1e-10),
             Measured("two clients: squared distance of the rule", rule, "within", (3.875, 3.876)),
             Measured("two clients: that of O = (1/3, sqrt(8)/3)", other, "<=", 0.0033),
         ),
         samples=f"{len(paths)} rounds and one of two clients",
-        curves={"paths": paths, **found},
+        curves={"paths": paths, **numbers},
     )
 
 
 def _all_eigenvectors(case: GramRound) -> Array:
     """``Til (r', k)``: ``diag(lam)^(1/2) U^T`` over the nonzero eigenvalues of Q."""
     values, vectors = np.linalg.eigh(case.gram)
-    kept = values > 1e-12 * values[-1]
-    return np.asarray(np.sqrt(values[kept])[::-1, None] * vectors[:, kept].T[::-1])
+    nonzero = values > 1e-12 * values[-1]
+    return np.asarray(np.sqrt(values[nonzero])[::-1, None] * vectors[:, nonzero].T[::-1])
 
 
 def _squared_distance(turn: Array, Til: Array, previous: Array) -> float:

@@ -53,16 +53,16 @@ def measure(cases: Iterable[Case], step: GramStep = truncated) -> Outcome:
     """Error of the Gram, symmetry and sign of the overlap, and rivals of the alignment."""
     tails, skews, signs, near, far, slack = [], [], [], [], [], []
     for case in cases:
-        found, A = case.round, step(case.round)
-        lost = float(np.linalg.norm(found.gram - gram_of(A)))
-        size = float(np.linalg.norm(found.gram))
-        tails.append(abs(lost - tail(found.gram, found.rank)) / size)
-        overlap = A @ found.previous.T
+        current, A = case.round, step(case.round)
+        lost = float(np.linalg.norm(current.gram - gram_of(A)))
+        size = float(np.linalg.norm(current.gram))
+        tails.append(abs(lost - tail(current.gram, current.rank)) / size)
+        overlap = A @ current.previous.T
         skews.append(float(np.linalg.norm(overlap - overlap.T) / np.linalg.norm(overlap)))
         spectrum = np.linalg.eigvalsh(overlap + overlap.T)
         signs.append(float(spectrum[0] / np.abs(spectrum).max()))
-        here = squared_drift(A, found)
-        rivals = ((case.turns @ A - found.previous) ** 2).sum((1, 2))
+        here = squared_drift(A, current)
+        rivals = ((case.turns @ A - current.previous) ** 2).sum((1, 2))
         slack.append(float(rivals.min()) - here)
         near += list(rivals[: TRIES // 2] / here - 1)
         far += list(rivals[TRIES // 2 :] / here - 1)
@@ -91,8 +91,8 @@ def picture(outcome: Outcome) -> Figure:
     """By how much other orthogonal matrices are farther from the previous factor."""
     return histogram(
         {
-            "turned a little (1e-3 to 1)": outcome.curves["near"],
-            "turned at random (Haar)": outcome.curves["far"],
+            "rotated a little (1e-3 to 1)": outcome.curves["near"],
+            "rotated at random (Haar)": outcome.curves["far"],
         },
         "squared distance from A_prev beyond the aligned factor's, relative",
         log_x=True,
@@ -117,6 +117,6 @@ CHECK = Check(
     repetitions=20,
     derivation="O is optimal if and only if A A_prev^T = O Til A_prev^T is symmetric and positive: "
     "a test that needs neither Til nor a search.",
-    finding="Symmetry of A A_prev^T tells a missing, a transposed and a determinant +1 alignment "
-    "from the right one; the Gram alone tells none of them.",
+    finding="Symmetry of A A_prev^T rules out a missing, a transposed and a determinant +1 "
+    "alignment; the Gram alone rules out none of them.",
 )

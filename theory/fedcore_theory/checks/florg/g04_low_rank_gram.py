@@ -41,8 +41,8 @@ def plain_stream(case: GramRound) -> Array:
     uploads = (case.previous @ case.A.transpose(0, 2, 1)) @ case.A
     Y = np.einsum("n,nrk->rk", case.weights, uploads)
     values, vectors = np.linalg.eigh(Y @ case.previous.T)
-    kept = values > 1e-12 * values[-1]
-    return np.asarray((vectors[:, kept] / np.sqrt(values[kept])) @ vectors[:, kept].T @ Y)
+    nonzero = values > 1e-12 * values[-1]
+    return np.asarray((vectors[:, nonzero] / np.sqrt(values[nonzero])) @ vectors[:, nonzero].T @ Y)
 
 
 def measure(

@@ -58,11 +58,11 @@ def measure(
     gaps: dict[str, list[float]] = {"truncated": [], "sketched": []}
     prices, excesses, cosines = [], [], []
     for case in cases:
-        for found in (case.full, case.deficient):
-            distance = bures_wasserstein(found.previous_gram, found.gram)
-            size = float(np.trace(found.previous_gram) + np.trace(found.gram))
+        for current in (case.full, case.deficient):
+            distance = bures_wasserstein(current.previous_gram, current.gram)
+            size = float(np.trace(current.previous_gram) + np.trace(current.gram))
             for name, step in (("truncated", truncated), ("sketched", sketched)):
-                gaps[name].append(abs(squared_drift(step(found), found) - distance) / size)
+                gaps[name].append(abs(squared_drift(step(current), current) - distance) / size)
         price, excess, cosine = _other_alignments(case, truncated(case.full))
         prices.append(price)
         excesses.append(excess)
@@ -92,18 +92,18 @@ def measure(
 
 
 def _other_alignments(case: Case, A: Array) -> tuple[float, Array, Array]:
-    """What the turned principal factors cost beyond A.
+    """What the rotated principal factors cost beyond A.
 
     Returns:
         Largest error of the formula relative to ``||X||_*``; the costs over ``2 ||X||_*``; and
         ``tr(O^T X) / ||X||_F``, whose mean is 0 and whose variance is 1 / r.
     """
-    found = case.full
-    Til = gram_step(FlorgTruncated(align=False), found)
-    X = found.previous @ Til.T
+    full = case.full
+    Til = gram_step(FlorgTruncated(align=False), full)
+    X = full.previous @ Til.T
     nuclear = float(np.linalg.norm(X, "nuc"))
     traces = np.einsum("tij,ij->t", case.turns, X)
-    costs = ((case.turns @ Til - found.previous) ** 2).sum((1, 2)) - squared_drift(A, found)
+    costs = ((case.turns @ Til - full.previous) ** 2).sum((1, 2)) - squared_drift(A, full)
     error = float(np.abs(costs - 2 * (nuclear - traces)).max()) / nuclear
     return error, costs / (2 * nuclear), traces / np.linalg.norm(X)
 

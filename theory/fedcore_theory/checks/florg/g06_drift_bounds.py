@@ -88,12 +88,12 @@ def measure(
         measured=(
             # A NaN counts as a case against.
             *(
-                Measured(f"cases against {what}", float((~(found <= _SLACK)).sum()), "<=", 0)
-                for what, found in shares.items()
+                Measured(f"cases against {what}", float((~(values <= _SLACK)).sum()), "<=", 0)
+                for what, values in shares.items()
             ),
             *(
-                Measured(f"largest left side / right: {what}", worst(found.flat), "<=", _SLACK)
-                for what, found in shares.items()
+                Measured(f"largest left side / right: {what}", worst(values.flat), "<=", _SLACK)
+                for what, values in shares.items()
             ),
             *_examples(sketched, truncated),
             Measured("smallest sigma_r(A_prev)", least(smallest), ">=", 1e-3 / _SLACK),
@@ -128,24 +128,24 @@ def _both(ratios: dict[str, list[float]], start: str) -> Array:
 def _examples(sketched: GramStep, truncated: GramStep) -> tuple[Measured, ...]:
     """Two clients of equal weight at r = 1, ``A_prev = (0, 1)``: the squared drift over ``rms^2``.
 
-    One did not move and one turned to ``(1.0001, 0)``; or they are at ``(+-x, x)``,
+    One did not move and one moved to ``(1.0001, 0)``; or they are at ``(+-x, x)``,
     ``x = .618`` (the first entry larger by 1e-9), which is the worst there is for ``truncated``.
     """
     previous = np.array([[0.0, 1.0]])
     x = 1 / GOLDEN
     turned = GramRound(previous, np.array([[[0.0, 1.0]], [[1.0001, 0.0]]]), EQUAL)
     golden = GramRound(previous, np.array([[[x + 1e-9, x]], [[-x - 1e-9, x]]]), EQUAL)
-    found = [
+    ratios = [
         _ratios(case, step(case), 1.0)["drift^2 / rms^2"]
         for case in (turned, golden)
         for step in (truncated, sketched)
     ]
     one, other = "A_n at (0, 1), (1.0001, 0)", "A_n at (+-.618, .618)"
     return (
-        Measured(f"truncated, {one}: drift^2 / rms^2", found[0], "within", (1.4999, 1.5001)),
-        Measured(f"sketched, {one}: drift^2 / rms^2", found[1], "within", (0.085, 0.087)),
-        Measured(f"truncated, {other}: drift^2 / rms^2", found[2], "within", (2.6179, 2.6181)),
-        Measured(f"sketched, {other}: drift^2 / rms^2", found[3], "<=", 1.0),
+        Measured(f"truncated, {one}: drift^2 / rms^2", ratios[0], "within", (1.4999, 1.5001)),
+        Measured(f"sketched, {one}: drift^2 / rms^2", ratios[1], "within", (0.085, 0.087)),
+        Measured(f"truncated, {other}: drift^2 / rms^2", ratios[2], "within", (2.6179, 2.6181)),
+        Measured(f"sketched, {other}: drift^2 / rms^2", ratios[3], "<=", 1.0),
     )
 
 
@@ -171,7 +171,7 @@ CHECK = Check(
     verdict="holds",
     assumptions="None on the clients. The second bound needs sigma_r(A_prev) > 0.",
     data="2,000 rounds, r = 1 to 5, k < 20. Half: N = 1 to 7, condition of A_prev 1 to 1e3, A_n = "
-    "A_prev + noise of 1e-3 to 3 an entry, Dirichlet(1) weights. Half: condition 1 to 2, two "
+    "A_prev + noise of 1e-3 to 3 per entry, Dirichlet(1) weights. Half: condition 1 to 2, two "
     "clients x A_prev +- y E of equal weight, E orthonormal rows orthogonal to A_prev, x in [.2, "
     "1], y near x; seeds 0 to 1,999",
     draw=draw,

@@ -46,8 +46,8 @@ def measure(cases: Iterable[Sequence[GramRound]], step: GramStep = sketched) -> 
             gaps.append(abs(drift - (distance - lost)) / size)
             savings.append(lost / distance)
             if first:
-                found = (drift, distance - lost, distance, case.rms**2)
-                for name, value in zip(curves, found, strict=True):
+                sides = (drift, distance - lost, distance, case.rms**2)
+                for name, value in zip(curves, sides, strict=True):
                     curves[name].append(value)
     return Outcome(
         measured=(
@@ -61,13 +61,13 @@ def measure(cases: Iterable[Sequence[GramRound]], step: GramStep = sketched) -> 
 
 def picture(outcome: Outcome) -> Figure:
     """The identity along the deviations, under the distance and the clients' own movement."""
-    found = outcome.curves
+    curves = outcome.curves
     return trajectories(
         [
-            Line("||A - A_prev||^2", DEVIATIONS, found["drift"]),
-            Line("d_BW^2 - tr(Q - A^T A)", DEVIATIONS, found["difference"], bound=True),
-            Line("d_BW(Q_prev, Q)^2", DEVIATIONS, found["distance"], bound=True),
-            Line("mean squared movement\nof the clients", DEVIATIONS, found["rms"], bound=True),
+            Line("||A - A_prev||^2", DEVIATIONS, curves["drift"]),
+            Line("d_BW^2 - tr(Q - A^T A)", DEVIATIONS, curves["difference"], bound=True),
+            Line("d_BW(Q_prev, Q)^2", DEVIATIONS, curves["distance"], bound=True),
+            Line("mean squared movement\nof the clients", DEVIATIONS, curves["rms"], bound=True),
         ],
         "deviation of the clients' entries",
         "squared distance",

@@ -1,4 +1,4 @@
-"""Under SGD the model does not depend on how the server turns its factor; under AdamW it does."""
+"""Under SGD the model does not depend on how the server rotates its factor; under AdamW it does."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ if TYPE_CHECKING:
 Turn = Callable[[GramRound], Array]
 
 ALIGNED = "Procrustes"
-OTHERS = ("no alignment", "random turn")
+OTHERS = ("no alignment", "random rotation")
 
 EQUIVARIANT: Mapping[str, Optimiser] = {
     "SGD": Optimiser(rate=0.02),
     "SGD, clipped": Optimiser(rate=0.02, clip=0.5),
     "momentum, reset": Optimiser(rate=0.005, momentum=0.9, decay=0.01),
 }
-"""Every step is a combination of gradients and factors with scalars that a turn leaves alone."""
+"""Every step combines gradients and factors with scalars that a rotation leaves alone."""
 
 CONTROLS: Mapping[str, Optimiser] = {
     "momentum, kept": Optimiser(rate=0.005, momentum=0.9, decay=0.01, keeps_state=True),
@@ -51,7 +51,7 @@ def draw(seed: int) -> GramProblem:
 
 
 def shipped(turn: str) -> Turn:
-    """``truncated`` with its Procrustes turn, in its principal gauge, or turned at random."""
+    """``truncated`` aligned by Procrustes, in its principal gauge, or rotated at random."""
     if turn == ALIGNED:
         return lambda case: gram_step("florg.truncated", case)
     unturned = FlorgTruncated(align=False)
@@ -67,7 +67,7 @@ def measure(
     stepper: Stepper = step,
     rounds: int = 60,
 ) -> Outcome:
-    """Each optimiser under three servers that differ in the turn only."""
+    """Each optimiser under three servers that differ in the rotation only."""
     optimisers = {**EQUIVARIANT, **CONTROLS}
     gaps: dict[str, list[Array]] = {name: [] for name in optimisers}
     moved: dict[str, list[Array]] = {turn: [] for turn in (ALIGNED, *OTHERS)}
@@ -82,19 +82,21 @@ def measure(
                 for turn, run in runs.items():
                     moved[turn].append(run.movement)
     same = worst(float(gap.max()) for name in EQUIVARIANT for gap in gaps[name])
-    drift = {turn: float(np.mean(found)) for turn, found in moved.items()}
+    drift = {turn: float(np.mean(movements)) for turn, movements in moved.items()}
     return Outcome(
         measured=(
-            Measured("model's change with the server's turn, SGD and like it", same, "<=", 1e-12),
             Measured(
-                "drift of A under SGD, random turn over Procrustes",
-                drift["random turn"] / drift[ALIGNED],
+                "model's change with the server's rotation, SGD and like it", same, "<=", 1e-12
+            ),
+            Measured(
+                "drift of A under SGD, random rotation over Procrustes",
+                drift["random rotation"] / drift[ALIGNED],
                 ">=",
                 10,
             ),
             *(
                 Measured(
-                    f"model's change with the turn, {name}",
+                    f"model's change with the rotation, {name}",
                     least(float(gap.max()) for gap in gaps[name]),
                     ">=",
                     1e-2,
@@ -105,8 +107,8 @@ def measure(
         samples=f"{len(gaps['SGD']) // 2} problems, {rounds} rounds, three servers and "
         f"{len(optimisers)} optimisers each",
         curves={
-            "gaps": {name: np.max(found, axis=0) for name, found in gaps.items()},
-            "drift": {turn: np.mean(found, axis=0) for turn, found in moved.items()},
+            "gaps": {name: np.max(values, axis=0) for name, values in gaps.items()},
+            "drift": {turn: np.mean(movements, axis=0) for turn, movements in moved.items()},
         },
     )
 
@@ -122,11 +124,11 @@ def picture(outcome: Outcome) -> Figure:
     gaps, drift = outcome.curves["gaps"], outcome.curves["drift"]
     lines = [Line(name, np.arange(1, len(gap)), gap[1:]) for name, gap in gaps.items()]
     lines += [
-        Line(f"A's movement, SGD, {turn}", np.arange(1, len(found) + 1), found, bound=True)
-        for turn, found in drift.items()
+        Line(f"A's movement, SGD, {turn}", np.arange(1, len(movement) + 1), movement, bound=True)
+        for turn, movement in drift.items()
         if turn != "no alignment"
     ]
-    label = "change of the model with the turn\nmovement of A (dashed)"
+    label = "change of the model with the rotation\nmovement of A (dashed)"
     return trajectories(lines, "round", label, marks={"bound on SGD and like it": 1e-12})
 
 
@@ -134,8 +136,8 @@ CHECK = Check(
     id="G9",
     title="gauge invariance of training",
     claim="Let the server replace its factor A by O A, O orthogonal. If local training commutes "
-    "with such turns, as SGD does with any number of steps, weight decay, clipping by the norm "
-    "and momentum that starts afresh each round, then every client's factor is turned by the "
+    "with such O, as SGD does with any number of steps, weight decay, clipping by the norm "
+    "and momentum that starts afresh each round, then every client's factor is rotated by the "
     "same O, Q = sum w_n A_n^T A_n is unchanged, and so is every model of the run. Alignment "
     "then changes how far A moves and nothing else. AdamW, and momentum kept across rounds, do "
     "not commute.",
@@ -143,7 +145,7 @@ CHECK = Check(
     "to us in words only",
     verdict="artefact",
     assumptions="The loss depends on A through A^T A. The server's Gram depends on the clients' "
-    "Grams alone; of `florg.truncated` only the turn is replaced.",
+    "Grams alone; of `florg.truncated` only the rotation is replaced.",
     data="F_n = 1/2 ||left A^T A right - C_n||^2, C_n = (4/k) left Z^T Z right + .5 "
     "N(0,1)/sqrt(k); k = 16, r = 2, 5 clients, 5 local steps, 60 rounds, start .3 N(0,1); seeds "
     "0 and 1",
@@ -154,8 +156,8 @@ CHECK = Check(
     derivation="grad F(O A) = O grad F(A), because grad F(A) = A (H + H^T) and H sees A^T A "
     "only; induction over steps and rounds.",
     finding="Under SGD, a drift term ||A_{t+1} - A_t|| comes from measuring progress in A: a "
-    "random turn each round makes it tens of times as large and leaves every model the same to "
-    "rounding. An analysis in Q, or up to turns, does not need it. Where the optimiser remembers "
-    "(moments kept) or treats entries one by one (AdamW), the turn does change the model; with "
-    "what sign, this does not say.",
+    "random rotation each round makes it tens of times as large and leaves every model the same to "
+    "rounding. An analysis in Q, or up to rotations, does not need it. Where the optimiser "
+    "remembers (moments kept) or treats entries one by one (AdamW), the rotation does change the "
+    "model; with what sign, this does not say.",
 )

@@ -24,7 +24,7 @@ _MARGIN = 0.1
 
 @dataclass(frozen=True)
 class Start:
-    """A problem, and a direction for each client that is no gradient: ``(N, r, k)``."""
+    """A problem, and one direction per client that is not a gradient: ``(N, r, k)``."""
 
     problem: GramProblem
     generic: Array
@@ -55,7 +55,7 @@ def measure(
         previous = np.broadcast_to(problem.start, case.generic.shape)
         weights = np.full(problem.clients, 1 / problem.clients)
         base = GramRound(problem.start, previous, weights)
-        found: dict[str, list[float]] = {name: [] for name in distances}
+        by_rate: dict[str, list[float]] = {name: [] for name in distances}
         for rate in RATES:
             once = previous - rate * gradient(problem, previous)
             products = once @ problem.start.T
@@ -64,12 +64,12 @@ def measure(
             often = previous
             for _ in range(5):
                 often = often - rate * gradient(problem, often)
-            for name, A in zip(found, (once, often, previous + rate * case.generic), strict=True):
+            for name, A in zip(by_rate, (once, often, previous + rate * case.generic), strict=True):
                 sent = replace(base, A=A)
-                found[name].append(float(np.linalg.norm(server(sent) - sent.mean)))
-        for name, values in found.items():
+                by_rate[name].append(float(np.linalg.norm(server(sent) - sent.mean)))
+        for name, values in by_rate.items():
             distances[name].append(np.array(values))
-    slopes = {name: [_slope(values) for values in found] for name, found in distances.items()}
+    slopes = {name: [_slope(values) for values in curves] for name, curves in distances.items()}
     worst_slope = {
         name: worst(abs(slope - order) for slope in slopes[name])
         for name, order in (("1 gradient step", 2), ("generic", 1))
@@ -87,7 +87,7 @@ def measure(
             Measured("order of ||A - Abar|| off 1, generic", worst_slope["generic"], "<=", _MARGIN),
         ),
         samples=f"{len(slopes['generic'])} problems, rates .01 halved three times",
-        curves={name: found[0] for name, found in distances.items()},
+        curves={name: curves[0] for name, curves in distances.items()},
     )
 
 
@@ -97,7 +97,7 @@ def _slope(values: Array) -> float:
 
 def picture(outcome: Outcome) -> Figure:
     """The first problem's distances over the rate."""
-    series = {name: (RATES, found) for name, found in outcome.curves.items()}
+    series = {name: (RATES, values) for name, values in outcome.curves.items()}
     return orders(series, "learning rate, or size of the deviation", "‖A − Σ wₙ Aₙ‖")
 
 
@@ -105,8 +105,8 @@ CHECK = Check(
     id="G10",
     title="one local step is aligned",
     claim="After one gradient step from A_prev, A_n A_prev^T = A_prev A_prev^T - eta A_prev (H_n "
-    "+ H_n^T) A_prev^T is symmetric: no turn brings A_n nearer to A_prev. FLoRG's A and the mean "
-    "of the A_n then differ by O(eta^2); for deviations that are no gradients, by O(eta).",
+    "+ H_n^T) A_prev^T is symmetric: no rotation brings A_n nearer to A_prev. FLoRG's A and the "
+    "mean of the A_n then differ by O(eta^2); for deviations that are not gradients, by O(eta).",
     source="ours",
     verdict="holds",
     assumptions="eta small enough for A_n A_prev^T to be positive definite; equal start of all "
@@ -120,6 +120,6 @@ CHECK = Check(
     derivation="The polar factor of a symmetric positive definite matrix is I, so O = I for "
     "every client; Q - Abar^T Abar is the covariance of the A_n, of order eta^2.",
     finding="With few local steps, averaging A and averaging Grams start out alike. What "
-    "Procrustes adds has to come from many local steps or from optimisers that are no gradient "
-    "descent.",
+    "Procrustes adds has to come from many local steps or from optimisers other than "
+    "gradient descent.",
 )

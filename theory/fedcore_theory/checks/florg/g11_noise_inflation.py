@@ -92,10 +92,10 @@ def picture(outcome: Outcome) -> Figure:
     """Growth over the number of clients."""
     names = {"Q": "mean Gram Q", "truncated": "florg.truncated", "avg_a": "florg.avg_a"}
     measured, predicted = outcome.curves["measured"], outcome.curves["predicted"]
-    lines = [Line(names[name], CLIENTS, found) for name, found in measured.items()]
+    lines = [Line(names[name], CLIENTS, growth) for name, growth in measured.items()]
     lines += [
-        Line(f"{names[name]}, predicted", CLIENTS, found, bound=True)
-        for name, found in predicted.items()
+        Line(f"{names[name]}, predicted", CLIENTS, growth, bound=True)
+        for name, growth in predicted.items()
     ]
     return trajectories(lines, "clients", "growth of the trace / k r σ²", log_x=True)
 
@@ -115,9 +115,10 @@ CHECK = Check(
     picture=picture,
     repetitions=100,
     derivation="E tr (A + sigma Z)^T (A + sigma Z) = ||A||^2 + k r sigma^2. The expected excess "
-    "of Q over the Gram of the mean is (1 - 1/N) r sigma^2 I; cutting Q to rank r keeps r of its "
-    "k directions, which leaves the broadcast factor k r sigma^2 (1/N + (1 - 1/N) r / k) to "
+    "of Q over the Gram of the mean is (1 - 1/N) r sigma^2 I; truncating Q to rank r keeps r of "
+    "its k directions, which leaves the broadcast factor k r sigma^2 (1/N + (1 - 1/N) r / k) to "
     "first order.",
     finding="Noise, of privacy or of sampling, is a bias for Grams and an average for factors. "
-    "The cut to rank r removes most of it when k is far above r, but r^2 sigma^2 stays for any N.",
+    "Truncation to rank r removes most of it when k is far above r, but r^2 sigma^2 stays for "
+    "any N.",
 )

@@ -51,17 +51,17 @@ def measure(
     errors: dict[str, list[Array]] = {"tail of rank r": [], "sketched − truncated": [], "avg_a": []}
     for case in cases:
         base = GramRound(case.previous, case.G, case.weights)
-        found: dict[str, list[float]] = {name: [] for name in errors}
+        by_size: dict[str, list[float]] = {name: [] for name in errors}
         for size in STEPS:
             sent = replace(base, A=case.previous - size * case.G)
             best, sketched, mean = (
                 gram_of(servers(name)(sent))
                 for name in ("florg.truncated", "florg.sketched", "florg.avg_a")
             )
-            found["tail of rank r"].append(tail(sent.gram, 3))
-            found["sketched − truncated"].append(float(np.linalg.norm(sketched - best)))
-            found["avg_a"].append(float(np.linalg.norm(sent.gram - mean)))
-        for name, values in found.items():
+            by_size["tail of rank r"].append(tail(sent.gram, 3))
+            by_size["sketched − truncated"].append(float(np.linalg.norm(sketched - best)))
+            by_size["avg_a"].append(float(np.linalg.norm(sent.gram - mean)))
+        for name, values in by_size.items():
             errors[name].append(np.array(values))
     wanted = {"sketched − truncated": 3, "tail of rank r": 2, "avg_a": 2}
     return Outcome(
@@ -75,7 +75,7 @@ def measure(
             for name, order in wanted.items()
         ),
         samples=f"{len(errors['avg_a'])} draws, steps .04 halved three times",
-        curves={name: found[0] for name, found in errors.items()},
+        curves={name: curves[0] for name, curves in errors.items()},
     )
 
 
@@ -90,13 +90,13 @@ def picture(outcome: Outcome) -> Figure:
         "sketched − truncated": "‖sketched − truncated‖",
         "avg_a": "‖Q − avg_a‖",
     }
-    series = {names[name]: (STEPS, found) for name, found in outcome.curves.items()}
+    series = {names[name]: (STEPS, values) for name, values in outcome.curves.items()}
     return orders(series, "local step", "Gram error of one round")
 
 
 CHECK = Check(
     id="G12",
-    title="one-round orders",
+    title="orders of one round",
     claim="With A_n = A_prev - eta G_n, the best Gram of rank r misses Q by O(eta^2), the mean "
     "of A too, and the Grams of `sketched` and `truncated` differ by O(eta^3).",
     source="ours",

@@ -62,12 +62,12 @@ def measure(
     for case in cases:
         sent = case.uploads(case.values, case.previous)
         lost = case.vectors @ np.diag(case.values) @ case.vectors.T - gram_of(server(sent))
-        found = np.linalg.eigvalsh(lost)
+        eigenvalues = np.linalg.eigvalsh(lost)
         top, rest = np.split(case.previous @ case.vectors, [RANK], axis=1)
         spill = np.linalg.norm(np.linalg.solve(top, rest), 2)
         bound = case.values[RANK] * (1 + spill**2)
-        ratios.append(float(np.abs(found).max() / bound))
-        gains.append(float(-found[0] / case.values[0]))
+        ratios.append(float(np.abs(eigenvalues).max() / bound))
+        gains.append(float(-eigenvalues[0] / case.values[0]))
         if not len(sines):
             sines = _track(case, server)
     rates = sines[_SETTLED + 1 :] / sines[_SETTLED:-1]
@@ -102,7 +102,7 @@ def picture(outcome: Outcome) -> Figure:
     lines = [
         Line("florg.sketched", rounds, sines),
         Line(
-            "λ₅ / λ₄ = 1/2 a round",
+            "λ₅ / λ₄ = 1/2 per round",
             rounds,
             sines[_SETTLED] * 0.5 ** (rounds - _SETTLED),
             bound=True,
@@ -117,7 +117,7 @@ CHECK = Check(
     claim="For A^T A = Q A_prev^T (A_prev Q A_prev^T)^+ A_prev Q: 0 <= Q - A^T A, ||Q - A^T "
     "A||_2 <= lambda_{r+1} (1 + ||Om_1^{-1} Om_2||_2^2) with A_prev in the eigenvectors of Q "
     "split into Om_1 (leading r) and Om_2; and on a fixed Q the angle to its leading space falls "
-    "by lambda_{r+1} / lambda_r a round.",
+    "by lambda_{r+1} / lambda_r per round.",
     source="ours for the rule of FLoRG, arXiv 2602.17095; the bound is that of randomised "
     "sketches (Halko, Martinsson, Tropp 2011, theorem 9.1) for Nystrom approximations",
     verdict="holds",

@@ -64,7 +64,7 @@ def measure(
             Measured("one frame against two, relative", worst(frames), "<=", 1e-13),
         ),
         samples=f"{len(reached)} Gaussian updates of each size",
-        curves={name: float(np.mean(found)) for name, found in shares.items()},
+        curves={name: float(np.mean(values)) for name, values in shares.items()},
     )
 
 

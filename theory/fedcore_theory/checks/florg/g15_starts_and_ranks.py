@@ -80,7 +80,7 @@ def measure(
         alone.append(float(_lost(run.factors).max()))
     stays = [
         *alone,
-        *(found.max() for name in ("sketched, SGD", "avg_a, SGD") for found in lost[name]),
+        *(path.max() for name in ("sketched, SGD", "avg_a, SGD") for path in lost[name]),
     ]
     return Outcome(
         measured=(
@@ -93,7 +93,7 @@ def measure(
             *(
                 Measured(
                     f"lost singular value in the end, {name}",
-                    least(float(found[-1]) for found in lost[name]),
+                    least(float(path[-1]) for path in lost[name]),
                     ">=",
                     1e-2,
                 )
@@ -101,7 +101,7 @@ def measure(
             ),
         ),
         samples=f"{len(sizes)} problems, 20 rounds of 5 steps",
-        curves={name: found[0] for name, found in lost.items()},
+        curves={name: paths[0] for name, paths in lost.items()},
     )
 
 

@@ -37,8 +37,8 @@ def shipped(case: GramRound) -> Array:
 def floored(case: GramRound) -> Array:
     """The same step in its principal gauge with ``lambda <- max(lambda, 1e-8)``."""
     values, vectors = np.linalg.eigh(case.gram)
-    kept = np.maximum(values[::-1][:RANK], FLOOR)
-    return np.asarray(np.sqrt(kept)[:, None] * vectors.T[::-1][:RANK])
+    leading = np.maximum(values[::-1][:RANK], FLOOR)
+    return np.asarray(np.sqrt(leading)[:, None] * vectors.T[::-1][:RANK])
 
 
 def measure(
@@ -52,9 +52,9 @@ def measure(
     energy: dict[str, list[float]] = {name: [] for name in rules}
     for case in cases:
         for name, rule in rules.items():
-            found = rule(case)
-            second[name].append(float(np.linalg.svd(found, compute_uv=False)[1]))
-            energy[name].append(float((found**2).sum() / np.trace(case.gram) - 1))
+            factor = rule(case)
+            second[name].append(float(np.linalg.svd(factor, compute_uv=False)[1]))
+            energy[name].append(float((factor**2).sum() / np.trace(case.gram) - 1))
     zero, floor = rules
     added = (RANK - 1) * FLOOR / ENERGY
     return Outcome(

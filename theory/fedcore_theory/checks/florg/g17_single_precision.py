@@ -113,22 +113,22 @@ def measure(
     drawn = list(cases)
     exact = {"truncated": best_gram, "sketched": sketched_gram}
     shipped = {"truncated, shipped": truncated, "sketched, shipped": sketched}
-    found = errors(drawn, {**single, **shipped}, exact)
+    largest = errors(drawn, {**single, **shipped}, exact)
     off = [
         factor_off(value, entry)
         for name in single
-        for value, entry in zip(found[name], TABLE[name], strict=True)
+        for value, entry in zip(largest[name], TABLE[name], strict=True)
     ]
     return Outcome(
         measured=(
             *(
-                Measured(f"{name} step in fp64, largest error", worst(found[name]), "<=", 1e-9)
+                Measured(f"{name} step in fp64, largest error", worst(largest[name]), "<=", 1e-9)
                 for name in shipped
             ),
             Measured("fp32 forms, largest factor off the table", worst(off), "<=", 10),
         ),
         samples=f"{len(off)} entries, {2 * len(drawn)} rounds each, the worst counts",
-        curves=found,
+        curves=largest,
     )
 
 

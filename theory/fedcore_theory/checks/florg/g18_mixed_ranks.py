@@ -24,8 +24,8 @@ def draw(seed: int) -> GramRound:
     """6 clients, two of each rank: rows of their factors beyond their rank are zero."""
     random = np.random.default_rng(seed)
     full = gram_round(random, random.standard_normal((max(RANKS), WIDTH)))
-    own = np.resize(RANKS, len(full.A))
-    mask = np.arange(max(RANKS)) < own[:, None]
+    ranks = np.resize(RANKS, len(full.A))
+    mask = np.arange(max(RANKS)) < ranks[:, None]
     return GramRound(full.previous, full.A * mask[:, :, None], full.weights)
 
 
@@ -33,15 +33,15 @@ def shipped(case: GramRound, rank: int) -> Array:
     """What a client of ``rank`` receives: ``(rank, k)``."""
     method = create_method("florg.truncated")
     start = {"A": case.previous}
-    found = server_round(
+    result = server_round(
         method, {"A": case.A}, case.weights, start, ranks=np.resize(RANKS, len(case.A)).tolist()
     )
-    layout, row = found.aggregate.changed, found.aggregate.row
+    layout, row = result.aggregate.changed, result.aggregate.row
     (slot,) = layout.factor_slots
-    held = torch.zeros_like(row)
-    layout.view(held, slot).copy_(torch.from_numpy(case.previous))
-    own = method.for_client(Broadcast(layout, row), Broadcast(layout, held), [rank])
-    return layout.view(own, slot).numpy()[:rank]
+    previous = torch.zeros_like(row)
+    layout.view(previous, slot).copy_(torch.from_numpy(case.previous))
+    received = method.for_client(Broadcast(layout, row), Broadcast(layout, previous), [rank])
+    return layout.view(received, slot).numpy()[:rank]
 
 
 def measure(
@@ -55,12 +55,12 @@ def measure(
     for case in cases:
         scale = float(np.linalg.norm(case.gram))
         for rank in RANKS:
-            found = receive(case, rank)
-            errors[rank].append(float(np.linalg.norm(case.gram - gram_of(found))) / scale)
+            factor = receive(case, rank)
+            errors[rank].append(float(np.linalg.norm(case.gram - gram_of(factor))) / scale)
             tails[rank].append(tail(case.gram, rank) / scale)
             leading = receive(case, max(RANKS))[:rank]
             cut[rank].append(float(np.linalg.norm(case.gram - gram_of(leading))) / scale)
-            turned = found @ case.previous[:rank].T
+            turned = factor @ case.previous[:rank].T
             size = float(np.linalg.norm(turned))
             skew.append(float(np.linalg.norm(turned - turned.T)) / size)
             sign.append(float(np.linalg.eigvalsh(turned + turned.T)[0]) / size)
@@ -104,7 +104,7 @@ CHECK = Check(
     id="G18",
     title="mixed ranks",
     claim="Under `truncated` a client of rank r_n receives the best Gram of that rank of all "
-    "uploads, ||Q - A^T A||_F = (sum_{i > r_n} lambda_i^2)^{1/2}, turned towards the leading "
+    "uploads, ||Q - A^T A||_F = (sum_{i > r_n} lambda_i^2)^{1/2}, aligned with the leading "
     "rows of what it held.",
     source="ours",
     verdict="holds",

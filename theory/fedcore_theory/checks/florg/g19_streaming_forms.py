@@ -111,9 +111,9 @@ def measure(
         "whitened, all fp32": single_stream,
     }
     graded = [{key: rounds for key, rounds in case.items() if key > 1} for case in drawn]
-    found = errors(graded, rules, {"": sketched_gram})
+    largest = errors(graded, rules, {"": sketched_gram})
     off = {
-        name: worst(factor_off(*pair) for pair in zip(found[name], TABLE[name], strict=True))
+        name: worst(factor_off(*pair) for pair in zip(largest[name], TABLE[name], strict=True))
         for name in rules
     }
     easy = [one for case in drawn for one in case[1.0]]
@@ -142,14 +142,14 @@ def measure(
             Measured("florg.whitened against the batch", worst(method), "<=", 1e-10),
         ),
         samples=f"{4 * len(rules)} entries, {2 * len(drawn)} rounds each, the worst counts",
-        curves=found,
+        curves=largest,
     )
 
 
 def picture(outcome: Outcome) -> Figure:
     """Errors over the condition."""
     lines = [
-        Line(name, CONDITIONS, np.minimum(found, 10)) for name, found in outcome.curves.items()
+        Line(name, CONDITIONS, np.minimum(values, 10)) for name, values in outcome.curves.items()
     ]
     marks = {"nothing left of the direction": 1.0}
     label = "relative error, weakest direction"

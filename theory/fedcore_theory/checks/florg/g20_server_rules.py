@@ -27,7 +27,7 @@ OPTIMISERS: Mapping[str, Optimiser] = {
     "SGD": Optimiser(rate=0.02),
     "AdamW": Optimiser("adamw", 0.01),
 }
-RULES = ("truncated", "sketched", "avg_a", "no alignment", "random turn")
+RULES = ("truncated", "sketched", "avg_a", "no alignment", "random rotation")
 
 
 def draw(seed: int) -> dict[float, GramProblem]:
@@ -36,7 +36,7 @@ def draw(seed: int) -> dict[float, GramProblem]:
 
 
 def shipped(rule: str) -> Server:
-    """The three methods, and `truncated` with another turn."""
+    """The three methods, and `truncated` with another rotation."""
     if rule in ("truncated", "sketched", "avg_a"):
         return lambda case: gram_step(f"florg.{rule}", case)
     unturned = FlorgTruncated(align=False)
@@ -61,8 +61,8 @@ def measure(
                 base = runs["truncated"].losses[-1]
                 fell.append(float(base / runs["truncated"].losses[0]))
                 for rule, run in runs.items():
-                    found = float(run.losses[-1] / base)
-                    ratios.setdefault((name, spread, rule), []).append(found)
+                    ratio = float(run.losses[-1] / base)
+                    ratios.setdefault((name, spread, rule), []).append(ratio)
     every = [value for values in ratios.values() for value in values]
     return Outcome(
         measured=(
@@ -92,10 +92,10 @@ CHECK = Check(
     title="server rules compared by their loss",
     claim="On quadratics whose clients differ little or much, 60 rounds of SGD or AdamW end "
     "within 2% of the same loss, whether the server takes the best Gram, the literal rule, the "
-    "mean of A, or a factor that is not aligned or turned at random.",
+    "mean of A, or a factor that is not aligned or rotated at random.",
     source="ours: an observation on this toy, not a theorem",
     verdict="holds",
-    assumptions="Rank 2 of 16, 5 clients, 5 full-gradient steps a round.",
+    assumptions="Rank 2 of 16, 5 clients, 5 full-gradient steps per round.",
     data="The quadratics of G9 with spreads .2 and 3; seed 0",
     draw=draw,
     measure=measure,

@@ -40,10 +40,10 @@ def measure(cases: Iterable[tuple[Divergence, ...]]) -> Outcome:
     """Who is below whom in every layer and round, and whether averaging ever gets exact."""
     runs = next(iter(cases))
     errors = {
-        name: np.asarray(found) for run in runs for name, found in run.errors.items()
+        name: np.asarray(rounds) for run in runs for name, rounds in run.errors.items()
     }  # (rounds, L)
     above = {pair: _above(errors, *pair) for pair in BELOW}
-    layers = sum(found.size for found in errors.values())
+    layers = sum(values.size for values in errors.values())
     return Outcome(
         measured=(
             Measured("layers and rounds out of order", float(sum(above.values())), "<=", 0),
@@ -57,7 +57,7 @@ def measure(cases: Iterable[tuple[Divergence, ...]]) -> Outcome:
         ),
         samples=f"{layers} errors: {len(errors)} methods, {len(errors['fedit'])} rounds, "
         f"{errors['fedit'].shape[1]} layers, one run for each adapter family",
-        curves={name: found.mean(axis=1) for name, found in errors.items()},
+        curves={name: values.mean(axis=1) for name, values in errors.items()},
     )
 
 

@@ -37,15 +37,15 @@ def draw(seed: int) -> Case:
 
 def measure(cases: Iterable[Case], train: Train = train) -> Outcome:
     """Test accuracy after every round, averaged over federations and cases."""
-    found: dict[tuple[int, str], list[Array]] = {
+    accuracies: dict[tuple[int, str], list[Array]] = {
         (clients, name): [] for clients in RATES for name in NAMES
     }
     seeds = 0
     for case in cases:
         seeds += 1
-        for (clients, name), runs in found.items():
+        for (clients, name), runs in accuracies.items():
             runs.append(train(case[clients], name, RATES[clients][name], ROUNDS).accuracy.mean(1))
-    curves = {key: np.mean(runs, axis=0) for key, runs in found.items()}
+    curves = {key: np.mean(runs, axis=0) for key, runs in accuracies.items()}
     last = {key: float(curve[-1]) for key, curve in curves.items()}
     over_ffa = [last[n, "rolora"] - last[n, "ffa"] for n in RATES]
     over_lora = [last[n, "rolora"] - last[n, "fedit"] for n in RATES]
@@ -87,7 +87,7 @@ CHECK = Check(
     data="scikit-learn's digits, 1,400 in training, standardised; relu((x A^T) B^T) head with 64 "
     "hidden units and rank 4; 5 clients of 2 labels and 10 of 1; 60 rounds of 5 epochs, batch 64, "
     "each method's best learning rate of 0.05, 0.2 and 0.5, fixed beforehand; four "
-    "splits and starts a seed, seeds 0 and 1",
+    "splits and starts per seed, seeds 0 and 1",
     draw=draw,
     measure=measure,
     picture=picture,

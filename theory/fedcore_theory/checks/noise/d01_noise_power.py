@@ -59,7 +59,7 @@ def measure(
     curves: dict[str, Array] = {}
     for case in cases:
         A, B = case.A[0], case.B[0]
-        found = {
+        powers = {
             "both": np.stack([squared_distances(both(case, sigma), B @ A) for sigma in _SIGMAS]),
             "B alone": np.stack([squared_distances(one(case, sigma), B @ A) for sigma in _SIGMAS]),
         }
@@ -67,13 +67,13 @@ def measure(
             "both": np.array([power(A, B, sigma) for sigma in _SIGMAS]),
             "B alone": np.array([power_one(A, B, sigma) for sigma in _SIGMAS]),
         }
-        for name, values in found.items():
+        for name, values in powers.items():
             scores[name].append(abs(standard_errors(values[_AT], exact[name][_AT])))
         linear = exact["both"] - _SIGMAS**4 * A.size * len(B)
-        scores["linear"].append(standard_errors(found["both"][_AT], linear[_AT]))
+        scores["linear"].append(standard_errors(powers["both"][_AT], linear[_AT]))
         curves = curves or {
-            "A and B noisy": found["both"].mean(1),
-            "B alone noisy": found["B alone"].mean(1),
+            "A and B noisy": powers["both"].mean(1),
+            "B alone noisy": powers["B alone"].mean(1),
             "both: formula": exact["both"],
             "B alone: formula": exact["B alone"],
             "both, without the quadratic term": linear,
@@ -85,7 +85,7 @@ def measure(
             Measured("the same without the quadratic term", least(scores["linear"]), ">", 5),
         ),
         samples=f"4000 draws for each of {len(scores['both'])} pairs of factors",
-        excludes="a true formula fails with probability 6e-7 a number (5 standard errors)",
+        excludes="a true formula fails with probability 6e-7 per number (5 standard errors)",
         curves=curves,
     )
 

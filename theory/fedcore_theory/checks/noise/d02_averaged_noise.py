@@ -49,9 +49,9 @@ def _of_factors(method: str, A: Array, B: Array) -> Array:
         "B": B.transpose(1, 2, 0, 3).reshape(clients, d_out, draws * rank),
     }
     previous = {name: stack[0] for name, stack in uploads.items()}
-    found = server_round(method, uploads, previous=previous).factors
-    own_A = found["A"].reshape(draws, rank, d_in)
-    return np.asarray(found["B"].reshape(d_out, draws, rank).transpose(1, 0, 2) @ own_A)
+    factors = server_round(method, uploads, previous=previous).factors
+    own_A = factors["A"].reshape(draws, rank, d_in)
+    return np.asarray(factors["B"].reshape(d_out, draws, rank).transpose(1, 0, 2) @ own_A)
 
 
 def factors_averaged(A: Array, B: Array) -> Array:
@@ -77,7 +77,7 @@ def measure(
 ) -> Outcome:
     """Mean noise power of each average against its formula."""
     names = ("factors", "products", "B alone", "wrong", "exact method")
-    found: dict[str, list[float]] = {name: [] for name in names}
+    scores: dict[str, list[float]] = {name: [] for name in names}
     curves: dict[str, dict[str, float]] = {}
     for case in cases:
         A, B = case.A[0], case.B[0]
@@ -95,26 +95,28 @@ def measure(
             "B alone": _SIGMA**2 * len(B) * float((A**2).sum()) / _CLIENTS,
         }
         for name, values in powers.items():
-            found[name].append(abs(standard_errors(values, exact[name])))
-        found["wrong"].append(abs(standard_errors(powers["factors"], exact["products"])))
+            scores[name].append(abs(standard_errors(values, exact[name])))
+        scores["wrong"].append(abs(standard_errors(powers["factors"], exact["products"])))
         shipped = server_round("fedex", {"A": noisy_A[0], "B": noisy_B[0]}).product
         dense = of_products(noisy_A[:1], noisy_B[:1])[0]
-        found["exact method"].append(float(np.abs(shipped - dense).max()))
+        scores["exact method"].append(float(np.abs(shipped - dense).max()))
         curves = curves or {
             f"{name} averaged": {"measured": float(powers[name].mean()), "formula": exact[name]}
             for name in powers
         }
     return Outcome(
         measured=(
-            Measured("standard errors, noisy factors averaged", worst(found["factors"]), "<=", 5),
-            Measured("standard errors, noisy products averaged", worst(found["products"]), "<=", 5),
-            Measured("standard errors, noisy B averaged", worst(found["B alone"]), "<=", 5),
-            Measured("factors against the formula of products", least(found["wrong"]), ">", 5),
-            Measured("FedEx off the mean of products", worst(found["exact method"]), "<=", 1e-12),
+            Measured("standard errors, noisy factors averaged", worst(scores["factors"]), "<=", 5),
+            Measured(
+                "standard errors, noisy products averaged", worst(scores["products"]), "<=", 5
+            ),
+            Measured("standard errors, noisy B averaged", worst(scores["B alone"]), "<=", 5),
+            Measured("factors against the formula of products", least(scores["wrong"]), ">", 5),
+            Measured("FedEx off the mean of products", worst(scores["exact method"]), "<=", 1e-12),
         ),
         samples=f"{_DRAWS:,} draws of {_CLIENTS} clients' noise for each of "
-        f"{len(found['wrong'])} models",
-        excludes="a true formula fails with probability 6e-7 a number (5 standard errors)",
+        f"{len(scores['wrong'])} models",
+        excludes="a true formula fails with probability 6e-7 per number (5 standard errors)",
         curves=curves,
     )
 

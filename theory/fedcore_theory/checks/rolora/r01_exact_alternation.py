@@ -40,8 +40,8 @@ def measure(cases: Iterable[ClientFactors], step: Step = shipped) -> Outcome:
         start = ClientFactors(case.A[:1], case.B[:1], np.ones(1))
         for phase, name in enumerate(("B averaged", "A averaged")):
             uploads = _frozen(case, "A" if phase == 0 else "B")
-            found = step(uploads, start, phase)
-            errors[name].append(float(np.abs(found.product - uploads.mean_product).max()))
+            result = step(uploads, start, phase)
+            errors[name].append(float(np.abs(result.product - uploads.mean_product).max()))
         both = server_round("fedit", {"A": case.A, "B": case.B}, case.weights)
         errors["both averaged"].append(relative(both.product, case.mean_product))
     exact = worst([*errors["B averaged"], *errors["A averaged"]])
@@ -83,7 +83,7 @@ CHECK = Check(
     "sum w_n B_n A = (sum w_n B_n) A; likewise for a common B.",
     source="RoLoRA, arXiv 2502.01755, equations 3 and 4",
     verdict="holds",
-    assumptions="The frozen factor is the same to the bit on every client; weights sum to 1.",
+    assumptions="The frozen factor is identical, bit for bit, on every client; weights sum to 1.",
     data="4 to 8 clients, 12 x 9, rank 3, standard normal factors, Dirichlet(1) weights; seeds 0 "
     "to 4",
     draw=draw,

@@ -66,9 +66,9 @@ def bounds(problem: Regression, a: Array, eta: float) -> Bounds:
     residual = (bbar @ bbar) * a - (problem.mean_head @ bbar) * problem.truth
     moved = a - 2 * eta * problem.covariances.mean(axis=0) @ residual
     noise = away.data * (1 + away.head) ** 2 * scale
-    kept = delta * abs(1 - 2 * eta * float(bbar @ bbar))
+    remaining = delta * abs(1 - 2 * eta * float(bbar @ bbar))
     return Bounds(
-        sine=(kept + 2 * eta * noise * delta) / float(np.linalg.norm(moved)),
+        sine=(remaining + 2 * eta * noise * delta) / float(np.linalg.norm(moved)),
         head=(1 - delta**2 - away.head) * scale,
         moved=1 - 4 * eta * noise - 4 * eta * (away.head**2 + away.head) * scale,
     )
@@ -76,7 +76,7 @@ def bounds(problem: Regression, a: Array, eta: float) -> Bounds:
 
 def measure(cases: Iterable[Case], iteration: Iteration = alternate) -> Outcome:
     """Every iteration of every run against its bounds."""
-    found: dict[str, list[tuple[Move, Bounds]]] = {}
+    settings: dict[str, list[tuple[Move, Bounds]]] = {}
     for case in cases:
         random = np.random.default_rng([case.seed, 1])
         for label, sizes in (("same data", FIXED), ("new data", FRESH)):
@@ -87,11 +87,11 @@ def measure(cases: Iterable[Case], iteration: Iteration = alternate) -> Outcome:
                     else (case.problem.resampled(random, ROWS) for _ in range(ITERATIONS))
                 )
                 eta = u / case.problem.scale**2
-                found.setdefault(f"{label}, u = {u:g}", []).extend(
+                settings.setdefault(f"{label}, u = {u:g}", []).extend(
                     (move, bounds(move.problem, unit(move.start), eta))
                     for move in descend(seen, case.start, eta, iteration)
                 )
-    every = [pair for pairs in found.values() for pair in pairs]
+    every = [pair for pairs in settings.values() for pair in pairs]
     sines = [(move.problem.sine(move.result.a), bound.sine) for move, bound in every]
     heads = [(float(move.result.b @ move.result.b), bound.head) for move, bound in every]
     lengths = [(float(move.result.moved @ move.result.moved), bound.moved) for move, bound in every]
@@ -122,12 +122,12 @@ def measure(cases: Iterable[Case], iteration: Iteration = alternate) -> Outcome:
                 0,
             ),
         ),
-        samples=f"{len(every)} iterations in {len(found)} settings",
+        samples=f"{len(every)} iterations in {len(settings)} settings",
         curves={
             label: [
                 (move.problem.sine(move.result.a), bound.sine) for move, bound in pairs[:ITERATIONS]
             ]
-            for label, pairs in found.items()
+            for label, pairs in settings.items()
         },
     )
 

@@ -39,7 +39,7 @@ def measure(cases: Iterable[Case], iteration: Iteration = alternate) -> Outcome:
                 moves.setdefault(sine, []).extend(descend(seen, start, eta, iteration))
     ratios = {sine: [_ratio(move, sine) for move in run] for sine, run in moves.items()}
     hypotheses = [_hypotheses(move, sine) for sine, run in moves.items() for move in run]
-    every = [ratio for found in ratios.values() for ratio in found]
+    every = [ratio for of_sine in ratios.values() for ratio in of_sine]
     return Outcome(
         measured=(
             Measured("iterations above the bound", sum(not ratio <= 1 for ratio in every), "<=", 0),
@@ -98,7 +98,7 @@ CHECK = Check(
     source="RoLoRA, arXiv 2502.01755, contraction lemma, with 1/(2 L_max^2) for its 1/L_max^2",
     verdict="holds",
     assumptions="||b*|| <= L_max; deterministic once eps' and eps~ are what they are.",
-    data="10 clients, d = 5, delta0 in {.3, .5, .8} with 4,000, 4,000 and 16,000 rows a client, "
+    data="10 clients, d = 5, delta0 in {.3, .5, .8} with 4,000, 4,000 and 16,000 rows per client, "
     "u = eta ||b*||^2 = .5, to delta < 1e-12, on the same data and on new data; seeds 0 to 4",
     draw=draw,
     measure=measure,

@@ -40,7 +40,7 @@ def measure(
                 move.problem.sine(move.result.a) > rate * move.problem.sine(move.start)
                 for move in descend(repeat(problem, ITERATIONS), start, eta, iteration)
             )
-    shares = {sine: float(np.mean(found)) for sine, found in broken.items()}
+    shares = {sine: float(np.mean(failures)) for sine, failures in broken.items()}
     thresholds = {sine: _threshold(sine, recursion) for sine in SINES}
     run = _sines(0.6, PRINTED, recursion)
     return Outcome(
@@ -50,7 +50,7 @@ def measure(
             ),
             Measured(
                 "largest safe u, distance from 1 - (1 - delta0^2)/4",
-                worst(abs(found - _formula(sine)) for sine, found in thresholds.items()),
+                worst(abs(threshold - _formula(sine)) for sine, threshold in thresholds.items()),
                 "<=",
                 1e-3,
             ),

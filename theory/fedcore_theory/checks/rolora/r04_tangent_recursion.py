@@ -58,12 +58,12 @@ def measure(cases: Iterable[Case], iteration: Iteration = alternate) -> Outcome:
                 repeat(case.problem, 500), case.start, u / case.problem.scale**2, iteration
             )
             for t, move in enumerate(moves, start=1):
-                found = case.problem.tangent(move.result.a)
+                tangent = case.problem.tangent(move.result.a)
                 predicted = float(next_tangent(np.asarray(predicted), u))
                 if predicted > 1e-8:
-                    errors.append(abs(found - predicted) / predicted)
-                shares.append(found / (first * (1 + 2 * u) ** -t * (1 + 1e-9) + 1e-14))
-                path.append(found)
+                    errors.append(abs(tangent - predicted) / predicted)
+                shares.append(tangent / (first * (1 + 2 * u) ** -t * (1 + 1e-9) + 1e-14))
+                path.append(tangent)
             hit = _hit(path)
             slack.append(np.log(first / GOAL) / np.log1p(2 * u) + 1 - hit)
             paths.setdefault(u, path)

@@ -100,8 +100,8 @@ def _iteration(case: Case, A: Array, eta: float, heads: Heads) -> Array:
     solved = {"A": frozen, "B": heads(targets, A)}
     B = server_round("rolora", solved, previous=start, round=0).factors["B"]
     steps = A - 2 * eta * np.einsum("or,noi->nri", B, B @ A - targets)
-    held = {"A": steps, "B": np.broadcast_to(B, (CLIENTS, *B.shape))}
-    return server_round("rolora", held, previous={"A": A, "B": B}, round=1).factors["A"]
+    uploads = {"A": steps, "B": np.broadcast_to(B, (CLIENTS, *B.shape))}
+    return server_round("rolora", uploads, previous={"A": A, "B": B}, round=1).factors["A"]
 
 
 def _distance(A: Array, truth: Array) -> float:

@@ -62,16 +62,16 @@ def measure(
     average: Callable[[Array, Array], Array] = averaged_heads,
 ) -> Outcome:
     """The standard deviation of Rbar in every setting, over that of the law."""
-    found: dict[Setting, list[Array]] = {}
+    noise: dict[Setting, list[Array]] = {}
     for case in cases:
         for setting, problem in case.items():
             a = np.eye(setting.width)[0]
             solved = heads(problem, a).reshape(-1, setting.clients).T
-            found.setdefault(setting, []).append((average(solved, a) - COSINE) / SINE)
-    spread = {setting: float(np.std(np.concatenate(rows))) for setting, rows in found.items()}
+            noise.setdefault(setting, []).append((average(solved, a) - COSINE) / SINE)
+    spread = {setting: float(np.std(np.concatenate(rows))) for setting, rows in noise.items()}
     ratios = {one: spread[one] * np.sqrt(one.clients * (one.rows - 2)) for one in spread}
     others = [ratio for setting, ratio in ratios.items() if setting != HEADLINE]
-    counts = {setting: sum(map(len, rows)) for setting, rows in found.items()}
+    counts = {setting: sum(map(len, rows)) for setting, rows in noise.items()}
     count, fewest = counts[HEADLINE], min(counts.values())
     return Outcome(
         measured=(

@@ -88,7 +88,7 @@ def measure(cases: Iterable[Case], gradients: Gradients = client_gradients) -> O
 
 
 def _sides(case: Case, eps: float, gradients: Gradients) -> Sides:
-    """At ``bbar = g + eps delta ||b*|| off``; the server's step tells the averaged gradient."""
+    """At ``bbar = g + eps delta ||b*|| off``; the server's step yields the averaged gradient."""
     problem, a = case.problem, case.a
     size = SINE * problem.scale
     b = (a @ problem.truth) * problem.mean_head + eps * size * case.off

@@ -88,8 +88,8 @@ def measure(
             Measured("largest error of a sine against the exact one", worst(errors), "<=", 1e-13),
             Measured("worst sine / bound", worst(ratios), "<=", 1 + 1e-12),
             *(
-                Measured(f"relative error of {name}'s loss", worst(found), "<=", 1e-12)
-                for name, found in losses.items()
+                Measured(f"relative error of {name}'s loss", worst(values), "<=", 1e-12)
+                for name, values in losses.items()
             ),
         ),
         samples=f"{len(errors)} iterations of {len(paths)} problems",

@@ -54,15 +54,15 @@ def measure(cases: Iterable[Case], iteration: Iteration = alternate) -> Outcome:
         problem = case.problem
         eta = 1 / (2 * _first(problem).scale ** 2)
         runs = {"6 clients": problem, "the first client alone": _first(problem)}
-        found = {name: [SINE] for name in runs}
+        sines = {name: [SINE] for name in runs}
         for name, one in runs.items():
             for move in descend(repeat(one, ITERATIONS), case.start, eta, iteration):
-                found[name].append(one.sine(move.result.a))
+                sines[name].append(one.sine(move.result.a))
                 if one is problem:
                     gradients.append(float(np.linalg.norm(move.start - move.result.moved)) / eta)
                     motions.append(float(np.abs(move.result.a - case.start).max()))
-        alone.append(found["the first client alone"][-1])
-        paths = paths or found
+        alone.append(sines["the first client alone"][-1])
+        paths = paths or sines
     return Outcome(
         measured=(
             Measured("largest ||grad_a||", worst(gradients), "<=", 1e-14),

@@ -105,8 +105,8 @@ def _descend(case: Case, scale: float, step_size: StepSize) -> _Run:
             "A": np.broadcast_to(A, (CLIENTS, *A.shape)) if moves_b else stepped,
             "B": stepped if moves_b else np.broadcast_to(B, (CLIENTS, *B.shape)),
         }
-        found = server_round("rolora", uploads, previous={"A": A, "B": B}, round=round)
-        A, B = found.factors["A"], found.factors["B"]
+        result = server_round("rolora", uploads, previous={"A": A, "B": B}, round=round)
+        A, B = result.factors["A"], result.factors["B"]
         mean = gradients.mean(axis=0)
         run.gains.append(eta / 2 * float(np.sum(mean**2)))
         run.losses.append(_loss(case.targets, scale * B @ A))
@@ -145,7 +145,7 @@ CHECK = Check(
     assumptions="Equal weights, full gradients, K = 1 local step; the limit is Eckart-Young's "
     "where the spectrum has a gap and the start is generic.",
     data="5 clients, 6 x 7, rank 2, mean target of spectrum 2, 1.5, .8, .5, .3, .2 plus .3 normal "
-    "noise a client, B = 0, s in {1, 4}, 600 rounds; seed 0",
+    "noise per client, B = 0, s in {1, 4}, 600 rounds; seed 0",
     draw=draw,
     measure=measure,
     picture=picture,

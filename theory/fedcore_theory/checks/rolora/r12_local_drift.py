@@ -49,11 +49,11 @@ def draw(seed: int) -> Case:
 
 def local_steps(case: Case) -> Array:
     """``(19, N, 5)`` the clients after 1 to 19 gradient steps of their own."""
-    x, found = np.broadcast_to(case.x, case.centres.shape), []
+    x, iterates = np.broadcast_to(case.x, case.centres.shape), []
     for _ in range(LONGEST):
         x = x - case.eta * np.einsum("nij,nj->ni", case.hessians, x - case.centres)
-        found.append(x)
-    return np.stack(found)
+        iterates.append(x)
+    return np.stack(iterates)
 
 
 def measure(cases: Iterable[Case], steps: Callable[[Case], Array] = local_steps) -> Outcome:
@@ -87,8 +87,8 @@ def _averaged(local: Array) -> Array:
     count, clients, size = local.shape
     B = local.transpose(1, 0, 2).reshape(clients, -1, 1)
     uploads = {"A": np.ones((clients, 1, 1)), "B": B}
-    found = server_round("rolora", uploads, previous={"A": np.ones((1, 1))}, round=0)
-    return found.factors["B"].reshape(count, size)
+    result = server_round("rolora", uploads, previous={"A": np.ones((1, 1))}, round=0)
+    return result.factors["B"].reshape(count, size)
 
 
 def picture(outcome: Outcome) -> Figure:

@@ -47,7 +47,7 @@ def draw(seed: int) -> Case:
 
 
 def shipped(A: Array, B: Array, previous: Array) -> Round:
-    """RoLoRA's server, told the ranks: what a client lacks stands as it was."""
+    """RoLoRA's server, given the ranks: what a client lacks stays as it was."""
     stacked = {"A": np.broadcast_to(A, (len(B), *A.shape)), "B": B}
     return server_round("rolora", stacked, previous={"A": A, "B": previous}, ranks=RANKS)
 
@@ -62,25 +62,25 @@ def measure(cases: Iterable[Case], step: Step = shipped, naive: Step = padded) -
     """A round of trained clients, and five rounds of clients that train nothing."""
     exact: list[float] = []
     decay: list[float] = []
-    kept: list[float] = []
+    drifts: list[float] = []
     norms: dict[str, list[Array]] = {}
     for case in cases:
         zeros = np.einsum("nor,ri->oi", case.trained, case.A) / len(RANKS)
-        held = np.where(_padded(np.ones_like(case.trained)) > 0, case.trained, case.B)
-        completed = np.einsum("nor,ri->oi", held, case.A) / len(RANKS)
+        filled = np.where(_padded(np.ones_like(case.trained)) > 0, case.trained, case.B)
+        completed = np.einsum("nor,ri->oi", filled, case.A) / len(RANKS)
         for rule, right in ((naive, zeros), (step, completed)):
-            found = rule(case.A, case.trained, case.B).product
-            exact.append(float(np.abs(found - right).max()))
+            product = rule(case.A, case.trained, case.B).product
+            exact.append(float(np.abs(product - right).max()))
         paths = {"padded": _idle(case, naive), "shipped": _idle(case, step)}
         decay.append(float(np.abs(paths["padded"][-1] - np.power(COVERAGE, ROUNDS)).max()))
-        kept.append(float(np.abs(paths["shipped"] - 1).max()))
+        drifts.append(float(np.abs(paths["shipped"] - 1).max()))
         norms = norms or {name: list(path) for name, path in paths.items()}
     return Outcome(
         measured=(
             Measured("padding as values: distance from coverage^5", worst(decay), "<=", 1e-14),
             Measured("largest entry of a round's error", worst(exact), "<=", 1e-14),
             Measured(
-                "shipped: largest change of an idle column's length", worst(kept), "<=", 1e-14
+                "shipped: largest change of an idle column's length", worst(drifts), "<=", 1e-14
             ),
         ),
         samples=f"{len(decay)} federations, {ROUNDS} idle rounds each",
@@ -107,13 +107,13 @@ def _padded(B: Array) -> Array:
 def picture(outcome: Outcome) -> Figure:
     """The lengths of the columns, by the share of clients that hold them."""
     lines = []
-    naive, held = (np.array(outcome.curves[name]) for name in ("padded", "shipped"))
+    naive, completed = (np.array(outcome.curves[name]) for name in ("padded", "shipped"))
     rounds = np.arange(ROUNDS + 1)
     for rank in range(1, len(RANKS)):
         share = COVERAGE[rank]
         lines.append(Line(f"padded, held by {share:.0%}", rounds, naive[:, rank]))
         lines.append(Line(f"{share:g}^t", rounds, share**rounds, bound=True))
-    lines.append(Line("shipped, held by 25%", rounds, held[:, -1]))
+    lines.append(Line("shipped, held by 25%", rounds, completed[:, -1]))
     return trajectories(lines, "idle round", "length of B's column")
 
 

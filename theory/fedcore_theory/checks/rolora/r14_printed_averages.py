@@ -105,11 +105,11 @@ def _leads(
 ) -> Mapping[str, Mapping[str, float]]:
     """By setting, how far RoLoRA is above each other method."""
     first = {row.setting: value(row) for row in table if row.method == "RoLoRA"}
-    found: dict[str, dict[str, float]] = {setting: {} for setting in first}
+    leads: dict[str, dict[str, float]] = {setting: {} for setting in first}
     for row in table:
         if row.method != "RoLoRA":
-            found[row.setting][row.method] = first[row.setting] - value(row)
-    return found
+            leads[row.setting][row.method] = first[row.setting] - value(row)
+    return leads
 
 
 def _behind(leads: Mapping[str, Mapping[str, float]]) -> int:

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 
 from fedcore.data.adapter_state import AdapterState
-from fedcore.data.cohort import Cohort, absorb
+from fedcore.data.cohort import Cohort
+from fedcore.data.rows import absorb_scalings
 from fedcore.methods import Broadcast, create_method
 from fedcore_theory.check import Check, Measured, Outcome, least, worst
 from fedcore_theory.figures import bars
@@ -54,13 +55,13 @@ def shipped(adapters: Adapters) -> list[Array]:
     wide = AdapterState(
         "lora", {_MODULE: {"A": stack.inner, "B": stack.outer.T}}, scaling={_MODULE: 1.0}
     )
-    layout, found = wide.layout(), []
+    layout, products = wide.layout(), []
     for state in states.values():
         down = wide.to_row(layout)
-        absorb(down, layout, "lora", state.scaling, sign=-1)
-        held = wide.with_row(down, layout).factors[_MODULE]
-        found.append((state.scaling[_MODULE] * held["B"] @ held["A"]).numpy())
-    return found
+        absorb_scalings(down, layout, "lora", state.scaling, inverse=True)
+        factors = wide.with_row(down, layout).factors[_MODULE]
+        products.append((state.scaling[_MODULE] * factors["B"] @ factors["A"]).numpy())
+    return products
 
 
 def blind(adapters: Adapters) -> list[Array]:

@@ -73,7 +73,7 @@ def measure(
     centre: str = "robust_geomedian",
 ) -> Outcome:
     """The Gram, its invariance, its distance floor, and what three rules make of faulty clients."""
-    found: dict[str, list[float]] = {}
+    series: dict[str, list[float]] = {}
     shown: dict[str, dict[str, float]] = {}
     for case in cases:
         K = gram(case.A, case.B)
@@ -96,36 +96,36 @@ def measure(
             "mean": _error(uploads, case, "product_svd"),
         }
         for name, value in (numbers | errors).items():
-            found.setdefault(name, []).append(value)
+            series.setdefault(name, []).append(value)
         shown = shown or {name: {"error": value} for name, value in errors.items()}
     return Outcome(
         measured=(
             Measured(
-                "Gram off the dense products, relative", worst(found["off the dense"]), "<=", 1e-13
+                "Gram off the dense products, relative", worst(series["off the dense"]), "<=", 1e-13
             ),
             Measured(
-                "change of the Gram with gauges, relative", worst(found["gauge"]), "<=", 1e-12
+                "change of the Gram with gauges, relative", worst(series["gauge"]), "<=", 1e-12
             ),
             Measured(
-                "faulty clients kept by Krum and medoid", worst(found["faulty kept"]), "<=", 0
+                "faulty clients kept by Krum and medoid", worst(series["faulty kept"]), "<=", 0
             ),
-            Measured("error of the geometric median", worst(found["geometric median"]), "<=", 0.1),
-            Measured("error of the mean", least(found["mean"]), ">", 1),
-            Measured("distance read for 1e-8 of the norm", worst(found["floor"]), "<=", 0),
+            Measured("error of the geometric median", worst(series["geometric median"]), "<=", 0.1),
+            Measured("error of the mean", least(series["mean"]), ">", 1),
+            Measured("distance read for 1e-8 of the norm", worst(series["floor"]), "<=", 0),
             Measured(
                 "distance read for 1e-6, relative error",
-                worst(abs(one - 1) for one in found["above the floor"]),
+                worst(abs(one - 1) for one in series["above the floor"]),
                 "<=",
                 0.01,
             ),
             Measured(
                 "a Gram in fp32, distance read for 1e-4, relative error",
-                least(found["single precision"]),
+                least(series["single precision"]),
                 ">",
                 0.5,
             ),
         ),
-        samples=f"{len(found['mean'])} cohorts of 6 and of 9 clients",
+        samples=f"{len(series['mean'])} cohorts of 6 and of 9 clients",
         curves=shown,
     )
 
@@ -154,16 +154,16 @@ def _read_single(case: Clients, deviation: float) -> float:
     A, B = A.astype(np.float32), B.astype(np.float32)
     left, right = (np.einsum("iab,jac->ijbc", B, B), np.einsum("iba,jca->ijbc", A, A))
     K = (left * right).sum((2, 3)).astype(float)
-    found = np.sqrt(max(K[0, 0] + K[1, 1] - 2 * K[0, 1], 0))
-    return abs(float(found) / (size * deviation) - 1)
+    distance = np.sqrt(max(K[0, 0] + K[1, 1] - 2 * K[0, 1], 0))
+    return abs(float(distance) / (size * deviation) - 1)
 
 
 def _faulty_weight(method: RobustMethod, gram: Array) -> float:
     """The weight that a rule leaves to the faulty clients, of equal weights."""
     names = [f"{n:06d}" for n in range(len(gram))]
     ones = torch.ones(len(gram), dtype=torch.float64)
-    kept = method.decide(names, ones, torch.from_numpy(gram)).weights
-    return float(kept[[1, 4]].sum())
+    weights = method.decide(names, ones, torch.from_numpy(gram)).weights
+    return float(weights[[1, 4]].sum())
 
 
 def _error(uploads: dict[str, Array], case: Clients, name: str, **options: int) -> float:

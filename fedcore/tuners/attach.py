@@ -85,9 +85,9 @@ def attach_adapter(
 def _freeze_all_but_head(model: nn.Module) -> None:
     names = [name for name, _ in model.named_children() if name in ("classifier", "score")]
     if not names:
-        found = ", ".join(name for name, _ in model.named_children())
+        children = ", ".join(name for name, _ in model.named_children())
         raise FedcoreError(
-            f"the model has no classifier head (classifier or score) to train, only {found}"
+            f"the model has no classifier head (classifier or score) to train, only {children}"
         )
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name.split(".")[0] in names)
