@@ -1,5 +1,4 @@
 from dataclasses import replace
-from math import inf, nan
 
 import numpy as np
 import pytest
@@ -16,7 +15,6 @@ from fedcore.methods.tri.ce_lora.similarity import (
     cosine_similarity,
     data_similarity,
 )
-from tests.property.lora_rounds import pick
 from tests.property.mixtures import random_statistics
 from tests.property.tri_rounds import (
     core_round,
@@ -106,25 +104,6 @@ def test_what_travels_is_the_core():
     assert chosen.adapter_options == {"init": "ce"}
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_equal_cores_stay_what_they_are(dtype):
-    cores = near_identity(1).repeat(5, 1, 1, 1).to(dtype)
-    cohort, previous = core_round(cores, statistics=told_of(5))
-    result = method().aggregate(cohort, previous)
-    found = personal_cores(cohort, result)
-    assert found.dtype == dtype
-    tolerance = 0 if dtype == torch.float32 else 1e-15
-    torch.testing.assert_close(found, cores, rtol=0, atol=tolerance)
-
-
-def test_a_client_alone_keeps_its_core():
-    cohort, previous = core_round(near_identity(1), statistics=told_of(1))
-    result = method().aggregate(cohort, previous)
-    assert torch.equal(personal_cores(cohort, result), near_identity(1))
-    global_core = previous.layout.gather(result.row, cohort.layout)
-    assert torch.equal(global_core, cohort.updates[0])
-
-
 def test_a_high_temperature_gives_the_mean_and_a_low_one_the_own_core():
     cores, weights = near_identity(4), [1.0, 2.0, 3.0, 10.0]
     cohort, previous = core_round(cores, weights, statistics=told_of(4))
@@ -149,47 +128,6 @@ def test_at_the_default_one_similarity_unit_is_a_factor_of_150():
     cohort, previous = core_round(cores)
     weights = method().mixing(cohort, previous).weights
     assert float(weights[0, 0] / weights[0, 1]) == pytest.approx(np.exp(2 / 0.2), rel=1e-9)
-
-
-@given(st.permutations(range(5)), SEEDS)
-def test_clients_may_come_in_any_order(order, seed):
-    cores, told = near_identity(5, seed=seed), told_of(5, seed, classes=2)
-    cohort, previous = core_round(cores, statistics=told)
-    base = method().aggregate(cohort, previous)
-    again, _ = core_round(cores[order], clients=[f"c{n:03d}" for n in order], statistics=told)
-    result = method().aggregate(again, previous)
-    assert torch.equal(result.row, base.row)
-    for client, row in base.personal.items():
-        assert torch.equal(result.personal[client], row)
-    # Under other names, in another place of the sum: the same to rounding.
-    renamed = {f"c{place:03d}": told[f"c{n:03d}"] for place, n in enumerate(order)}
-    moved, _ = core_round(cores[order], statistics=renamed)
-    result = method().aggregate(moved, previous)
-    for place, n in enumerate(order):
-        torch.testing.assert_close(
-            result.personal[f"c{place:03d}"], base.personal[f"c{n:03d}"], rtol=1e-11, atol=1e-12
-        )
-
-
-def test_the_cohort_decides_and_nothing_else():
-    cohort, previous = core_round(near_identity(3), [2.0, 3.0, 1.0], statistics=told_of(3))
-    before, held = cohort.updates.clone(), previous.row.clone()
-    chosen = method(weight_by_examples=True)
-    base = chosen.aggregate(cohort, previous)
-    assert torch.equal(cohort.updates, before)
-    assert torch.equal(previous.row, held)
-    scaled = chosen.aggregate(pick(cohort, [0, 1, 2], [14.0, 21.0, 7.0]), previous)
-    for client, row in base.personal.items():
-        torch.testing.assert_close(scaled.personal[client], row, rtol=1e-12, atol=1e-13)
-    # By models alone, whose scale does not depend on who takes part, two halves are one client.
-    silent = replace(cohort, statistics={})
-    whole = chosen.aggregate(silent, previous)
-    halves = chosen.aggregate(pick(silent, [0, 0, 1, 2], [0.5, 1.5, 3.0, 1.0]), previous)
-    for n, place in enumerate((0, 0, 1, 2)):
-        torch.testing.assert_close(
-            halves.personal[f"c{n:03d}"], whole.personal[f"c{place:03d}"], rtol=1e-12, atol=1e-13
-        )
-    torch.testing.assert_close(halves.row, whole.row, rtol=1e-12, atol=1e-13)
 
 
 def test_modules_of_several_ranks_are_one_similarity():
@@ -381,62 +319,6 @@ def test_cores_that_did_not_move_or_are_zero_do_no_harm():
             torch.testing.assert_close(
                 personal_cores(cohort, result), cores, rtol=1e-15, atol=1e-15
             )
-
-
-def test_fp32_is_the_fp64_result_to_rounding():
-    cores = near_identity(5).float()
-    narrow, before = core_round(cores, statistics=told_of(5))
-    wide, previous = core_round(cores.double(), statistics=told_of(5))
-    for options in ({}, {"similarity": "cka"}, {"weight_by_examples": True}):
-        found = method(**options).aggregate(narrow, before)
-        expected = method(**options).aggregate(wide, previous)
-        torch.testing.assert_close(
-            personal_cores(narrow, found).double(),
-            personal_cores(wide, expected),
-            rtol=1e-5,
-            atol=1e-6,
-        )
-        assert found.row.dtype == torch.float32
-
-
-def test_an_empty_round_keeps_the_state_and_says_so():
-    cohort, previous = core_round(near_identity(2))
-    result = method().aggregate(pick(cohort, []), previous)
-    assert torch.equal(result.row, previous.row)
-    assert result.flags == ("no valid upload: the global state is kept",)
-    assert not result.personal
-
-
-def test_a_sum_is_not_enough():
-    cohort, previous = core_round(near_identity(2))
-    with pytest.raises(FedcoreError, match="ce_lora needs every upload"):
-        method().from_mean(cohort.updates[0], cohort.layout, previous)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        *(
-            ({"lam": v}, r"lam is .*; pass a number in \[0, 1\]")
-            for v in (-0.1, 1.1, nan, "1", True)
-        ),
-        *(
-            ({"temperature": v}, "temperature is .*; pass a finite number above 0")
-            for v in (0, -1.0, inf, nan, "1", True, None)
-        ),
-        *(
-            ({"min_per_component": v}, "min_per_component is .*; pass an integer of 1 or more, and")
-            for v in (0, -3, 2.0, True)
-        ),
-        ({"similarity": "cosin"}, "unknown similarity of ce_lora 'cosin'; did you mean cosine"),
-        ({"reference": "previous"}, "unknown reference of ce_lora 'previous'; did you mean prev"),
-        ({"share_counts": "no"}, "share_counts is 'no'; pass true or false"),
-        ({"weight_by_examples": 1}, "weight_by_examples is 1; pass true or false"),
-    ],
-)
-def test_bad_options_are_refused(options, message):
-    with pytest.raises(FedcoreError, match=message):
-        method(**options)
 
 
 def test_other_ranks_and_other_uploads_are_refused():

@@ -195,25 +195,6 @@ def test_the_error_with_drift_is_that_of_the_theory_and_gauge_free():
     assert projected[2] == pytest.approx(0.19, abs=0.06)
 
 
-def test_the_cohort_decides_and_nothing_else():
-    previous = start()
-    rows = trained(previous, 3, 0.3)
-    before, held = rows.clone(), previous.row.clone()
-    base = run(previous, rows, [2.0, 3.0, 1.0]).row
-    assert torch.equal(rows, before)
-    assert torch.equal(previous.row, held)
-    same = [
-        run(previous, rows, [14.0, 21.0, 7.0]).row,
-        run(previous, rows[[0, 0, 1, 2]], [0.5, 1.5, 3.0, 1.0]).row,
-        run(previous, rows[[2, 0, 1]], [1.0, 2.0, 3.0]).row,
-        run(previous, rows[[0, 1, 0, 2]], [2.0, 3.0, 0.0, 1.0]).row,
-    ]
-    for row in same:
-        torch.testing.assert_close(row, base, rtol=1e-12, atol=1e-12)
-    equal = run(previous, rows[[1, 1, 1]], [1.0, 5.0, 0.3]).row
-    torch.testing.assert_close(equal, run(previous, rows[1:2], [1.0]).row, rtol=1e-14, atol=0)
-
-
 def test_modules_at_once_are_modules_one_by_one():
     previous = start()
     layout, rows = previous.layout, trained(previous, 2, 0.3)
@@ -224,16 +205,6 @@ def test_modules_at_once_are_modules_one_by_one():
         row = run(alone, layout.gather(rows, part), [1.0, 3.0]).row
         got, expected = tri_product(part, row, name), tri_product(layout, whole, name)
         torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
-
-
-def test_fp32_uploads_lose_only_the_last_rounding():
-    wide, narrow = start(), start(dtype=torch.float32)
-    wide = Broadcast(wide.layout, narrow.row.double())
-    rows = trained(narrow, 3, 0.3)
-    expected = run(wide, rows.double(), [1.0, 2.0, 3.0]).row
-    found = run(narrow, rows, [1.0, 2.0, 3.0]).row
-    assert found.dtype == torch.float32
-    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_a_zero_core_gives_a_zero_update():

@@ -3,13 +3,9 @@ from dataclasses import replace
 import pytest
 import torch
 from hypothesis import given
-from hypothesis import strategies as st
 
-from fedcore.errors import FedcoreError
 from fedcore.methods import create_method
-from fedcore.methods.shared.linear import LinearMethod
-from tests.property.lora_rounds import LoraRound, lora_rounds, make_lora_round, pick
-from tests.property.method_rounds import make_method_round
+from tests.property.lora_rounds import LoraRound, lora_rounds, make_lora_round
 
 METHOD = create_method("fedsa")
 SHAPES = ((33, 7), (64, 33), (7, 33), (3, 3))
@@ -75,54 +71,3 @@ def test_an_upload_that_holds_b_loses_it_and_is_flagged():
     assert result.changed == clean.changed
     (flag,) = result.flags
     assert flag == "uploads held 5 tensors that are private, first m3.B: ignored"
-
-
-def test_the_cohort_decides_and_nothing_else():
-    case = make_lora_round("random", [2.0, 3.0, 1.0], SHAPES, 3)
-    cohort = shared(case)
-    before, held = cohort.updates.clone(), case.previous.row.clone()
-    base = METHOD.aggregate(cohort, case.previous).row
-    assert torch.equal(cohort.updates, before)
-    assert torch.equal(case.previous.row, held)
-    for same in (
-        pick(cohort, [0, 1, 2], [14.0, 21.0, 7.0]),
-        pick(cohort, [0, 0, 1, 2], [0.5, 1.5, 3.0, 1.0]),
-        pick(cohort, [2, 0, 1]),
-    ):
-        torch.testing.assert_close(
-            METHOD.aggregate(same, case.previous).row, base, rtol=1e-12, atol=1e-13
-        )
-
-
-def test_one_client_or_equal_ones_keep_their_a():
-    for kind, weights in (("random", [4.0]), ("identical", [0.3, 2.0, 7.0])):
-        case = make_lora_round(kind, weights, SHAPES, 3)
-        cohort = shared(case)
-        row = METHOD.aggregate(cohort, case.previous).row
-        assert torch.equal(case.previous.layout.gather(row, cohort.layout), cohort.updates[0])
-
-
-@given(st.lists(st.floats(0.01, 1e6), min_size=1, max_size=5))
-def test_a_sum_or_a_stream_serves_as_well(weights):
-    assert isinstance(METHOD, LinearMethod)
-    cohort, previous = make_method_round(METHOD, weights)
-    batch = METHOD.aggregate(cohort, previous).row
-    mean = cohort.shares @ cohort.updates
-    torch.testing.assert_close(METHOD.from_mean(mean, cohort.layout, previous).row, batch)
-    stream = METHOD.accumulator(cohort.layout, previous)
-    for row, weight in zip(cohort.updates, cohort.weights.tolist(), strict=True):
-        stream.add(row, weight)
-    torch.testing.assert_close(stream.result().row, batch)
-
-
-def test_an_empty_round_keeps_the_state_and_says_so():
-    case = make_lora_round("random", [1.0], SHAPES, 3)
-    result = METHOD.aggregate(pick(shared(case), []), case.previous)
-    assert torch.equal(result.row, case.previous.row)
-    assert result.flags == ("no valid upload: the global state is kept",)
-
-
-def test_mixed_ranks_are_refused():
-    case = make_lora_round("mixed_ranks", [1.0, 2.0], SHAPES, 3)
-    with pytest.raises(FedcoreError, match="fedsa needs equal ranks"):
-        METHOD.aggregate(shared(case), case.previous)

@@ -1,4 +1,4 @@
-from math import inf, isnan, sqrt
+from math import isnan, sqrt
 
 import pytest
 import torch
@@ -179,19 +179,3 @@ def test_a_stack_above_the_limit_is_refused_before_anything_is_formed():
     message = r"round 1: the clients' factors of m0 stack to rank 6, above max_rank 5 .* florist"
     with pytest.raises(FedcoreError, match=message):
         method(max_rank=5).aggregate(case.cohort, case.previous)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"max_rank": 0}, "flora: max_rank is 0; pass an integer of 1 or more, or None"),
-        ({"max_rank": True}, "max_rank is True"),
-        ({"max_rank": 2.0}, "max_rank is 2.0"),
-        ({"seed": None}, "flora: seed is None; pass an integer"),
-        ({"seed": inf}, "seed is inf"),
-        ({"rank": 3}, "unknown option of method flora 'rank'"),
-    ],
-)
-def test_options_that_make_no_sense_are_refused(options, message):
-    with pytest.raises(FedcoreError, match=message):
-        method(**options)

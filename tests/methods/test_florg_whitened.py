@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from math import inf, nan
 
 import pytest
@@ -123,18 +122,6 @@ def test_fp32_on_the_wire_costs_its_own_rounding_alone(kappa, allowed):
             assert float((u[:, -1] @ gap).norm() / s[-1]) < allowed + 1e-7 * kappa
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_the_gram_of_a_single_client_is_kept(seed):
-    rows, previous = graded_round(10.0, 0.3, seed, 1)
-    for found in (
-        served(rows, [7.0], previous),
-        served(rows.expand(3, -1), [1.0, 2.0, 0.5], previous),
-    ):
-        for module in MODULES:
-            got, own = factor(found.row, module), factor(rows[0], module)
-            torch.testing.assert_close(got.T @ got, own.T @ own, rtol=0, atol=1e-11)
-
-
 def test_rotations_of_a_client_change_nothing_and_of_the_broadcast_turn_the_result():
     rows, previous = graded_round(3.0)
     turned, moved = rows.clone(), previous.row.clone()
@@ -150,27 +137,6 @@ def test_rotations_of_a_client_change_nothing_and_of_the_broadcast_turn_the_resu
     for j, module in enumerate(MODULES):
         expected = turns[0, j] @ factor(base, module)
         torch.testing.assert_close(factor(other, module), expected, rtol=0, atol=1e-12)
-
-
-def test_the_cohort_decides_and_nothing_else():
-    rows, previous = graded_round()
-    method = create_method("florg.whitened")
-    uploads = sent(method, rows, previous)
-    weights = [2.0, 3.0, 1.0, 0.5, 4.0]
-    before, held, trained = uploads.clone(), previous.row.clone(), rows.clone()
-    base = method.aggregate(cohort_of(uploads, weights), previous).row
-    sent(method, rows, previous)
-    for now, then in ((uploads, before), (previous.row, held), (rows, trained)):
-        assert torch.equal(now, then)
-    same = {
-        "scaled": (uploads, [7 * w for w in weights]),
-        "split": (uploads[[0, 0, 1, 2, 3, 4]], [0.5, 1.5, *weights[1:]]),
-        "weightless": (uploads[[0, 1, 2, 3, 4, 0]], [*weights, 0.0]),
-        "another order": (uploads.flip(0), weights[::-1]),
-    }
-    for name, (those, theirs) in same.items():
-        got = method.aggregate(cohort_of(those, theirs), previous).row
-        assert float((got - base).abs().max()) < 1e-12, name
 
 
 def test_modules_together_are_modules_one_by_one():
@@ -294,31 +260,6 @@ def test_a_broadcast_without_a_direction_is_refused_by_both_halves(half):
         other = FactorLayout.build([("x", "A", 2, 20)])
         with pytest.raises(FedcoreError, match=r"x\.A of the upload .* it is missing from"):
             run(previous, other, torch.ones(other.size))
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"scale": value}, f"scale is {value!r}; pass a finite number above 0")
-        for value in (0, -1.0, inf, nan, True, "2", None)
-    ]
-    + [
-        ({"eps_rel": value}, f"eps_rel is {value!r}; pass a number in [0, 1)")
-        for value in (1, -1e-9, nan, False, "0", None)
-    ],
-)
-def test_options_outside_their_range_are_refused_by_value(options, message):
-    with pytest.raises(FedcoreError) as caught:
-        create_method("florg.whitened", **options)
-    assert str(caught.value) == f"florg.whitened: {message}"
-
-
-def test_an_empty_round_keeps_the_state():
-    rows, previous = graded_round()
-    cohort = replace(cohort_of(rows[:0], []), client_ids=())
-    kept = create_method("florg.whitened").aggregate(cohort, previous)
-    assert torch.equal(kept.row, previous.row)
-    assert kept.flags == ("no valid upload: the global state is kept",)
 
 
 def test_a_layer_of_width_r_and_a_not_finite_row():

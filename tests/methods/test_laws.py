@@ -9,9 +9,10 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
+from itertools import count
 from math import inf, nan
 from pathlib import Path
 from typing import Any
@@ -121,6 +122,20 @@ def _fast(monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither what survives a machine that dies nor what Flower logs is judged here."""
     monkeypatch.setattr(os, "fsync", lambda handle: None)
     monkeypatch.setattr(logging.getLogger("flwr"), "disabled", True)
+
+
+@pytest.fixture(scope="module")
+def _folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    root = tmp_path_factory.mktemp("laws")
+    return (root / str(n) for n in count())
+
+
+@pytest.fixture
+def folder(_folders: Iterator[Path]) -> Path:
+    """An empty folder; ``tmp_path`` looks at all that it made before, of which there are many."""
+    path = next(_folders)
+    path.mkdir()
+    return path
 
 
 def opened(
@@ -267,9 +282,9 @@ def cohort_of(federation: Federation, uploads: Sequence[Sent]) -> Cohort:
 
 @pairs(CARRIED, every_option=True)
 def test_every_transport_gives_the_bits_of_the_method(
-    case: Case, transport: str, tmp_path: Path
+    case: Case, transport: str, folder: Path
 ) -> None:
-    federation = opened(case, transport, tmp_path, torch.float32)
+    federation = opened(case, transport, folder, torch.float32)
     method = played(case, dtype=torch.float32, rounds=2)
     for uploads, expected in zip(method.uploads, method.outcomes, strict=True):
         assert_same_bits(federation.play(uploads), expected)
@@ -289,9 +304,9 @@ def test_a_method_gives_what_it_claims_and_no_more(case: Case, transport: str) -
 
 @pairs(DIRECT)
 def test_nothing_is_written_to_and_what_did_not_change_is_as_it_was(
-    case: Case, transport: str, tmp_path: Path
+    case: Case, transport: str, folder: Path
 ) -> None:
-    federation = opened(case, transport, tmp_path)
+    federation = opened(case, transport, folder)
     cohort = cohort_of(federation, played(case, transport).uploads[0])
     previous = federation.previous
     before = [tensor.clone() for tensor in (cohort.updates, cohort.weights, previous.row)]
@@ -308,9 +323,9 @@ def test_nothing_is_written_to_and_what_did_not_change_is_as_it_was(
 
 @pairs(TRANSPORTS)
 def test_an_empty_round_keeps_the_state_and_says_so(
-    case: Case, transport: str, tmp_path: Path
+    case: Case, transport: str, folder: Path
 ) -> None:
-    federation = opened(case, transport, tmp_path, on_invalid="drop")
+    federation = opened(case, transport, folder, on_invalid="drop")
     before, t = federation.previous, federation.state.round
     uploads = played(case, twin(transport)).uploads[0][:2]
     broken = [replace(sent, row=sent.row * nan) for sent in uploads]
@@ -334,8 +349,8 @@ def model_of_one(federation: Federation, case: Case, transport: str, sent: Sent)
 
 
 @pairs(TRANSPORTS, [case for case in CASES if least_clients(case.method) == 1])
-def test_one_client_keeps_its_model(case: Case, transport: str, tmp_path: Path) -> None:
-    federation = opened(case, transport, tmp_path)
+def test_one_client_keeps_its_model(case: Case, transport: str, folder: Path) -> None:
+    federation = opened(case, transport, folder)
     sent = played(case, twin(transport)).uploads[0][0]
     expected = model_of_one(federation, case, transport, sent)
     outcome = federation.play([sent])
@@ -346,10 +361,10 @@ def test_one_client_keeps_its_model(case: Case, transport: str, tmp_path: Path) 
 
 @pairs(TRANSPORTS)
 def test_equal_clients_keep_their_model_whatever_their_weights(
-    case: Case, transport: str, tmp_path: Path
+    case: Case, transport: str, folder: Path
 ) -> None:
     linear = case.method.capabilities.linear
-    federation = opened(case, transport, tmp_path, allow_identical_uploads=not linear)
+    federation = opened(case, transport, folder, allow_identical_uploads=not linear)
     first, *others = played(case, twin(transport)).uploads[0]
     expected = model_of_one(federation, case, transport, first)
     outcome = federation.play([first, *(replace(sent, row=first.row) for sent in others)])
@@ -362,9 +377,9 @@ def test_equal_clients_keep_their_model_whatever_their_weights(
 
 @pairs(CARRIED, [case for case in CASES if not case.method.capabilities.linear])
 def test_identical_uploads_are_refused_where_a_mean_is_not_enough(
-    case: Case, transport: str, tmp_path: Path
+    case: Case, transport: str, folder: Path
 ) -> None:
-    federation = opened(case, transport, tmp_path)
+    federation = opened(case, transport, folder)
     before = federation.state
     first, *others = played(case).uploads[0]
     identical = [first, *(replace(sent, row=first.row) for sent in others)]
@@ -375,8 +390,8 @@ def test_identical_uploads_are_refused_where_a_mean_is_not_enough(
 
 
 @pairs(CARRIED)
-def test_the_order_of_arrival_changes_no_bit(case: Case, transport: str, tmp_path: Path) -> None:
-    federation = opened(case, transport, tmp_path)
+def test_the_order_of_arrival_changes_no_bit(case: Case, transport: str, folder: Path) -> None:
+    federation = opened(case, transport, folder)
     (uploads,), (expected,) = played(case).uploads, played(case).outcomes
     assert_same_bits(federation.play([*uploads[1::2], *reversed(uploads[::2])]), expected)
 
@@ -405,9 +420,9 @@ def counts_by_share(case: Case) -> bool:
 
 @pairs(TRANSPORTS)
 def test_a_client_counts_by_its_share_of_the_weights(
-    case: Case, transport: str, tmp_path: Path
+    case: Case, transport: str, folder: Path
 ) -> None:
-    federation = opened(case, transport, tmp_path)
+    federation = opened(case, transport, folder)
     # Data are compared relative to the median of all pairs, in which two halves count twice.
     method = played(case, twin(transport), statistics=False)
     (uploads,), (expected,) = method.uploads, method.outcomes
@@ -426,9 +441,9 @@ def test_a_client_counts_by_its_share_of_the_weights(
 
 @pairs(TRANSPORTS, [case for case in CASES if case.method.capabilities.always_exact])
 def test_an_exact_method_gives_the_mean_of_the_clients_models(
-    case: Case, transport: str, tmp_path: Path
+    case: Case, transport: str, folder: Path
 ) -> None:
-    federation = opened(case, transport, tmp_path)
+    federation = opened(case, transport, folder)
     uploads = played(case, twin(transport)).uploads[0]
     shares = torch.tensor([sent.weight for sent in uploads], dtype=torch.float64)
     models = torch.stack([sent_model(federation, sent) for sent in uploads])
@@ -452,16 +467,21 @@ def test_the_mean_of_the_uploads_is_enough_for_linear_methods_alone(
         opening.close_on_mean(mean)
 
 
-@pairs(CARRIED)
-def test_uploads_of_lower_precision_arrive_as_they_are(
-    case: Case, transport: str, tmp_path: Path
-) -> None:
-    federation = opened(case, transport, tmp_path, torch.float32)
-    method = opened(case, "direct", tmp_path, torch.float32)
+@cache
+def widened(case: Case) -> tuple[list[Sent], Outcome]:
+    """Uploads in bf16, and what the method makes of their values in fp32."""
+    method = opened(case, "direct", Path(), torch.float32)
     uploads = played(case, dtype=torch.float32, rounds=2).uploads[0]
     short = [replace(sent, row=sent.row.bfloat16()) for sent in uploads]
-    expected = method.play([replace(sent, row=sent.row.float()) for sent in short])
-    assert_same_bits(federation.play(short), expected)
+    return short, method.play([replace(sent, row=sent.row.float()) for sent in short])
+
+
+@pairs(CARRIED)
+def test_uploads_of_lower_precision_arrive_as_they_are(
+    case: Case, transport: str, folder: Path
+) -> None:
+    short, expected = widened(case)
+    assert_same_bits(opened(case, transport, folder, torch.float32).play(short), expected)
 
 
 @pairs(DIRECT)
@@ -519,9 +539,9 @@ def test_equal_updates_at_other_scalings_give_equal_results(case: Case, transpor
 
 @pairs(CARRIED)
 def test_an_invalid_upload_is_refused_by_name_and_nothing_moves(
-    case: Case, transport: str, tmp_path: Path
+    case: Case, transport: str, folder: Path
 ) -> None:
-    federation = opened(case, transport, tmp_path)
+    federation = opened(case, transport, folder)
     before = federation.state
     (uploads,), (expected,) = played(case).uploads, played(case).outcomes
     broken = [uploads[0], replace(uploads[1], row=uploads[1].row * inf), *uploads[2:]]
@@ -533,9 +553,9 @@ def test_an_invalid_upload_is_refused_by_name_and_nothing_moves(
 
 @pairs(CARRIED)
 def test_an_invalid_upload_is_left_out_where_that_is_asked_for(
-    case: Case, transport: str, tmp_path: Path
+    case: Case, transport: str, folder: Path
 ) -> None:
-    federation = opened(case, transport, tmp_path, on_invalid="drop")
+    federation = opened(case, transport, folder, on_invalid="drop")
     (uploads,), (expected,) = played(case).uploads, played(case).outcomes
     outcome = federation.play([Sent("node-0", -uploads[0].row, -1.0), *uploads])
     assert outcome.dropped == ("node-0",)
@@ -561,10 +581,10 @@ FAULTS: Mapping[str, tuple[Callable[[Sent, FactorLayout], Sent], str]] = {
 @pytest.mark.parametrize("fault", FAULTS)
 @pairs(CARRIED, [Case(name) for name in ("rolora", "florg.whitened", "fed_sb", "ce_lora")])
 def test_whatever_is_wrong_with_an_upload_is_refused_by_name(
-    case: Case, transport: str, fault: str, tmp_path: Path
+    case: Case, transport: str, fault: str, folder: Path
 ) -> None:
     change, message = FAULTS[fault]
-    federation = opened(case, transport, tmp_path)
+    federation = opened(case, transport, folder)
     before = federation.state
     uploads = uploads_of(federation, [1.0, 2.0])
     broken = change(uploads[1], federation.upload_layout)
@@ -576,8 +596,8 @@ def test_whatever_is_wrong_with_an_upload_is_refused_by_name(
 
 
 @pairs(CARRIED, [Case(name) for name in ("rolora", "florg.whitened", "fed_sb", "ce_lora")])
-def test_a_round_without_any_weight_is_refused(case: Case, transport: str, tmp_path: Path) -> None:
-    federation = opened(case, transport, tmp_path)
+def test_a_round_without_any_weight_is_refused(case: Case, transport: str, folder: Path) -> None:
+    federation = opened(case, transport, folder)
     with pytest.raises(FedcoreError, match="round 0: the weights of all clients are zero"):
         federation.play(uploads_of(federation, [0.0, 0.0]))
 
@@ -619,10 +639,10 @@ RANKED = ("direct", "local", "flower")
 
 @pairs(RANKED, [case for case in WITH_FACTORS if case.method.capabilities.mixed_ranks])
 def test_clients_of_lower_rank_count_alike_everywhere(
-    case: Case, transport: str, tmp_path: Path
+    case: Case, transport: str, folder: Path
 ) -> None:
-    federation = opened(case, transport, tmp_path, ranks={"node-2": 1})
-    method = opened(case, "direct", tmp_path)
+    federation = opened(case, transport, folder, ranks={"node-2": 1})
+    method = opened(case, "direct", folder)
     uploads = list(played(case).uploads[0])
     uploads[1] = of_lower_rank(method, uploads[1], 1)
     outcome = federation.play(uploads)
@@ -671,10 +691,10 @@ NOT_TAKEN = [
 
 @pytest.mark.parametrize(("case", "transport"), NOT_TAKEN)
 def test_a_transport_refuses_by_the_names_of_the_methods_that_it_takes(
-    case: Case, transport: str, tmp_path: Path
+    case: Case, transport: str, folder: Path
 ) -> None:
     with pytest.raises(FedcoreError) as caught:
-        opened(case, transport, tmp_path)
+        opened(case, transport, folder)
     names = named_methods(str(caught.value))
     assert case.name in names
     own = {case.name, case.options.get("host")}

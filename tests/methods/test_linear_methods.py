@@ -4,13 +4,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedcore.data.cohort import Cohort, CohortBuilder
-from fedcore.errors import FedcoreError
 from fedcore.federation.diagnostics import diagnose
 from fedcore.methods import Broadcast, create_method
 from tests.property.adapters import lora_state
 
 MODULES = ("encoder.layer.0.query", "encoder.layer.0.value")
-LINEAR = ("fedit", "ffa", "rolora", "fedrot", "florg.avg_a", "head_only", "centralised")
 
 
 def lora_cohort(weights, *, seed=0, same=()):
@@ -98,74 +96,6 @@ def test_rolora_takes_turns_by_the_server_round_alone():
     frozen = {s.factor for s in method.frozen_layout(layout, 0)}
     assert frozen == {"A"}
     assert {s.factor for s in method.upload_layout(layout, 1).factor_slots} == {"A"}
-
-
-@pytest.mark.parametrize("name", ["fedit", "ffa", "rolora", "fedrot"])
-def test_the_cohort_decides_and_nothing_else(name):
-    method = create_method(name)
-    cohort, previous = lora_cohort([2.0, 3.0, 1.0])
-    uploads = part(cohort, method, previous, 0)
-    before = uploads.updates.clone()
-    base = method.aggregate(uploads, previous).row
-    assert torch.equal(uploads.updates, before)
-    scaled = Cohort(**{**uploads.__dict__, "weights": uploads.weights * 7})
-    torch.testing.assert_close(method.aggregate(scaled, previous).row, base, rtol=1e-13, atol=0)
-    halves = Cohort(
-        **{
-            **uploads.__dict__,
-            "updates": uploads.updates[[0, 0, 1, 2]],
-            "weights": torch.tensor([1.0, 1.0, 3.0, 1.0], dtype=torch.float64),
-            "client_ids": ("c000", "c000b", "c001", "c002"),
-        }
-    )
-    torch.testing.assert_close(method.aggregate(halves, previous).row, base, rtol=1e-12, atol=1e-14)
-
-
-@pytest.mark.parametrize("name", ["fedit", "ffa", "rolora", "fedrot"])
-def test_one_client_or_equal_clients_keep_their_model(name):
-    method = create_method(name)
-    cohort, previous = lora_cohort([4.0])
-    single = part(cohort, method, previous, 0)
-    alone = method.aggregate(single, previous).row
-    got = method.upload_layout(previous.layout, 0)
-    assert torch.equal(previous.layout.gather(alone, got), single.updates[0])
-    equal = Cohort(
-        **{
-            **single.__dict__,
-            "updates": single.updates.expand(3, -1).clone(),
-            "weights": torch.tensor([0.3, 2.0, 7.0], dtype=torch.float64),
-            "client_ids": ("a", "b", "c"),
-        }
-    )
-    assert torch.equal(method.aggregate(equal, previous).row, alone)
-
-
-@pytest.mark.parametrize("name", LINEAR)
-def test_an_empty_round_keeps_the_state_and_says_so(name):
-    method = create_method(name)
-    cohort, previous = lora_cohort([1.0])
-    empty = Cohort(
-        **{
-            **cohort.__dict__,
-            "updates": cohort.updates[:0],
-            "weights": cohort.weights[:0],
-            "client_ids": (),
-            "ranks": cohort.ranks[:0],
-            "scalings": cohort.scalings[:0],
-        }
-    )
-    result = method.aggregate(empty, previous)
-    assert torch.equal(result.row, previous.row)
-    assert result.flags
-    assert len(result.changed) == 0
-
-
-def test_mixed_ranks_are_refused_where_they_would_shrink_the_model():
-    states = {"a": lora_state(0, rank=2, alpha=2.0), "b": lora_state(1, rank=4, alpha=4.0)}
-    cohort = Cohort.from_states(states)
-    previous = Broadcast(cohort.layout, cohort.updates[0])
-    with pytest.raises(FedcoreError, match=r"client a has rank 2 .* others up to 4; fedit needs"):
-        create_method("fedit").aggregate(cohort, previous)
 
 
 @given(WEIGHTS)

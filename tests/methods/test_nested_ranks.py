@@ -104,10 +104,3 @@ def test_ranks_that_no_client_can_have_are_refused(ranks):
     previous = Broadcast(LAYOUT, torch.ones(LAYOUT.size))
     with pytest.raises(FedcoreError, match="ranks"):
         create_method("rolora").for_client(previous, previous, ranks)
-
-
-def test_a_method_for_equal_ranks_gives_no_lower_one():
-    previous = Broadcast(LAYOUT, torch.ones(LAYOUT.size))
-    with pytest.raises(FedcoreError, match="needs equal ranks"):
-        create_method("fedit").for_client(previous, previous, [4, 2])
-    assert torch.equal(create_method("fedit").for_client(previous, previous, [4, 3]), previous.row)

@@ -14,16 +14,13 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from fedcore.data.adapter_state import AdapterState
-from fedcore.data.cohort import Cohort
 from fedcore.data.low_rank import accumulated
-from fedcore.errors import FedcoreError
 from fedcore.experiments.run import start
 from fedcore.methods import Broadcast, create_method
 from fedcore_kernels.layout import FactorLayout
 from tests.experiments.jobs import tiny_recipe
 from tests.processes import ONE_THREAD
-from tests.property.lora_rounds import LoraRound, lora_rounds, make_lora_round, pick
+from tests.property.lora_rounds import LoraRound, lora_rounds, make_lora_round
 from tests.reference.largest import Largest
 from tests.reference.residuals import received, residual
 from tests.reference.updates import mean_update, update
@@ -68,68 +65,6 @@ def test_inputs_are_left_alone_and_not_held_on_to(case: LoraRound, chosen):
             assert side.untyped_storage().data_ptr() != uploads
             # Nor on to the modules it was computed with.
             assert side.untyped_storage().nbytes() == side.numel() * side.element_size()
-
-
-@EVERY
-def test_the_cohort_decides_and_nothing_else(name, options):
-    method = create_method(name, **options)
-    case = make_lora_round("random", [2.0, 3.0, 1.0], SHAPES, 3)
-    base = method.aggregate(case.cohort, case.previous)
-    same = {
-        "scaled": pick(case.cohort, [0, 1, 2], [14.0, 21.0, 7.0]),
-        "huge": pick(case.cohort, [0, 1, 2], [2.0**51, 3 * 2.0**50, 2.0**50]),
-        "split in two": pick(case.cohort, [0, 0, 1, 2], [0.5, 1.5, 3.0, 1.0]),
-        "without weight": pick(case.cohort, [0, 1, 0, 2], [2.0, 3.0, 0.0, 1.0]),
-        "another order": pick(case.cohort, [2, 0, 1]),
-    }
-    for what, cohort in same.items():
-        result = method.aggregate(cohort, case.previous)
-        for module in case.cohort.layout.modules:
-            expected = received(case.cohort.layout, base, module)
-            gap = received(case.cohort.layout, result, module) - expected
-            assert float(gap.norm()) < 1e-12 * float(expected.norm()), what
-
-
-@EVERY
-def test_clients_in_any_order_give_the_same_bits(name, options):
-    def adapter(seed):
-        random = torch.Generator().manual_seed(seed)
-        tensors = {
-            "q.lora_A.weight": torch.randn(2, 33, generator=random),
-            "q.lora_B.weight": torch.randn(7, 2, generator=random),
-        }
-        config = {"peft_type": "LORA", "r": 2, "lora_alpha": 5, "use_rslora": True}
-        return AdapterState.from_peft(tensors, config)
-
-    states = {f"c{n}": adapter(n) for n in range(4)}
-    weights = {f"c{n}": float(n + 1) for n in range(4)}
-    found = []
-    for order in ("0123", "3102", "2310"):
-        cohort = Cohort.from_states({f"c{n}": states[f"c{n}"] for n in order}, weights)
-        previous = Broadcast(cohort.layout, torch.zeros(cohort.layout.size))
-        found.append(create_method(name, **options).aggregate(cohort, previous))
-    for other in found[1:]:
-        assert torch.equal(other.row, found[0].row)
-        for side, expected in zip(other.residual["q"], found[0].residual["q"], strict=True):
-            assert torch.equal(side, expected)
-
-
-@EVERY
-def test_scales_are_absorbed_before_anything_is_aggregated(name, options):
-    random = torch.Generator().manual_seed(0)
-    products = {c: torch.randn(2, 3, 40, generator=random, dtype=torch.float64) for c in "abc"}
-    models = []
-    for alphas in ((3, 3, 3), (12, 1, 48)):
-        states = {}
-        for alpha, (client, (b, a)) in zip(alphas, products.items(), strict=True):
-            config = {"peft_type": "LORA", "r": 3, "lora_alpha": alpha}
-            tensors = {"q.lora_A.weight": a, "q.lora_B.weight": b.T * 3 / alpha}
-            states[client] = AdapterState.from_peft(tensors, config)
-        cohort = Cohort.from_states(states)
-        previous = Broadcast(cohort.layout, torch.zeros(cohort.layout.size).double())
-        result = create_method(name, **options).aggregate(cohort, previous)
-        models.append(received(cohort.layout, result, "q"))
-    torch.testing.assert_close(models[0], models[1], rtol=1e-12, atol=1e-12)
 
 
 @EVERY
@@ -270,35 +205,6 @@ def test_zero_updates_give_a_zero_product(name, options):
     for module in case.cohort.layout.modules:
         assert not received(case.cohort.layout, result, module).any()
     assert torch.isfinite(result.row).all()
-
-
-@EVERY
-def test_an_empty_round_keeps_the_state_and_says_so(name, options):
-    case = make_lora_round("random", [1.0], SHAPES, 3)
-    result = create_method(name, **options).aggregate(pick(case.cohort, []), case.previous)
-    assert torch.equal(result.row, case.previous.row)
-    assert result.flags == ("no valid upload: the global state is kept",)
-    assert len(result.changed) == 0
-    assert result.residual == {}
-
-
-@EVERY
-def test_uploads_that_are_not_what_was_broadcast_are_refused(name, options):
-    case = make_lora_round("random", [1.0], SHAPES, 3)
-    part = case.cohort.layout.select("A")
-    updates = case.cohort.layout.gather(case.cohort.updates, part)
-    cohort = replace(case.cohort, layout=part, updates=updates)
-    with pytest.raises(FedcoreError, match=rf"round 1: {name} needs .* m0\.B is missing"):
-        create_method(name, **options).aggregate(cohort, case.previous)
-
-
-@EVERY
-def test_a_sum_of_uploads_is_not_enough(name, options):
-    method = create_method(name, **options)
-    case = make_lora_round("random", [1.0], SHAPES, 3)
-    assert not method.capabilities.linear
-    with pytest.raises(FedcoreError, match=f"{name} needs every upload"):
-        method.from_mean(case.cohort.updates[0], case.cohort.layout, case.previous)
 
 
 def test_rounds_of_a_run_are_exact_where_fedit_is_not(tmp_path):
