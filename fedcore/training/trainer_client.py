@@ -288,8 +288,8 @@ class FederatedClient(TrainerCallback):  # type: ignore[misc,unused-ignore]
             return broadcast
         if self._method is None or round is None:
             raise FedcoreError(
-                f"source is not a folder with {BROADCAST_FILE}, which names the method and the "
-                "round; pass both to FederatedClient"
+                f"source is not a folder with {BROADCAST_FILE}; pass method and round to "
+                "FederatedClient"
             )
         if self._method.capabilities.updates_base and round > 0:
             raise FedcoreError(
