@@ -24,7 +24,7 @@ from fedcore.federation.state import ServerState, latest_state, read_state, writ
 from fedcore.methods import create_method
 from fedcore.methods.base import Method
 from fedcore.methods.registry import options_of
-from fedcore.methods.requirements import ONE_BROADCAST, refuse
+from fedcore.methods.requirements import ONE_BROADCAST, check_family, refuse
 
 Weighting = Literal["examples", "uniform"]
 
@@ -67,11 +67,7 @@ class FileServer:
             raise FedcoreError(f"{path} holds a federation; open it, or pass another folder")
         refuse(chosen, ONE_BROADCAST, "a server of folders")
         adapter = start if isinstance(start, AdapterState) else read_adapter(start)
-        if adapter.family != chosen.family:
-            raise FedcoreError(
-                f"start is an adapter of family {adapter.family!r}; {chosen.name} needs "
-                f"{chosen.family!r}"
-            )
+        check_family(chosen, adapter.family, "start")
         layout = adapter.layout()
         state = ServerState(round=0, layout=layout, row=adapter.to_row(layout))
         served = BroadcastFolder(adapter, 0, chosen.name, options_of(chosen))

@@ -22,7 +22,7 @@ from fedcore.errors import FedcoreError, missing_extra
 from fedcore.federation.server_round import OpenRound
 from fedcore.federation.state import ServerState, newest_or, save
 from fedcore.methods import create_method
-from fedcore.methods.requirements import KEEPS_BASE, ONE_BROADCAST, refuse
+from fedcore.methods.requirements import KEEPS_BASE, ONE_BROADCAST, check_family, refuse
 
 try:
     from nvflare.app_common.abstract.fl_model import FLModel, ParamsType
@@ -84,11 +84,7 @@ class FedLoRAAggregator(ModelAggregator):  # type: ignore[misc,unused-ignore]
         needs = (*ONE_BROADCAST, KEEPS_BASE)
         refuse(self._method, needs, "a job of NVFlare", "take another engine")
         self._start = read_adapter(adapter)
-        if self._start.family != self._method.family:
-            raise FedcoreError(
-                f"adapter is of family {self._start.family!r}; {self._method.name} needs "
-                f"{self._method.family!r}"
-            )
+        check_family(self._method, self._start.family, "adapter")
         self._state = _begin(self._start, checkpoints)
         self._received: dict[str, tuple[Tensor | None, float, str, Mapping[str, float]]] = {}
 
