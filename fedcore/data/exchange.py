@@ -158,7 +158,9 @@ def read_broadcast(folder: Path) -> BroadcastFolder:
             residual = unpacked(read_tensors(folder / RESIDUAL_FILE, label))
         except KeyError as error:
             raise FedcoreError(f"{label}: {RESIDUAL_FILE} lacks {error}") from error
-    broadcast = BroadcastFolder(adapter, about["round"], about["method"], about["options"], residual)
+    broadcast = BroadcastFolder(
+        adapter, about["round"], about["method"], about["options"], residual
+    )
     if about.get("identity") != broadcast.identity:
         raise FedcoreError(f"{label}: its tensors are not those that {BROADCAST_FILE} announces")
     return broadcast

@@ -3,8 +3,8 @@
 Layout of the format: the length of the header (8 bytes, little endian), a JSON header that maps
 each name to dtype, shape and byte offsets, then raw little-endian data. Everything that a header
 declares is compared with the size of the file first, so that nothing is allocated for what is not
-there. Tensors are read by position and not mapped: a file that is truncated while it is read gives an
-error instead of a dead process, and read pages do not count as memory of the process.
+there. Tensors are read by position and not mapped: a file that is truncated while it is read gives
+an error instead of a dead process, and read pages do not count as memory of the process.
 """
 
 from __future__ import annotations
@@ -72,8 +72,8 @@ class TensorFile:
 
         Raises:
             FedcoreError: the file is larger than ``budget`` bytes or cannot be read; its header is
-                not a JSON object of distinct names, or declares a dtype that adapters do not have, an
-                empty tensor, or data that do not fill the file exactly and once.
+                not a JSON object of distinct names, or declares a dtype that adapters do not have,
+                an empty tensor, or data that do not fill the file exactly and once.
         """
         try:
             with open_regular(path) as file:
