@@ -1,4 +1,4 @@
-"""FedRot-LoRA: clients rotate their factors towards the last broadcast, the server averages them."""
+"""FedRot-LoRA: clients rotate factors towards the last broadcast, the server averages them."""
 
 from __future__ import annotations
 
@@ -43,10 +43,10 @@ class FedRot(LinearMethod):
     optimiser stay in the gauge it trained in, which began at the last broadcast; the next round
     starts from the new one, which the rotations keep near.
 
-    Failure modes: where the reference carries no direction (``B_prev = 0``) nothing is rotated. Half-way
-    to a rotation by pi (``strength = 0.5``) no rotation is singled out: the module is left as it
-    is and the round flagged with the count. A row that is not finite is sent as it is, for the server to
-    refuse by name.
+    Failure modes: where the reference carries no direction (``B_prev = 0``) nothing is rotated.
+    Half-way to a rotation by pi (``strength = 0.5``) no rotation is singled out: the module is left
+    as it is and the round flagged with the count. A row that is not finite is sent as it is, for
+    the server to refuse by name.
 
     Cost for a client and module: ``2 r^2 d`` for each reference used, ``2 r^2 (d_in + d_out)`` to
     rotate, and one problem of size r x r.

@@ -29,7 +29,7 @@ from fedcore_kernels import energy_rank, product_svd, spread, tail_and_gap
 
 @dataclass(frozen=True)
 class Florist(Method):
-    """Truncate the exact mean update to the energy ``tau``, move it into the base weights, start afresh.
+    """Truncate the exact mean update to energy ``tau``, move it into the base weights, restart.
 
     With ``M = sum_n w_n B_n A_n = U S V^T``, for every module
 

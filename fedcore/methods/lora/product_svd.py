@@ -45,8 +45,8 @@ class ProductSvd(Method):
 
     A client of rank ``r_n < r`` takes the leading ``r_n`` rows, which are the best rank ``r_n``.
 
-    ``align`` rotates the balanced factors towards those of the last round, ``B O`` and ``O^T A`` with
-    ``O = polar(B^T B_prev + A A_prev^T)``, so that the moments of a persistent optimiser keep
+    ``align`` rotates the balanced factors towards those of the last round, ``B O`` and ``O^T A``
+    with ``O = polar(B^T B_prev + A A_prev^T)``, so that the moments of a persistent optimiser keep
     their meaning; the model is the same. Leading rows of rotated factors are no longer the best of
     their rank: :meth:`for_client` truncates first and then rotates.
 

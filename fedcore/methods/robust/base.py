@@ -81,7 +81,8 @@ def follow(cohort: Cohort, decision: Decision) -> Cohort:
 def cohort_gram(cohort: Cohort) -> Tensor:
     """``K_ij = sum over modules of <B_i A_i, B_j A_j>``, fp64 ``(N, N)``, on the CPU.
 
-    Cost: ``(d_in + d_out) m^2`` flops per module with m = N r; nothing of a weight's size is formed.
+    Cost: ``(d_in + d_out) m^2`` flops per module with m = N r; no matrix of the size of a weight
+    is formed.
     """
     clients = len(cohort)
     total = torch.zeros(clients, clients, dtype=torch.float64)

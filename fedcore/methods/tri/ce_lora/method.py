@@ -97,8 +97,8 @@ class CELoRA(Method):
     examples *is* those examples, hence ``min_per_component``. ``share_counts`` (off) also sends the
     label histogram; without it classes weigh the same.
 
-    Cost: ``r^2`` numbers per module each way; the statistics once, ``G (1 + 2 D)`` numbers for the G
-    components of a client. The server computes ``D^2`` anew each round, since ``median D^2`` is
+    Cost: ``r^2`` numbers per module each way; the statistics once, ``G (1 + 2 D)`` numbers for the
+    G components of a client. The server computes ``D^2`` anew each round, since ``median D^2`` is
     over the participants.
 
     Source: CE-LoRA, arXiv 2503.23869, for the clients; its server's rule is not public, and
