@@ -20,7 +20,7 @@ from torch import Tensor
 from fedcore_kernels.errors import BackendError
 
 BACKENDS = ("triton", "torch", "reference")
-"""The names a backend may be asked for by, besides ``"auto"``."""
+"""The names by which a backend may be requested, besides ``"auto"``."""
 
 _AUTOMATIC = ("triton", "torch")
 
