@@ -26,7 +26,7 @@ _CLOSE = 5e-5
 _CACHE_NUMBERS = 1 << 14
 
 FEWEST = 16
-"""From this many matrices on products pay; below, the calls cost more than a decomposition."""
+"""Products pay from this many matrices on; below, the calls cost more than a decomposition."""
 
 SMALLEST_SHARE = 1e-6
 """Singular values of a converged matrix are above this share of its largest."""
