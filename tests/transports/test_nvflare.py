@@ -305,7 +305,7 @@ def test_a_job_goes_on_from_its_checkpoints(start: Callable[[str], str], tmp_pat
     [
         ("ce_lora", {}, "ce_lora sends statistics of the clients' examples"),
         ("local_only", {}, "local_only exchanges nothing"),
-        ("florg", {}, "family 'lora'; florg.truncated needs 'gram'"),
+        ("florg", {}, "adapter: florg.truncated is not for adapters of"),
         ("fedit", {"on_invalid": "ignore"}, "on_invalid is 'ignore'"),
     ],
 )
