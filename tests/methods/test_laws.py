@@ -275,6 +275,15 @@ def assert_same_bits(got: Outcome, expected: Outcome) -> None:
     assert got.flags == expected.flags
 
 
+def assert_refused(federation: Federation, uploads: Sequence[Sent], message: str) -> None:
+    """A round of ``uploads`` is refused and leaves the state as it was."""
+    before, row = federation.state, federation.state.row.clone()
+    with pytest.raises(FedcoreError, match=message):
+        federation.play(uploads)
+    assert federation.state is before
+    assert torch.equal(before.row, row)
+
+
 def cohort_of(federation: Federation, uploads: Sequence[Sent]) -> Cohort:
     assert isinstance(federation, Direct)
     return federation.cohort(uploads)
@@ -381,13 +390,10 @@ def test_identical_uploads_are_refused_where_a_mean_is_not_enough(
     case: Case, transport: str, folder: Path
 ) -> None:
     federation = opened(case, transport, folder)
-    before = federation.state
     first, *others = played(case).uploads[0]
     identical = [first, *(replace(sent, row=first.row) for sent in others)]
     message = rf"all {len(identical)} uploads are identical.*pass allow_identical_uploads=True"
-    with pytest.raises(FedcoreError, match=message):
-        federation.play(identical)
-    assert federation.state is before
+    assert_refused(federation, identical, message)
 
 
 @pairs(CARRIED)
@@ -548,12 +554,9 @@ def test_an_invalid_upload_is_refused_by_name_and_nothing_moves(
     case: Case, transport: str, folder: Path
 ) -> None:
     federation = opened(case, transport, folder)
-    before = federation.state
     (uploads,), (expected,) = played(case).uploads, played(case).outcomes
     broken = [uploads[0], replace(uploads[1], row=uploads[1].row * inf), *uploads[2:]]
-    with pytest.raises(FedcoreError, match=r"round 0: client node-2: .* not finite, such as"):
-        federation.play(broken)
-    assert federation.state is before
+    assert_refused(federation, broken, r"round 0: client node-2: .* not finite, such as")
     assert_same_bits(federation.play(uploads), expected)
 
 
@@ -577,15 +580,12 @@ def test_an_upload_of_another_round_or_with_a_wrong_weight_is_refused_by_name(
     case: Case, transport: str, folder: Path
 ) -> None:
     federation = opened(case, transport, folder)
-    before = federation.state
     good, bad = uploads_of(federation, [1.0, 2.0])
     for broken, message in (
         (replace(bad, round=5), "its upload is for round 5"),
         (replace(bad, weight=-4.0), "its weight is -4.0"),
     ):
-        with pytest.raises(FedcoreError, match=f"round 0: client node-2: {message}"):
-            federation.play([good, broken])
-        assert federation.state is before
+        assert_refused(federation, [good, broken], f"round 0: client node-2: {message}")
 
 
 @pairs(["folders", "flower", "nvflare"], KINDS)
@@ -593,7 +593,6 @@ def test_an_upload_of_other_tensors_is_refused_by_name(
     case: Case, transport: str, folder: Path
 ) -> None:
     federation = opened(case, transport, folder)
-    before = federation.state
     good, bad = uploads_of(federation, [1.0, 2.0])
     layout = federation.upload_layout
     name, tensor = next(iter(bad.named(layout).items()))
@@ -601,16 +600,14 @@ def test_an_upload_of_other_tensors_is_refused_by_name(
         (replace(bad, tensors={name: None}), rf"{name} is missing"),
         (replace(bad, tensors={name: tensor[:1]}), r"\S+ has shape \(.*\), expected \("),
     ):
-        with pytest.raises(FedcoreError, match=f"round 0: client node-2: {message}"):
-            federation.play([good, broken])
-        assert federation.state is before
+        assert_refused(federation, [good, broken], f"round 0: client node-2: {message}")
 
 
 @pairs(CARRIED, KINDS)
 def test_a_round_without_any_weight_is_refused(case: Case, transport: str, folder: Path) -> None:
     federation = opened(case, transport, folder)
-    with pytest.raises(FedcoreError, match="round 0: the weights of all clients are zero"):
-        federation.play(uploads_of(federation, [0.0, 0.0]))
+    uploads = uploads_of(federation, [0.0, 0.0])
+    assert_refused(federation, uploads, "round 0: the weights of all clients are zero")
 
 
 def of_lower_rank(federation: Federation, sent: Sent, rank: int) -> Sent:
