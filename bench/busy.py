@@ -31,7 +31,7 @@ class Usage:
 
 
 def usage(stat: Path = Path("/proc/stat"), ticks: float = 100.0) -> Usage | None:
-    """The usage so far; ``None`` where the system does not tell."""
+    """The usage so far; ``None`` where the system does not report it."""
     try:
         fields = stat.read_text().splitlines()[0].split()[1:9]
     except OSError:
@@ -46,9 +46,10 @@ def describe_others(before: Usage | None, after: Usage | None) -> str:
     if before is None or after is None:
         return "How much of the processor others used is not known."
     share = before.others_until(after)
-    said = f"Others used {100 * share:.0f}% of the processor."
+    sentence = f"Others used {100 * share:.0f}% of the processor."
     if share <= TOLERATED:
-        return said
+        return sentence
     return (
-        f"{said} NOT TO BE QUOTED: neither times nor ratios hold on a busy machine; measure again."
+        f"{sentence} NOT TO BE QUOTED: neither times nor ratios hold on a busy machine; "
+        "measure again."
     )

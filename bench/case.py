@@ -53,7 +53,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Plan:
-    """A case that is built, with its operands, only when its turn comes."""
+    """A case that is built, with its operands, only right before it is measured."""
 
     name: str
     build: Callable[[], Case]
@@ -108,8 +108,8 @@ def one_operation(
 ) -> Case:
     """The case of one operation against ``others``.
 
-    ``operand`` decides the dtype and which body of ``body`` (``op`` itself unless given) runs;
-    ``read`` bytes are its own unless given.
+    ``operand`` decides the dtype and which body of ``body`` (``op`` by default) runs; ``read``
+    bytes are its own by default.
     """
     read = operand.numel() * operand.element_size() if read is None else read
     ours = Ours(call, read + written, flops, tuple(others), chosen_backend(body or op, operand))
@@ -140,12 +140,12 @@ def rows(
     case: Case, timings: Mapping[str, Timing], limits: Limits, peaks: Mapping[str, int | None]
 ) -> list[Row]:
     """One row for every operation and what it is measured against."""
-    found = []
+    compared = []
     for op, ours in case.ours.items():
         seconds = timings[op].seconds
         for against in ours.against:
             share = case.others[against].share if against in case.others else 1.0
-            found.append(
+            compared.append(
                 Row(
                     op=op,
                     shape=case.shape,
@@ -162,4 +162,4 @@ def rows(
                     peak_bytes=peaks[op],
                 )
             )
-    return found
+    return compared

@@ -47,10 +47,10 @@ DRIFT = 0.3
 CLOSENESS, REST = 1e-6, 1e-3
 
 CAP = 500
-"""Steps after which Adam is not waited for."""
+"""Steps after which Adam is stopped."""
 
 TIMED = 25
-"""Steps of Adam that are timed; one costs what another does."""
+"""Steps of Adam that are timed; all cost the same."""
 
 
 def combination_case(
@@ -69,7 +69,7 @@ def combination_case(
     start = shares.expand(modules, -1)
     steps = min(search.steps, TIMED)
     named = {
-        f"Adam on {form}, {_told(objective, ours, search)}": Other(
+        f"Adam on {form}, {_outcome(objective, ours, search)}": Other(
             partial(adam_combination, loss, first, search.rate, steps), steps / search.steps
         )
         for form, loss, first in (
@@ -81,7 +81,7 @@ def combination_case(
     rows = CLIENTS * RANK
     # A sweep forms two curvatures and solves with each, from three starts; five are nominal.
     fitting = 5.0 * 3 * 2 * modules * (4 * CLIENTS**2 * RANK**2 + CLIENTS**3)
-    found = {
+    operations = {
         "flora_na p and q": Ours(
             lambda: nearest_combination(
                 PairObjective.build(block_grams(left), block_grams(right), shares)
@@ -100,11 +100,11 @@ def combination_case(
         ),
     }
     sizes = f"N={CLIENTS} L={modules} r={RANK} k={width}"
-    return Case(f"FLoRA-NA, {family}, {sizes}", left.dtype, found, named)
+    return Case(f"FLoRA-NA, {family}, {sizes}", left.dtype, operations, named)
 
 
 def goal(objective: PairObjective, ours: Combination) -> Tensor:
-    """``f`` below which Adam has got to where ``ours`` is, (L,)."""
+    """``f`` below which Adam has reached ``ours``, (L,)."""
     means = objective.shares.expand(len(objective.cross), 1, -1)
     gain = objective.value(means, means)[:, 0] - ours.value
     return ours.value + torch.minimum(CLOSENESS * objective.target, REST * gain)
@@ -128,27 +128,27 @@ def client_pairs(
     along = normal(clients, modules, 1, 1)
     sides = []
     for is_left in (True, False):
-        own = normal(clients, modules, rank, width)
+        private = normal(clients, modules, rank, width)
         common, direction = normal(modules, rank, width), normal(modules, rank, width)
         if family == "unrelated" or (family == "first round" and is_left):
-            side = own
+            side = private
         elif family == "one direction":
-            side = common + along * direction + 0.1 * own
+            side = common + along * direction + 0.1 * private
         else:
-            side = common + DRIFT * own
+            side = common + DRIFT * private
         sides.append(side / width**0.5)
     left, right = sides
     if family == "own scales":
         scale = normal(clients, modules, 1, 1).exp() * normal(clients, modules, 1, 1).sign()
         left, right = left * scale, right / scale
     elif family == "own rotations":
-        turn = torch.linalg.qr(normal(clients, modules, rank, rank)).Q
-        left, right = turn.mT @ left, turn.mT @ right
+        rotation = torch.linalg.qr(normal(clients, modules, rank, rank)).Q
+        left, right = rotation.mT @ left, rotation.mT @ right
     shares = torch.linspace(0.5, 1.5, clients, dtype=torch.float64, device=device)
     return left, right, shares / shares.sum()
 
 
-def _told(objective: PairObjective, ours: Combination, search: Search) -> str:
+def _outcome(objective: PairObjective, ours: Combination, search: Search) -> str:
     """What Adam did and both objectives, mean over the modules and relative to ``||M||^2``.
 
     Modules in which Adam has been lower, at any rate, are counted too.
@@ -159,5 +159,5 @@ def _told(objective: PairObjective, ours: Combination, search: Search) -> str:
         steps = f"{arrived} of {modules} modules there in {steps}"
     lower = int((search.lowest < ours.value - CLOSENESS * objective.target).sum())
     steps += f", lower than ours in {lower}" if lower else ""
-    theirs, own = (float((f / objective.target).mean()) for f in (search.value, ours.value))
-    return f"{steps}: f {theirs:.4g}, ours {own:.4g}"
+    adam, solver = (float((f / objective.target).mean()) for f in (search.value, ours.value))
+    return f"{steps}: f {adam:.4g}, ours {solver:.4g}"

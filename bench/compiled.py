@@ -55,10 +55,10 @@ def _sketched(rank: int) -> None:
 def cases() -> list[Case]:
     """The launches of the table."""
     root = torch.ones(CLIENTS, dtype=torch.float64)
-    found = []
+    launches = []
 
     def add(kernel: str, shape: str, call: Callable[..., object], *arguments: object) -> None:
-        found.append(Case(kernel, shape, lambda: call(*arguments)))
+        launches.append(Case(kernel, shape, lambda: call(*arguments)))
 
     short = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float64: "fp64"}
     for dtype, name in short.items():
@@ -89,7 +89,7 @@ def cases() -> list[Case]:
             add("eigh_kernel", label, spectra.eigh_small, square)
             add("svd_kernel", label, spectra.svd_small, square)
             add("polar_kernel", label, polar.polar, square, 1e-6, 0.0)
-    return sorted(found, key=lambda case: case.kernel)
+    return sorted(launches, key=lambda case: case.kernel)
 
 
 def _cell(cubin: Cubin) -> str:
@@ -101,7 +101,7 @@ def _cell(cubin: Cubin) -> str:
 
 
 def table() -> str:
-    """One row a case, one column an architecture."""
+    """One row per case, one column per architecture."""
     heads = " | ".join(f"sm_{architecture}" for architecture in ARCHITECTURES)
     lines = [f"| kernel | shape | {heads} |", "|---" * (2 + len(ARCHITECTURES)) + "|"]
     for case in cases():
@@ -116,7 +116,7 @@ def table() -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Compile, print and, where asked, write ``compiled-kernels.md``."""
+    """Compile, print and, with ``--out``, write ``compiled-kernels.md``."""
     parser = argparse.ArgumentParser(prog="python -m bench.compiled", description=__doc__)
     parser.add_argument("--out", type=Path, help="folder of the written table")
     chosen = parser.parse_args(arguments)
@@ -126,9 +126,9 @@ def main(arguments: list[str] | None = None) -> None:
 triton {version("triton")}, torch {version("torch")}, {date.today()}; compiled, not run on a card.
 `python -m bench.compiled --out bench/results`
 
-Each cell: registers a thread (and spilled bytes) / bytes of shared memory a block / loads of 16
+Each cell: registers per thread (and spilled bytes) / bytes of shared memory per block / loads of 16
 bytes + narrower ones in the code (scalars from tables are narrow) / tensor-core instruction.
-{CLIENTS} clients, {MODULES} modules, width {WIDTH} unless said otherwise.
+{CLIENTS} clients, {MODULES} modules, width {WIDTH} unless stated otherwise.
 
 {table()}
 """

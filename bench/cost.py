@@ -112,7 +112,7 @@ def cost_figure(points: Sequence[CostPoint]) -> Figure:
         if place % 2:
             label_ends(axes, labels)
         else:
-            axes.set_ylabel("ms a round", fontsize=NORMAL, color=INK)
+            axes.set_ylabel("ms per round", fontsize=NORMAL, color=INK)
     return figure
 
 

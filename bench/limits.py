@@ -20,7 +20,7 @@ _CPU_SIDE, _CUDA_SIDE = 1536, 8192
 
 @dataclass(frozen=True)
 class Limits:
-    """Bytes and floating-point operations a second.
+    """Bytes and floating-point operations per second.
 
     Attributes:
         copy: of ``target.copy_(source)``, bytes read and bytes written both counted.

@@ -30,7 +30,7 @@ def describe_machine(device: torch.device) -> str:
 
 
 def _processor() -> str:
-    """The processor's own name where Linux tells it, else its architecture."""
+    """The processor's own name where Linux reports it, else its architecture."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -14,8 +14,8 @@ def peak_bytes(call: Call, device: torch.device) -> int | None:
     """Peak memory of ``call`` on ``device`` beyond what is resident before it, result included.
 
     On the CPU it is the resident set that counts, in pages; ``None`` where the system does not
-    tell. Memory that an earlier call gave back to the allocator and not to the system hides a peak,
-    so measure before anything is timed.
+    report it. Memory that an earlier call returned to the allocator but not to the system hides a
+    peak, so measure before anything is timed.
     """
     if device.type == "cuda":
         torch.cuda.synchronize()

@@ -29,7 +29,7 @@ MOST_PAIRS = 99
 def mixing_case(clients: int) -> Case:
     """Random mixtures and cores near the identity, the same on every call."""
     cohort, previous = _round(clients)
-    told = [read_class_mixtures(cohort.statistics[c], c) for c in cohort.client_ids]
+    mixtures = [read_class_mixtures(cohort.statistics[c], c) for c in cohort.client_ids]
     pairs = clients * (clients - 1) // 2
     few = min(pairs, MOST_PAIRS)
     name = f"eager loop of ot.emd2 ({few} of {pairs} pairs)"
@@ -40,7 +40,7 @@ def mixing_case(clients: int) -> Case:
     flops = 2 * components**2 * 2 * FEATURES
     ours = {
         "client_distances": Ours(
-            lambda: client_distances(told),
+            lambda: client_distances(mixtures),
             bytes=read + 8 * clients**2,
             flops=flops,
             against=(name,),
@@ -54,7 +54,7 @@ def mixing_case(clients: int) -> Case:
             backend="numpy",
         ),
     }
-    others = {name: Other(lambda: looped_transport(told, few), few / pairs)}
+    others = {name: Other(lambda: looped_transport(mixtures, few), few / pairs)}
     sizes = f"N={clients} K={CLASSES} G={COMPONENTS} D={FEATURES} L={MODULES} r={RANK}"
     return Case(sizes, torch.float64, ours, others)
 

@@ -18,7 +18,7 @@ from fedcore.reports.formatting import DASH, megabytes, significant
 NOTES = (
     "ms: median time of one call, all calls in turns, operands in memory and not in cache; "
     "±: interquartile range.",
-    "ratio: the other's time over ours. copy: what the operation must move, a second, "
+    "ratio: the other's time over ours. copy: bytes that the operation must move per second, "
     "in percent of the copy bandwidth of this run.",
 )
 PEAK_NOTE = "peak: memory beyond the uploads and the previous row."
@@ -30,7 +30,7 @@ _FASTER, _SLOWER = 1.05, 0.95
 
 
 def to_json(rows: Sequence[Row]) -> str:
-    """One array with an object a row, a row a line."""
+    """One array with one object per row, one row per line."""
     return "[\n" + ",\n".join(json.dumps(asdict(row)) for row in rows) + "\n]\n"
 
 
@@ -42,7 +42,7 @@ def limits_line(limits: Limits) -> str:
 
 
 def print_tables(console: Console, rows: Sequence[Row]) -> None:
-    """A table a shape and dtype, all of one width; ratios above 1 are green, below 1 red."""
+    """One table per shape and dtype, all of one width; ratios above 1 are green, below 1 red."""
     heads = _heads(rows)
     for (shape, dtype), group in _groups(rows):
         table = Table(
@@ -75,7 +75,7 @@ def to_markdown(
     rows: Sequence[Row],
     pictures: Sequence[str] = (),
 ) -> str:
-    """The page that is committed: how it was measured, then a table a shape and dtype."""
+    """The page that is committed: how it was measured, then one table per shape and dtype."""
     heads = _heads(rows)
     rule = "| :--- |" + " ---: |" * (len(heads) - 1)
     lines = [f"# {title}", "", f"`{command}`", "", *conditions]
@@ -102,23 +102,23 @@ def _notes(rows: Iterable[Row]) -> tuple[str, ...]:
 
 
 def _groups(rows: Iterable[Row]) -> list[tuple[tuple[str, str], list[Row]]]:
-    found: dict[tuple[str, str], list[Row]] = {}
+    groups: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
-        found.setdefault((row.shape, row.dtype), []).append(row)
-    return list(found.items())
+        groups.setdefault((row.shape, row.dtype), []).append(row)
+    return list(groups.items())
 
 
 def _lines(rows: Iterable[Row], columns: int) -> list[tuple[list[str], Row | None]]:
-    """A line for each operation and, below it, one with its row for each other."""
-    found: list[tuple[list[str], Row | None]] = []
+    """One line per operation and, below it, one with its row for each other."""
+    lines: list[tuple[list[str], Row | None]] = []
     last = ""
     for row in rows:
         if row.op != last:
             ms, spread = significant(1e3 * row.seconds), significant(1e3 * row.spread)
             peak = DASH if row.peak_bytes is None else megabytes(row.peak_bytes)
             cells = [row.op, ms, spread, "", significant(row.percent_of_copy), peak]
-            found.append((cells[:columns], None))
+            lines.append((cells[:columns], None))
         theirs = significant(1e3 * row.ratio * row.seconds)
-        found.append(([row.against, theirs, "", significant(row.ratio), "", ""][:columns], row))
+        lines.append(([row.against, theirs, "", significant(row.ratio), "", ""][:columns], row))
         last = row.op
-    return found
+    return lines

@@ -1,7 +1,7 @@
 """Every operation under the roofs of memory and arithmetic.
 
 The intensity of an operation is its formula's flops over the bytes it must move. Its speed is
-bounded by bytes a second times intensity, the slope, and by the peak of matrix products, the flat
+bounded by bytes per second times intensity, the slope, and by the peak of matrix products, the flat
 roofs; most of ours compute in fp64.
 """
 
@@ -48,25 +48,25 @@ _PLACES = (
 
 
 def roofline_figure(rows: Sequence[Row], limits: Limits) -> Figure:
-    """Achieved GFLOP/s against flops a byte, both logarithmic, with the measured roofs.
+    """Achieved GFLOP/s against flops per byte, both logarithmic, with the measured roofs.
 
     One operation on several sizes or dtypes is one line; 16-bit uploads have hollow dots.
     """
     figure = new_figure(4.8)
-    axes = dress(figure.subplots(), "flops a byte that must move", "GFLOP/s")
+    axes = dress(figure.subplots(), "flops per byte that must move", "GFLOP/s")
     axes.set_xscale("log")
     axes.set_yscale("log")
     lines: dict[str, list[Row]] = {}
     for row in {(row.op, row.shape, row.dtype): row for row in rows}.values():
         lines.setdefault(row.op, []).append(row)
     names = []
-    for place, (op, found) in enumerate(lines.items()):
+    for place, (op, members) in enumerate(lines.items()):
         color = PALETTE[place % len(PALETTE)]
         marker = MARKERS[(place + place // len(PALETTE)) % len(MARKERS)]
-        found.sort(key=lambda row: row.flops / row.bytes)
-        points = [(row.flops / row.bytes, row.flops / row.seconds / 1e9) for row in found]
+        members.sort(key=lambda row: row.flops / row.bytes)
+        points = [(row.flops / row.bytes, row.flops / row.seconds / 1e9) for row in members]
         axes.plot(*zip(*points, strict=True), color=color, linewidth=0.8, alpha=0.6, zorder=2)
-        for (x, y), row in zip(points, found, strict=True):
+        for (x, y), row in zip(points, members, strict=True):
             fill = color if row.dtype == "float32" else PAPER
             axes.plot(x, y, marker, color=color, markerfacecolor=fill, markersize=5, zorder=3)
         names.append((op, points[-1], color))
@@ -88,7 +88,7 @@ def _roofs(axes: Axes, limits: Limits) -> None:
     for peak in peaks.values():
         axes.plot([peak / bandwidth, high], [peak] * 2, color=INK, linewidth=1.1, zorder=1)
     axes.set_xlim(low, high)
-    # A point above its roof is an error of measurement that must be seen.
+    # A point above its roof is a measurement error and must be visible.
     axes.set_ylim(top=max(3 * highest, axes.get_ylim()[1]))
     freeze(axes)
     for axis in (axes.xaxis, axes.yaxis):
@@ -149,8 +149,8 @@ def _name_points(
 
 
 def _shared(one: Bbox, other: Bbox) -> float:
-    found = Bbox.intersection(one, other)
-    return 0.0 if found is None else float(found.width * found.height)
+    overlap = Bbox.intersection(one, other)
+    return 0.0 if overlap is None else float(overlap.width * overlap.height)
 
 
 def _along(corners: np.ndarray, step: float) -> np.ndarray:

@@ -148,11 +148,11 @@ def florg_case(
     ``against`` holds keys of :data:`OTHERS`.
     """
     operands = Operands(workload, *workload.uploads(device, dtype))
-    found = [OTHERS[name](operands) for name in against]
+    baselines = [OTHERS[name](operands) for name in against]
     compared: dict[str, Ours] = {}
     others: dict[str, Other] = {}
     for op, ours in our_rounds(operands).items():
-        named = dict(other[op] for other in found if op in other)
+        named = dict(other[op] for other in baselines if op in other)
         if named:
             compared[op] = replace(ours, against=tuple(named))
             others |= named

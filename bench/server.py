@@ -1,7 +1,7 @@
 """What ``fedcore bench server`` measures: whole rounds, against what people run today.
 
-A baseline that takes seconds a module is timed on a few modules and scaled to all of them, which
-its row says: its cost a module does not depend on the others.
+A baseline that takes seconds per module is timed on a few modules and scaled to all of them, which
+its row says: its cost per module does not depend on the others.
 """
 
 from __future__ import annotations
@@ -40,28 +40,28 @@ def parse_against(text: str) -> tuple[str, ...]:
 
 
 def plans(setting: Setting, against: tuple[str, ...]) -> list[Plan]:
-    """FedAvg and FLoRG rounds in fp32 and bf16; the product round and adapter folders where PEFT is
-    asked for, CE-LoRA's mixing weights where loops are, FLoRA-NA's coefficients where Adam is.
+    """FedAvg and FLoRG rounds in fp32 and bf16; with ``peft`` the product round and adapter
+    folders, with ``eager`` CE-LoRA's mixing weights, with ``adam`` FLoRA-NA's coefficients.
     """
-    device, found = setting.device, []
+    device, planned = setting.device, []
     names = [name for name in against if name in OTHERS]
     for workload in setting.rounds:
         for dtype in DTYPES:
-            # The published step runs in fp32 alone.
+            # The published step runs in fp32 only.
             if names and (names != ["published"] or dtype == torch.float32):
                 build = partial(florg_case, workload, device, dtype, names)
-                found.append(Plan(f"{workload.name} {str(dtype)[6:]}", build))
+                planned.append(Plan(f"{workload.name} {str(dtype)[6:]}", build))
     if "peft" in against:
         smaller = setting.rounds[0]
-        found.append(Plan(f"{smaller.name} A and B", partial(product_case, smaller, device)))
+        planned.append(Plan(f"{smaller.name} A and B", partial(product_case, smaller, device)))
         layers = 2 if setting.small else LAYERS
-        found.append(Plan("adapter folders", partial(folders_case, ADAPTERS, layers)))
+        planned.append(Plan("adapter folders", partial(folders_case, ADAPTERS, layers)))
     if "eager" in against:
         clients = 20 if setting.small else 100
-        found.append(Plan(f"CE-LoRA, {clients} clients", partial(mixing_case, clients)))
+        planned.append(Plan(f"CE-LoRA, {clients} clients", partial(mixing_case, clients)))
     if "adam" in against:
         modules = setting.rounds[0].modules
         for family in FAMILIES:
             build = partial(combination_case, family, modules, device)
-            found.append(Plan(f"FLoRA-NA, {family}", build))
-    return found
+            planned.append(Plan(f"FLoRA-NA, {family}", build))
+    return planned

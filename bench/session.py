@@ -39,13 +39,13 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True)
 class Request:
-    """What was asked for on the command line.
+    """The options of the command line.
 
     Attributes:
         device: one of :data:`DEVICES`.
-        threads: of torch; as many as it has taken itself unless given.
+        threads: of torch; its own default unless set.
         repeats: timed calls of everything that is fast enough.
-        small: a few modules of the smaller model alone.
+        small: only a few modules of the smaller model.
         as_json: one JSON array in place of tables, printed or written to ``json_path``.
         json_path: where the array goes.
         out: folder for the table, the array and the figure.
@@ -71,7 +71,7 @@ class Request:
 
         Raises:
             FedcoreError: an unknown device or none there, a path without ``--json``, or an
-                ``--out`` that is no folder.
+                ``--out`` that is not a folder.
         """
         if self.device not in DEVICES:
             raise unknown_name("--device", self.device, DEVICES)
@@ -87,7 +87,7 @@ class Request:
 
 
 class Session:
-    """Measures plans with a bar on the terminal, or a line each elsewhere; a context manager."""
+    """Measures plans with a bar on the terminal, one line per plan elsewhere; a context manager."""
 
     def __init__(self, request: Request) -> None:
         self.request = request

@@ -68,11 +68,11 @@ def take_turns(calls: Mapping[str, Call], clock: Clock, repeats: int) -> dict[st
 
 
 def cache_bytes(device: torch.device) -> int:
-    """The size of the last-level cache; 32 MiB where the system does not tell."""
+    """The size of the last-level cache; 32 MiB where the system does not report it."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).L2_cache_size)
-    found = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
-    sizes = [int(path.read_text().strip().removesuffix("K")) << 10 for path in found]
+    files = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
+    sizes = [int(path.read_text().strip().removesuffix("K")) << 10 for path in files]
     return max(sizes, default=_CPU_CACHE_BYTES)
 
 

@@ -12,7 +12,7 @@ from fedcore_kernels import FactorLayout, SlotGroup
 
 @dataclass(frozen=True)
 class Workload:
-    """One factor a module, of one rank and width, from ``clients`` clients."""
+    """One factor per module, of one rank and width, from ``clients`` clients."""
 
     name: str
     modules: int
@@ -65,7 +65,7 @@ LLAMA_2_7B_ALL = Workload("Llama-2-7B all", modules=224, width=4096, rank=8, cli
 
 @dataclass(frozen=True)
 class Setting:
-    """Where the operations run, and whether on a few modules of the smaller model alone."""
+    """Where the operations run, and whether only on a few modules of the smaller model."""
 
     device: torch.device
     small: bool = False

@@ -63,8 +63,8 @@ def factor_loss(left: Tensor, right: Tensor, shares: Tensor) -> Loss:
             for c, side in zip((p, q), stacks, strict=True)
         )
         cross = ((weighted @ b.mT) * (inner @ a.mT)).sum((1, 2))
-        own = ((b @ b.mT) * (a @ a.mT)).sum((1, 2))
-        return 1 + (own - 2 * cross) / target
+        square = ((b @ b.mT) * (a @ a.mT)).sum((1, 2))
+        return 1 + (square - 2 * cross) / target
 
     return loss
 
@@ -83,7 +83,7 @@ def adam_combination(
 ) -> tuple[Tensor, Tensor]:
     """``p, q (L, N)`` after ``steps`` steps from ``p = q = start (L, N)``.
 
-    It ends sooner where ``enough`` says so of the loss, which it is told before every step.
+    It ends sooner where ``enough``, called with the loss before every step, returns true.
     """
     p, q = (start.clone().requires_grad_() for _ in range(2))
     adam = torch.optim.Adam([p, q], lr=rate)
@@ -101,11 +101,11 @@ def best_rate(objective: PairObjective, target: Tensor, cap: int) -> Search:
     """The rate of :data:`RATES` with which most modules come down to ``target (L,)`` soonest.
 
     Found on the Gram form of the objective in fp64, where a step is cheap; none of it is measured.
-    At each rate Adam goes on until every module has been there, or for ``cap`` steps.
+    At each rate Adam continues until every module has been there, or for ``cap`` steps.
     """
-    found = [_descent(objective, target, rate, cap) for rate in RATES]
-    best = max(found, key=partial(_rank_of, objective.target))
-    return best._replace(lowest=torch.stack([search.lowest for search in found]).amin(0))
+    searches = [_descent(objective, target, rate, cap) for rate in RATES]
+    best = max(searches, key=partial(_rank_of, objective.target))
+    return best._replace(lowest=torch.stack([search.lowest for search in searches]).amin(0))
 
 
 def _rank_of(size: Tensor, search: Search) -> tuple[int, int, float]:

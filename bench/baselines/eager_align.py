@@ -12,7 +12,7 @@ from torch import Tensor
 
 def eager_align(stack: Tensor, reference: Tensor, shares: Tensor) -> Tensor:
     """``sum_n w_n O_n^T A_n`` (L, r, k) of stack (N, L, r, k), one module and client at a time."""
-    found = []
+    means = []
     for module, before in enumerate(reference):
         mean = torch.zeros_like(before)
         for share, factor in zip(shares, stack[:, module], strict=True):
@@ -20,5 +20,5 @@ def eager_align(stack: Tensor, reference: Tensor, shares: Tensor) -> Tensor:
             if torch.linalg.det(left @ right) < 0:
                 left[:, -1] *= -1
             mean += share * ((left @ right).T @ factor)
-        found.append(mean)
-    return torch.stack(found)
+        means.append(mean)
+    return torch.stack(means)

@@ -28,7 +28,7 @@ def eager_sketched(uploads: Sequence[State], weights: Sequence[float], previous:
 
 
 def eager_truncated(uploads: Sequence[State], weights: Sequence[float], previous: State) -> State:
-    """The next factors: leading directions of the stack, turned towards the previous factor."""
+    """The next factors: leading directions of the stack, aligned with the previous factor."""
     new = {}
     for key, before in previous.items():
         rank = len(before)

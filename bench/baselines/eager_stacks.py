@@ -1,6 +1,6 @@
 """Grams and products of the clients' factors as loops over modules and clients.
 
-The dtype of the uploads is the dtype of every product, as it is in scripts that do not ask.
+The dtype of the uploads is the dtype of every product, as in scripts that set none.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from torch import Tensor
 
 def eager_gram(stack: Tensor, shares: Tensor) -> Tensor:
     """``F F^T`` (L, m, m) of stack (N, L, r, k), one module at a time."""
-    found = []
+    grams = []
     for module in range(stack.shape[1]):
         clients = zip(shares, stack[:, module], strict=True)
         rows = torch.cat([share.sqrt() * factor for share, factor in clients])
-        found.append(rows @ rows.T)
-    return torch.stack(found)
+        grams.append(rows @ rows.T)
+    return torch.stack(grams)
 
 
 def eager_cross_gram(stack: Tensor, reference: Tensor) -> Tensor:
@@ -30,10 +30,10 @@ def eager_cross_gram(stack: Tensor, reference: Tensor) -> Tensor:
 
 def eager_apply_cores(cores: Tensor, stack: Tensor) -> Tensor:
     """``sum_n cores_n A_n`` (L, p, k), one module and client at a time."""
-    found = []
+    totals = []
     for module, core in enumerate(cores):
         total = stack.new_zeros(core.shape[0], stack.shape[-1])
         for client, factor in enumerate(stack[:, module]):
             total += core[:, client] @ factor
-        found.append(total)
-    return torch.stack(found)
+        totals.append(total)
+    return torch.stack(totals)

@@ -16,12 +16,12 @@ from fedcore.methods.tri.ce_lora.class_mixtures import ClassMixtures
 
 
 def looped_transport(clients: Sequence[ClassMixtures], pairs: int | None = None) -> NDArray:
-    """``D^2 (N, N)``; of the first ``pairs`` pairs alone if given, the others are left at zero."""
-    found = np.zeros((len(clients), len(clients)))
+    """``D^2 (N, N)``; if ``pairs`` is set, of the first ``pairs`` only, the others stay zero."""
+    distances = np.zeros((len(clients), len(clients)))
     first, second = np.triu_indices(len(clients), 1)
     for i, j in list(zip(first, second, strict=True))[:pairs]:
-        found[i, j] = found[j, i] = _distance(clients[i], clients[j])
-    return found
+        distances[i, j] = distances[j, i] = _distance(clients[i], clients[j])
+    return distances
 
 
 def _distance(one: ClassMixtures, other: ClassMixtures) -> float:

@@ -1,4 +1,4 @@
-"""``align_and_average``: every client's factor turned towards the last broadcast, then averaged."""
+"""``align_and_average``: each client's factor rotated towards the last broadcast, then averaged."""
 
 from __future__ import annotations
 

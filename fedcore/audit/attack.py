@@ -203,7 +203,7 @@ def _attack(
     network: AdaptedNetwork, pictures: Tensor, labels: Tensor, settings: AuditSettings, seed: int
 ) -> Attempt:
     observed = network.gradient(pictures[None], labels)[0].detach()
-    found = match_gradient(
+    match = match_gradient(
         partial(network.gradient, labels=labels),
         observed,
         (len(labels), pictures.shape[1]),
@@ -212,11 +212,11 @@ def _attack(
         settings.steps,
         settings.refinements,
     )
-    quality = compare_pictures(pictures, found.pictures, LEVELS)
+    quality = compare_pictures(pictures, match.pictures, LEVELS)
     silent = not bool(observed.any())
     name = network.kind.name
     directions = network.directions(pictures, labels)
-    return Attempt(name, seed, network.numbers, directions, silent, found.loss, pictures, quality)
+    return Attempt(name, seed, network.numbers, directions, silent, match.loss, pictures, quality)
 
 
 def _guesses(digits: Digits, labels: Tensor, seed: int) -> dict[str, Tensor]:

@@ -91,8 +91,8 @@ def match_gradient(
         return Reconstruction(pictures[0], 0.0, (0.0,) * starts)
 
     def angle(x: Tensor) -> Tensor:
-        found = gradient(x)
-        return 1 - (found @ observed) / (found.norm(dim=1) * energy.sqrt())
+        gradients = gradient(x)
+        return 1 - (gradients @ observed) / (gradients.norm(dim=1) * energy.sqrt())
 
     def distance(x: Tensor) -> Tensor:
         return (gradient(x) - observed).square().sum(1) / energy

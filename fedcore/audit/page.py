@@ -38,9 +38,10 @@ CAVEATS = (
     "the upload changes at all. Fewer than the unknowns: pictures that differ from the true ones "
     "have the same upload, and no attack can choose between them without a prior. As many: the "
     "pictures are determined nearby, if the gradient is known precisely enough.",
-    "A gradient of a batch of b has rank b, so a core of r x r shows at most b (2r - b) numbers a "
-    "layer (b up to r), not r^2. What protects is that this is less than the unknowns, summed over "
-    "layers; it is no property of the core as such, and more layers or a higher rank undo it.",
+    "A gradient of a batch of b has rank b, so a core of r x r shows at most b (2r - b) numbers "
+    "per layer (b up to r), not r^2. What protects is that this is less than the unknowns, summed "
+    "over layers; it is not a property of the core as such, and more layers or a higher rank "
+    "undo it.",
     "While B is zero, as in a first round, the gradients of LoRA's A and of CE-LoRA's core are "
     "exactly zero: they show nothing, and neither do they train.",
     "CE-LoRA's clients keep A and B to themselves; this attacker was given them, which can only "
@@ -65,8 +66,9 @@ def audit_rows(audit: Audit) -> list[dict[str, Any]]:
         row |= {"numbers": attempts[0].numbers, "unknowns": PIXELS * settings.batch}
         row["silent"] = sum(attempt.silent for attempt in attempts)
         for measure, value in _MEASURED.items():
-            found = estimate([value(attempt) for attempt in attempts])
-            row[f"{measure}_mean"], row[f"{measure}_half_width"] = found.mean, found.half_width
+            interval = estimate([value(attempt) for attempt in attempts])
+            row[f"{measure}_mean"] = interval.mean
+            row[f"{measure}_half_width"] = interval.half_width
         rows.append(row)
     return rows
 
@@ -116,8 +118,8 @@ def findings(audit: Audit) -> list[str]:
         row = rows[name]
         gain = estimate(
             [
-                own.quality.psnr - other.quality.psnr
-                for own, other in zip(audit.of(name), audit.of("label mean"), strict=True)
+                attempt.quality.psnr - other.quality.psnr
+                for attempt, other in zip(audit.of(name), audit.of("label mean"), strict=True)
             ]
         )
         assert gain.mean is not None
@@ -173,8 +175,8 @@ def _pictures(audit: Audit) -> list[Picture]:
     truth = [attempt.truth.numpy() for attempt in audit.of(names[0])]
     shown["original"] = np.concatenate(truth)[:_COLUMNS]
     for name in (*audit.settings.uploads, "label mean"):
-        found = [attempt.quality.pictures.numpy() for attempt in audit.of(name)]
-        shown[_title(name)] = np.concatenate(found)[:_COLUMNS]
+        reconstructions = [attempt.quality.pictures.numpy() for attempt in audit.of(name)]
+        shown[_title(name)] = np.concatenate(reconstructions)[:_COLUMNS]
     psnr = {_title(name): [a.quality.psnr for a in audit.of(name)] for name in names}
     return [
         Picture(
@@ -186,7 +188,7 @@ def _pictures(audit: Audit) -> list[Picture]:
         ),
         Picture(
             "nearness",
-            "PSNR of the reconstructions, higher is nearer: a dot a seed, the mean and its 95% "
+            "PSNR of the reconstructions, higher is nearer: one dot per seed, the mean and its 95% "
             "interval. Controls, which see no upload, in the second colour.",
             nearness(psnr, [*CONTROLS.values()], "PSNR, dB"),
         ),

@@ -61,7 +61,7 @@ def picture_rows(rows: Mapping[str, np.ndarray]) -> Figure:
 
 
 def nearness(groups: Mapping[str, Sequence[float]], controls: Sequence[str], label: str) -> Figure:
-    """One row a group: its values, their mean and its 95% interval.
+    """One row per group: its values, their mean and its 95% interval.
 
     Args:
         groups: name to the values of its repetitions.
@@ -78,16 +78,16 @@ def nearness(groups: Mapping[str, Sequence[float]], controls: Sequence[str], lab
     axes.grid(axis="y", visible=False)
     for row, (name, values) in enumerate(groups.items()):
         color = LOCAL if name in controls else GLOBAL
-        found = estimate(values)
-        assert found.mean is not None
+        interval = estimate(values)
+        assert interval.mean is not None
         axes.plot(values, [row] * len(values), "o", color=color, markersize=3, alpha=0.45)
-        if found.half_width is not None:
-            ends = [found.mean - found.half_width, found.mean + found.half_width]
+        if interval.half_width is not None:
+            ends = [interval.mean - interval.half_width, interval.mean + interval.half_width]
             axes.plot(ends, [row, row], color=color, linewidth=1.5)
-        axes.plot(found.mean, row, "D", color=color, markersize=5.5)
+        axes.plot(interval.mean, row, "D", color=color, markersize=5.5)
         axes.annotate(
-            f"{found.mean:.1f}",
-            (found.mean, row),
+            f"{interval.mean:.1f}",
+            (interval.mean, row),
             (0, 6),
             textcoords="offset points",
             ha="center",

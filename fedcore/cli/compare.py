@@ -80,11 +80,11 @@ def compare(
 
 def _parse_vary(assignments: list[str]) -> dict[str, list[Any]]:
     """``["clients=5,20"]`` as ``{"clients": [5, 20]}``."""
-    found: dict[str, list[Any]] = {}
+    varied: dict[str, list[Any]] = {}
     for assignment in assignments:
         key, equals, text = assignment.partition("=")
         values = [parse_value(part.strip()) for part in text.split(",") if part.strip()]
         if not equals or not values:
             raise FedcoreError(f"{assignment!r} is not of the form key=value,value")
-        found[key.strip()] = values
-    return found
+        varied[key.strip()] = values
+    return varied

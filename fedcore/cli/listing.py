@@ -57,7 +57,7 @@ def _table(title: str, first: str, *others: str) -> Table:
 
 def recipes(json_: _AsJson = False) -> None:
     """List the recipes that can be run by name."""
-    found = [load_recipe(name) for name in shipped_recipes()]
+    shipped = [load_recipe(name) for name in shipped_recipes()]
     rows = [
         {
             "name": r.name,
@@ -66,7 +66,7 @@ def recipes(json_: _AsJson = False) -> None:
             "clients": r.clients,
             "method": r.method.name,
         }
-        for r in found
+        for r in shipped
     ]
     if json_:
         print(json.dumps(rows))

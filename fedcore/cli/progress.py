@@ -80,7 +80,7 @@ class ProgressDisplay(Observer):
         self._bars.reset(self._steps, total=steps, visible=True, description="training")
 
     def client_started(self, client_id: str) -> None:
-        """Say whose turn it is."""
+        """Show which client trains now."""
         self._seen += 1
         self._bars.update(self._steps, description=f"{client_id} ({self._seen} of {self._clients})")
 

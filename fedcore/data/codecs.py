@@ -63,7 +63,7 @@ class Fp32:
     name: str = "fp32"
 
     def bytes(self, layout: FactorLayout) -> int:
-        """4 bytes a number."""
+        """4 bytes per number."""
         return 4 * layout.numel
 
     def encode(self, row: Tensor, layout: FactorLayout) -> Encoded:
@@ -88,7 +88,7 @@ class Bf16:
     name: str = "bf16"
 
     def bytes(self, layout: FactorLayout) -> int:
-        """2 bytes a number."""
+        """2 bytes per number."""
         return 2 * layout.numel
 
     def encode(self, row: Tensor, layout: FactorLayout) -> Encoded:
@@ -105,7 +105,7 @@ class Bf16:
 
 @dataclass(frozen=True)
 class Int8:
-    """Blocks of 64 numbers as ``round(127 x / absmax)`` and an fp32 scale: 1.06 bytes a number.
+    """Blocks of 64 numbers as ``round(127 x / absmax)`` and an fp32 scale: 1.06 bytes per number.
 
     ``|x - decoded| <= absmax / 254`` in every block, up to fp32 rounding: relative to the block's
     largest number, so that small ones beside it are lost. Blocks do not cross tensors; the last one
@@ -117,7 +117,7 @@ class Int8:
     block: int = 64
 
     def bytes(self, layout: FactorLayout) -> int:
-        """A byte a number and 4 a block."""
+        """One byte per number and four per block."""
         return layout.numel + 4 * sum(-(-slot.numel // self.block) for slot in layout)
 
     def encode(self, row: Tensor, layout: FactorLayout) -> Encoded:

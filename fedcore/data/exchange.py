@@ -158,10 +158,12 @@ def read_broadcast(folder: Path) -> BroadcastFolder:
             residual = unpacked(read_tensors(folder / RESIDUAL_FILE, label))
         except KeyError as error:
             raise FedcoreError(f"{label}: {RESIDUAL_FILE} lacks {error}") from error
-    found = BroadcastFolder(adapter, about["round"], about["method"], about["options"], residual)
-    if about.get("identity") != found.identity:
+    broadcast = BroadcastFolder(
+        adapter, about["round"], about["method"], about["options"], residual
+    )
+    if about.get("identity") != broadcast.identity:
         raise FedcoreError(f"{label}: its tensors are not those that {BROADCAST_FILE} announces")
-    return found
+    return broadcast
 
 
 def write_upload(

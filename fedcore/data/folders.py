@@ -252,15 +252,15 @@ def read_object(
     Raises:
         FedcoreError: as :func:`read_json`; it is not an object, or lacks a field of that type.
     """
-    found = read_json(file, label, limit=limit, finite=finite)
-    if not isinstance(found, dict):
+    parsed = read_json(file, label, limit=limit, finite=finite)
+    if not isinstance(parsed, dict):
         raise FedcoreError(f"{label}: {file} must hold a JSON object")
-    typed = {name: _field(found, name, kind, label) for name, kind in (fields or {}).items()}
-    return {**found, **typed}
+    typed = {name: _field(parsed, name, kind, label) for name, kind in (fields or {}).items()}
+    return {**parsed, **typed}
 
 
-def _field(found: Mapping[str, Any], name: str, kind: type, label: str) -> Any:
-    value = found.get(name)
+def _field(fields: Mapping[str, Any], name: str, kind: type, label: str) -> Any:
+    value = fields.get(name)
     fits = isinstance(value, bool) == (kind is bool)
     if kind is float and fits and isinstance(value, int | float):
         with suppress(OverflowError):

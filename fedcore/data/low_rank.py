@@ -41,10 +41,10 @@ def total(parts: Sequence[LowRank]) -> LowRank:
     if stacked.rank <= limit:
         return stacked
     one = torch.ones(1, dtype=torch.float64)
-    found = product_svd(stacked.outer[None, None], stacked.inner[None, None], one, limit)
+    best = product_svd(stacked.outer[None, None], stacked.inner[None, None], one, limit)
     return LowRank(
-        found.left[0].to(stacked.outer.dtype).contiguous(),
-        found.right[0].to(stacked.inner.dtype).contiguous(),
+        best.left[0].to(stacked.outer.dtype).contiguous(),
+        best.right[0].to(stacked.inner.dtype).contiguous(),
     )
 
 
@@ -52,11 +52,11 @@ def accumulated(
     held: Mapping[str, LowRank], increment: Mapping[str, LowRank]
 ) -> dict[str, LowRank]:
     """Module to the sum of both; modules of rank 0 are left out."""
-    found = dict(held)
+    sums = dict(held)
     for module, part in increment.items():
         if part.rank:
-            found[module] = total([held[module], part] if module in held else [part])
-    return found
+            sums[module] = total([held[module], part] if module in held else [part])
+    return sums
 
 
 def packed(parts: Mapping[str, LowRank]) -> dict[str, Tensor]:

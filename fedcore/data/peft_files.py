@@ -49,7 +49,7 @@ def open_adapter(
     """The weights of a PEFT adapter folder, with a checked header and unread, and its config.
 
     Raises:
-        FedcoreError: as :func:`read_adapter`, without what the tensors' values could tell.
+        FedcoreError: as :func:`read_adapter`, except for what only the tensors' values could show.
     """
     path = Path(folder)
     label = name or str(path)

@@ -49,7 +49,7 @@ class KeyMeaning:
 
 
 def parse_key(key: str) -> KeyMeaning:
-    """What ``key`` names; anything that is no factor and no constant is a dense tensor."""
+    """What ``key`` names; anything that is neither a factor nor a constant is a dense tensor."""
     path = key.removeprefix(PREFIX)
     parts = path.split(".")
     for i in range(len(parts) - 1, max(len(parts) - 4, -1), -1):

@@ -89,7 +89,7 @@ def widest_layout(layout: FactorLayout, ranks: Iterable[Ranks]) -> FactorLayout:
     return _resized(
         layout,
         {
-            slot.name: max([slot.rows, *(own.get(slot.module, 0) for own in adapters)])
+            slot.name: max([slot.rows, *(rank_of.get(slot.module, 0) for rank_of in adapters)])
             for slot in layout.factor_slots
         },
     )

@@ -3,8 +3,8 @@
 Layout of the format: the length of the header (8 bytes, little endian), a JSON header that maps
 each name to dtype, shape and byte offsets, then raw little-endian data. Everything that a header
 declares is compared with the size of the file first, so that nothing is allocated for what is not
-there. Tensors are read by position and not mapped: a file that is cut while it is read gives an
-error instead of a dead process, and read pages do not count as memory of the process.
+there. Tensors are read by position and not mapped: a file that is truncated while it is read gives
+an error instead of a dead process, and read pages do not count as memory of the process.
 """
 
 from __future__ import annotations
@@ -72,8 +72,8 @@ class TensorFile:
 
         Raises:
             FedcoreError: the file is larger than ``budget`` bytes or cannot be read; its header is
-                no JSON object of distinct names, or declares a dtype that adapters do not have, an
-                empty tensor, or data that do not fill the file exactly and once.
+                not a JSON object of distinct names, or declares a dtype that adapters do not have,
+                an empty tensor, or data that do not fill the file exactly and once.
         """
         try:
             with open_regular(path) as file:
@@ -110,14 +110,14 @@ class TensorFile:
             runs[-1].append(name)
             end, dtype = stored.end, stored.dtype
         spans = [(self.tensors[run[0]].begin, self.tensors[run[-1]].end) for run in runs]
-        found = {}
+        tensors = {}
         for run, data in zip(runs, self._bytes(spans), strict=True):
             flat = torch.frombuffer(data, dtype=self.tensors[run[0]].dtype)
             shapes = [self.tensors[name].shape for name in run]
             pieces = flat.split([prod(shape) for shape in shapes])
             for name, piece, shape in zip(run, pieces, shapes, strict=True):
-                found[name] = piece.view(shape)
-        return found
+                tensors[name] = piece.view(shape)
+        return tensors
 
     def read_flat(self, name: str, start: int, stop: int) -> Tensor:
         """Elements ``start`` to ``stop`` of a tensor in row-major order.
@@ -132,7 +132,7 @@ class TensorFile:
         return torch.frombuffer(data, dtype=stored.dtype)
 
     def _bytes(self, spans: list[tuple[int, int]]) -> list[bytearray]:
-        found = []
+        blocks = []
         try:
             with open_regular(self.path) as file:
                 if _state(file.fileno()) != self._state:
@@ -148,16 +148,16 @@ class TensorFile:
                                 f"{self.label}: {self.path} changed while it was read"
                             )
                         done += count
-                    found.append(data)
+                    blocks.append(data)
         except OSError as error:
             raise _malformed(self.path, self.label, str(error)) from error
-        return found
+        return blocks
 
 
 def _state(descriptor: int) -> tuple[int, int, int]:
     """Size, time of the last change and identity of an open file."""
-    found = os.fstat(descriptor)
-    return found.st_size, found.st_mtime_ns, found.st_ino
+    status = os.fstat(descriptor)
+    return status.st_size, status.st_mtime_ns, status.st_ino
 
 
 def _malformed(path: Path, label: str, reason: str) -> FedcoreError:
@@ -165,11 +165,11 @@ def _malformed(path: Path, label: str, reason: str) -> FedcoreError:
 
 
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
+    entries = dict(pairs)
+    if len(entries) != len(pairs):
         (twice, _), *_ = Counter(name for name, _ in pairs).most_common(1)
         raise ValueError(f"its header names {_short(twice)} twice")
-    return found
+    return entries
 
 
 @lru_cache(maxsize=4)
@@ -185,13 +185,13 @@ def _parsed(text: bytes, size: int) -> Mapping[str, StoredTensor]:
     start = _LENGTH + len(text)
     entries = json.loads(text.decode("utf-8"), object_pairs_hook=_distinct)
     if not isinstance(entries, dict):
-        raise ValueError("its header is no JSON object")
-    found = {
+        raise ValueError("its header is not a JSON object")
+    tensors = {
         name: _entry(name, entry, start, size)
         for name, entry in entries.items()
         if name != "__metadata__"
     }
-    ordered = sorted(found.items(), key=lambda item: item[1].begin)
+    ordered = sorted(tensors.items(), key=lambda item: item[1].begin)
     for (name, one), (other, after) in pairwise(ordered):
         if one.end != after.begin:
             raise ValueError(f"the data of {_short(name)} and {_short(other)} do not adjoin")
@@ -205,7 +205,7 @@ def _parsed(text: bytes, size: int) -> Mapping[str, StoredTensor]:
 
 def _entry(name: str, entry: Any, start: int, size: int) -> StoredTensor:
     if not name.isprintable():
-        raise ValueError(f"{_short(name)} is no printable name")
+        raise ValueError(f"{_short(name)} is not a printable name")
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise ValueError(f"{_short(name)} needs dtype, shape and data_offsets and nothing else")
     dtype = DTYPES.get(entry["dtype"]) if isinstance(entry["dtype"], str) else None

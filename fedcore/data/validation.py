@@ -54,15 +54,15 @@ def check_state(state: AdapterState, layout: FactorLayout, *, mixed_ranks: bool)
     Shapes are compared, never broadcast. A lower rank than the layout's is accepted only with
     ``mixed_ranks``; a higher one never.
     """
-    own = state.layout().by_name
-    missing = [slot.name for slot in layout if slot.name not in own]
+    slots = state.layout().by_name
+    missing = [slot.name for slot in layout if slot.name not in slots]
     if missing:
         return f"{missing[0]} is missing"
-    extra = [name for name in own if name not in layout.by_name]
+    extra = [name for name in slots if name not in layout.by_name]
     if extra:
         return f"unexpected tensor {extra[0]}"
     for slot in layout:
-        mine = own[slot.name]
+        mine = slots[slot.name]
         if slot.dense and mine.shape != slot.shape:
             return f"{slot.name} has shape {mine.shape}, expected {slot.shape}"
         # A core is as wide as its own rank, which the next check compares.

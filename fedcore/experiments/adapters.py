@@ -48,11 +48,11 @@ def generation_sample(experiment: Experiment, start: Tensor, state: ServerState)
     experiment.residual.load({})
     before = continued(start)
     experiment.residual.load(state.residual)
-    own = experiment.trainers[0] if experiment.method.capabilities.personalised else None
-    after = continued(state.row if own is None else client_row(experiment, state, own))
+    owner = experiment.trainers[0] if experiment.method.capabilities.personalised else None
+    after = continued(state.row if owner is None else client_row(experiment, state, owner))
     return Sample(
         domain=experiment.label_names[int(experiment.examples.labels[chosen])],
-        client=own,
+        client=owner,
         prompt=_words(experiment, text[:given]),
         reference=_words(experiment, text[given : given + CONTINUATION]),
         before=before,
@@ -61,8 +61,8 @@ def generation_sample(experiment: Experiment, start: Tensor, state: ServerState)
 
 
 def _words(experiment: Experiment, tokens: Tensor) -> str:
-    found: str = experiment.tokenizer.decode(tokens.tolist(), skip_special_tokens=True)
-    return found
+    text: str = experiment.tokenizer.decode(tokens.tolist(), skip_special_tokens=True)
+    return text
 
 
 def write_adapters(experiment: Experiment, state: ServerState, folder: Path) -> list[Path]:
@@ -70,7 +70,7 @@ def write_adapters(experiment: Experiment, state: ServerState, folder: Path) -> 
 
     ``adapter/`` is the global adapter, together with the residual of the base weights where the
     method has one; ``adapters/CLIENT/`` where every client has a model of its own. An adapter that
-    is no LoRA is also written as plain LoRA, ``adapter-lora/``, which PEFT loads without fedcore.
+    is not LoRA is also written as plain LoRA, ``adapter-lora/``, which PEFT loads without fedcore.
     A run without adapter leaves its head in ``head/``.
     """
     if experiment.method.family == "none":

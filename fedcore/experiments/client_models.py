@@ -1,4 +1,4 @@
-"""The model that a client holds: the global one, cut to its rank, with what is its own."""
+"""The model that a client holds: the global one, truncated to its rank, with its private values."""
 
 from __future__ import annotations
 
@@ -51,8 +51,10 @@ def personalised(
     """
     layout = state.layout
     upload = experiment.method.upload_layout(layout, state.round)
-    found = {client: dict(tensors) for client, tensors in private.items()}
+    updated = {client: dict(tensors) for client, tensors in private.items()}
     for client, row in personal.items():
-        own = found.setdefault(client, {})
-        own[OWN] = layout.scatter(own.get(OWN, state.row), upload, row.to(state.row.dtype))
-    return MappingProxyType(found)
+        client_tensors = updated.setdefault(client, {})
+        client_tensors[OWN] = layout.scatter(
+            client_tensors.get(OWN, state.row), upload, row.to(state.row.dtype)
+        )
+    return MappingProxyType(updated)

@@ -77,15 +77,15 @@ def train_one_client(
     accuracy = held_out_loss = None
     if evaluates(experiment, round) and client in experiment.test_shards:
         shard = experiment.test_shards[client]
-        found = evaluate(
+        evaluation = evaluate(
             experiment.forward, experiment.examples, shard, recipe.evaluation.batch_size
         )
-        accuracy, held_out_loss = found.accuracy, found.loss
-    kept = {**result.state}
+        accuracy, held_out_loss = evaluation.accuracy, evaluation.loss
+    memory = {**result.state}
     if recipe.privacy.noise_multiplier is not None:
-        kept[SPENT] = steps_after(own, result.steps)
+        memory[SPENT] = steps_after(own, result.steps)
     if method.capabilities.personalised:
-        kept[OWN] = experiment.binding.read()
+        memory[OWN] = experiment.binding.read()
     trained = experiment.binding.read(read)
     upload = method.prepare_upload(trained, read, broadcast, round)
     codec = find_codec(recipe.round.codec)
@@ -96,7 +96,7 @@ def train_one_client(
         trained=trained,
         weight=float(examples) if recipe.round.weighting == "examples" else 1.0,
         frozen=digest(experiment.binding.read(frozen), frozen, constants(experiment)),
-        kept=kept,
+        kept=memory,
         loss=result.loss,
         accuracy=accuracy,
         held_out_loss=held_out_loss,
@@ -117,7 +117,7 @@ def _trained(
     parameters = experiment.binding.trained(method.plan(round).trains)
     dense = frozenset(slot.name for slot in layout.dense_slots)
     optimiser = recipe.optimiser.settings(method)
-    # A method that starts a fresh adapter every round leaves nothing to go on with.
+    # A method that starts a fresh adapter every round leaves nothing to continue with.
     state = {} if method.capabilities.restarts else own
     seed = derive_seed(recipe.seed, "train", round, client)
     indices, local = experiment.training_indices(client), local_settings(experiment)

@@ -51,7 +51,7 @@ def describe_environment() -> Environment:
         threads=torch.get_num_threads(),
         gpu=torch.cuda.get_device_name() if cuda else None,
         git_commit=git_commit(),
-        versions={name: found for name in _PACKAGES if (found := _version(name))},
+        versions={name: version for name in _PACKAGES if (version := _version(name))},
     )
 
 

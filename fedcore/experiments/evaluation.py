@@ -40,27 +40,29 @@ def score(experiment: Experiment, state: ServerState) -> Score:
     """The quality of ``state``: of its global model, or of every client's own."""
     experiment.residual.load(state.residual)
     if not experiment.method.capabilities.personalised:
-        found = _evaluate_row(experiment, state.row)
+        evaluation = _evaluate_row(experiment, state.row)
         return _score(
-            found.accuracy, found.loss, {c: found.on(s) for c, s in experiment.test_shards.items()}
+            evaluation.accuracy,
+            evaluation.loss,
+            {c: evaluation.on(s) for c, s in experiment.test_shards.items()},
         )
-    accuracies, losses, own = [], [], {}
+    accuracies, losses, by_client = [], [], {}
     for client in experiment.trainers:
-        found = _evaluate_row(experiment, client_row(experiment, state, client))
-        accuracies.append(found.accuracy)
-        losses.append(found.loss)
-        own[client] = found.on(experiment.test_shards[client])
+        evaluation = _evaluate_row(experiment, client_row(experiment, state, client))
+        accuracies.append(evaluation.accuracy)
+        losses.append(evaluation.loss)
+        by_client[client] = evaluation.on(experiment.test_shards[client])
     alone = experiment.method.capabilities.population == "alone"
     count = len(accuracies)
-    return _score(sum(accuracies) / count, sum(losses) / count, {} if alone else own)
+    return _score(sum(accuracies) / count, sum(losses) / count, {} if alone else by_client)
 
 
 def _score(accuracy: float, loss: float, shards: Mapping[str, Evaluation]) -> Score:
     return Score(
         accuracy,
         loss,
-        {client: found.accuracy for client, found in shards.items()},
-        {client: found.loss for client, found in shards.items()},
+        {client: evaluation.accuracy for client, evaluation in shards.items()},
+        {client: evaluation.loss for client, evaluation in shards.items()},
     )
 
 

@@ -1,4 +1,4 @@
-"""What a run tells whoever watches it."""
+"""What a run reports to whoever watches it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 class Observer:
-    """Told of a run's progress; this one is silent, subclasses show what they like."""
+    """Receives a run's progress; this one is silent, subclasses show what they like."""
 
     def message(self, text: str) -> None:
         """Something a person should know."""

@@ -36,8 +36,8 @@ def check_private(
 
     Raises:
         FedcoreError: the method releases something besides what DP-SGD trained; bf16 autocast;
-            clients of lower rank; a delta that allows to give an example away; an epsilon that the
-            accountant cannot compute.
+            clients of lower rank; a delta that permits publishing a whole example; an epsilon that
+            the accountant cannot compute.
         MissingExtraError: Opacus is not installed.
     """
     privacy = recipe.privacy
@@ -48,7 +48,7 @@ def check_private(
     if recipe.training.autocast:
         raise FedcoreError(
             "training.autocast is true with privacy.noise_multiplier: per-sample gradients are "
-            "checked in fp32 alone; leave it at false"
+            "checked only in fp32; leave it at false"
         )
     if mixed_ranks:
         raise FedcoreError(
@@ -58,8 +58,9 @@ def check_private(
     for client, examples in sorted(held.items()):
         if examples and privacy.delta >= 1 / examples:
             raise FedcoreError(
-                f"privacy.delta is {privacy.delta:g} and {client} holds {examples} examples: such "
-                f"a delta allows to publish one of them as it is; pass less than {1 / examples:.2g}"
+                f"privacy.delta is {privacy.delta:g} and {client} holds {examples} examples: "
+                "such a delta permits publishing one of them unchanged; pass less than "
+                f"{1 / examples:.2g}"
             )
     # What the accountant cannot compute should be known before the run, not at its end.
     local = recipe.local_settings(method)
@@ -68,7 +69,7 @@ def check_private(
 
 
 def check_local(recipe: Recipe, engine: str) -> None:
-    """Refuse privacy in an engine whose clients tell their server more than noisy uploads.
+    """Refuse privacy in an engine whose clients send their server more than noisy uploads.
 
     Raises:
         FedcoreError: the recipe asks for either kind of privacy.
@@ -115,27 +116,27 @@ def _epsilons(
 ) -> dict[str, float]:
     privacy, size = recipe.privacy, recipe.training.batch_size
     assert privacy.noise_multiplier is not None, "the caller has looked"
-    found, known = {}, {}
+    epsilons, known = {}, {}
     for client, count in sorted(steps.items()):
         if not count:
-            found[client] = 0.0
+            epsilons[client] = 0.0
             continue
         rate = sampling_rate(size, held[client])
         spending = Spending(privacy.noise_multiplier, rate, count)
         if spending not in known:
             known[spending] = epsilon(spending, privacy.delta, privacy.accountant)
-        found[client] = known[spending]
-    return found
+        epsilons[client] = known[spending]
+    return epsilons
 
 
 def check_central(recipe: Recipe, method: Method, mixed_ranks: bool) -> None:
     """Refuse a recipe whose rounds the accountant's mechanism does not describe.
 
     Raises:
-        FedcoreError: a method that needs more than the mean of what was trained; secure sums, of
-            which no single upload can be cut; weights that are a client's own; clients of lower
-            rank; a delta that allows to give a client away; an epsilon that the accountant cannot
-            compute.
+        FedcoreError: a method that needs more than the mean of what was trained; secure sums, in
+            which no single upload can be clipped; weights that differ between clients; clients of
+            lower rank; a delta that permits revealing a client; an epsilon that the accountant
+            cannot compute.
         MissingExtraError: Opacus is not installed.
     """
     central = recipe.privacy.central
@@ -144,22 +145,23 @@ def check_central(recipe: Recipe, method: Method, mixed_ranks: bool) -> None:
     refuse(method, NOISY_MEAN, "privacy.central, which adds noise to the mean of what was trained")
     if recipe.round.secure_sum:
         raise FedcoreError(
-            "round.secure_sum hides the single uploads that privacy.central has to cut; use one"
+            "round.secure_sum hides the single uploads that privacy.central has to clip; use "
+            "one of the two"
         )
     if recipe.round.weighting != "uniform":
         raise FedcoreError(
             f"round.weighting is {recipe.round.weighting!r} with privacy.central, whose noise is "
-            "for clients that count alike; pass 'uniform'"
+            "for clients of equal weight; pass 'uniform'"
         )
     if mixed_ranks:
         raise FedcoreError(
             "adapter.client_ranks differ with privacy.central: a row that a client does not hold "
-            "has no update to cut; give all clients one rank"
+            "has no update to clip; give all clients one rank"
         )
     if recipe.privacy.delta >= 1 / recipe.clients:
         raise FedcoreError(
             f"privacy.delta is {recipe.privacy.delta:g} for {recipe.clients} clients: such a delta "
-            f"allows to give one of them away; pass less than {1 / recipe.clients:.2g}"
+            f"permits revealing one of them; pass less than {1 / recipe.clients:.2g}"
         )
     _epsilon(recipe, recipe.rounds)
 
@@ -229,7 +231,7 @@ def aggregate_securely(method: Method, cohort: Cohort, previous: Broadcast, seed
         seed: of masks and stochastic rounding.
 
     Raises:
-        FedcoreError: fewer than two clients, whose sum would hide nothing; weights that are no
+        FedcoreError: fewer than two clients, whose sum would hide nothing; weights that are not
             whole numbers; a method that needs more than the mean.
     """
     if not len(cohort):

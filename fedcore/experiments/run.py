@@ -29,7 +29,7 @@ from fedcore.federation.state import ServerState
 from fedcore.recipes import Recipe, load_recipe
 
 Rounds = Callable[[Experiment, RunFolder, ServerState, Observer], Iterator[ServerState]]
-"""What runs the rounds that are left after a state, tells the observer of each, and yields its
+"""What runs the rounds that are left after a state, reports each to the observer, and yields its
 state once that is saved in the folder; another engine passes its own."""
 
 
@@ -43,7 +43,7 @@ def start(
     """Run ``recipe`` from the beginning into the empty folder ``path``; returns its summary.
 
     The state is saved before round 0 and after every round, so a run that is killed at any instant
-    goes on with :func:`resume`.
+    continues with :func:`resume`.
 
     Raises:
         FedcoreError: the folder is not empty, or anything the recipe names does not exist.
@@ -122,7 +122,7 @@ def _go_on(
     rounds: Rounds,
 ) -> dict[str, Any]:
     recipe = experiment.recipe
-    # A workbench is built to the same bits every time, so a resumed run knows its start as well.
+    # An experiment is built bit for bit the same every time, so a resumed run has its start too.
     start_row = experiment.binding.read()
     if state is None:
         state = ServerState(round=0, layout=experiment.binding.layout, row=start_row)
@@ -175,14 +175,14 @@ def run_trials(
     """Run each trial into its own folder below ``out``, yielding its summary.
 
     Texts and frozen-prefix states are shared between runs. A folder that already holds the same
-    recipe is continued, so a comparison that was interrupted goes on where it stopped.
+    recipe is continued, so a comparison that was interrupted resumes where it stopped.
     """
     cache = SharedCache()
     for trial in trials:
         path = out / trial.folder
         if (path / "recipe.toml").is_file():
-            held = load_recipe(path / "recipe.toml")
-            if held != trial.recipe:
+            existing = load_recipe(path / "recipe.toml")
+            if existing != trial.recipe:
                 raise FedcoreError(f"{path} holds a run of another recipe; choose another --out")
             yield trial, resume(path, observer, cache)
         else:

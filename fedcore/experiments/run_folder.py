@@ -118,12 +118,12 @@ class RunFolder:
         before = read_record(Environment, file)
         names = ("python", "platform", "threads", "gpu")
         both = [(name, getattr(before, name), getattr(now, name)) for name in names]
-        found = [(name, was, value) for name, was, value in both if was != value]
+        changes = [(name, was, value) for name, was, value in both if was != value]
         for package, version in now.versions.items():
             was = before.versions.get(package)
             if was != version:
-                found.append((package, was, version))
-        return found
+                changes.append((package, was, version))
+        return changes
 
     def write_json(self, name: str, record: Record) -> None:
         """Write one JSON file of the folder."""

@@ -60,7 +60,8 @@ class Experiment:
         counts: per client and label, training and held-out examples, for the report.
         residual: where the low-rank updates of base weights are applied.
         ranks: client id to module to rank, where clients differ in rank; otherwise empty.
-        statistics: client id to what it tells of its data before its first round.
+        statistics: client id to the statistics of its data that it sends before its first
+            round.
     """
 
     recipe: Recipe
@@ -161,14 +162,14 @@ def build_experiment(
     binding = ModelBinding.of(model)
     modules = binding.layout.modules
     ranks = client_ranks(recipe, method, ids, modules)
-    held = {client: len(indices) for client, indices in shards.items()}
+    example_counts = {client: len(indices) for client, indices in shards.items()}
     if method.capabilities.population == "pooled":
-        held = {POOLED: len(train)}
-    check_private(recipe, method, held, mixed_ranks=bool(ranks))
+        example_counts = {POOLED: len(train)}
+    check_private(recipe, method, example_counts, mixed_ranks=bool(ranks))
     check_central(recipe, method, mixed_ranks=bool(ranks))
     statistics = {}
     if method.capabilities.wants_features:
-        observer.preparing("what the clients tell of their data")
+        observer.preparing("the statistics of the clients' data")
         statistics = _statistics(recipe, method, model, examples, shards)
     return Experiment(
         recipe=recipe,
@@ -230,16 +231,16 @@ def _statistics(
     examples: EncodedDataset,
     shards: Mapping[str, Tensor],
 ) -> dict[str, Mapping[str, Tensor]]:
-    """What each client tells of its data, of the features that the base model gives them."""
+    """Each client's statistics of its data, from the features that the base model gives them."""
     features = mean_states(model, examples, recipe.evaluation.batch_size)
     encoder = encoder_digest(model)
-    found: dict[str, Mapping[str, Tensor]] = {}
+    statistics: dict[str, Mapping[str, Tensor]] = {}
     for client, indices in sorted(shards.items()):
         seed = derive_seed(recipe.seed, "told", client)
-        told = method.statistics(features[indices], examples.labels[indices], seed)
-        if told:
-            found[client] = {**told, "encoder": encoder}
-    return found
+        sent = method.statistics(features[indices], examples.labels[indices], seed)
+        if sent:
+            statistics[client] = {**sent, "encoder": encoder}
+    return statistics
 
 
 def client_ids(clients: int) -> tuple[str, ...]:

@@ -24,9 +24,9 @@ def uplink(
     """Bytes that the clients in ``reported`` sent, each an upload of ``layout`` at its ranks, in
     the number format of the recipe's codec.
 
-    What a client tells of its data before its first round counts as adapter traffic of that round.
+    Statistics that a client sends before its first round count as adapter traffic of that round.
     """
-    found = dict(NOTHING)
+    sizes = dict(NOTHING)
     rounds = experiment.recipe.round
     codec = find_codec(rounds.codec)
     if experiment.method.capabilities.population == "clients":
@@ -35,11 +35,11 @@ def uplink(
             whole = experiment.method.capabilities.uploads == "statistics"
             ranks = None if whole else experiment.ranks.get(client)
             masked = rounds.secure_sum
-            _add(found, _masked(layout) if masked else _sizes(layout, ranks, codec))
+            _add(sizes, _masked(layout) if masked else _sizes(layout, ranks, codec))
             if client not in state.client_versions:
-                told = experiment.statistics.get(client, {})
-                found["adapter"] += sum(t.numel() * t.element_size() for t in told.values())
-    return found
+                statistics = experiment.statistics.get(client, {})
+                sizes["adapter"] += sum(t.numel() * t.element_size() for t in statistics.values())
+    return sizes
 
 
 def downlink(experiment: Experiment, state: ServerState, sampled: Sequence[str]) -> dict[str, int]:
@@ -47,30 +47,30 @@ def downlink(experiment: Experiment, state: ServerState, sampled: Sequence[str])
 
     The way down is fp32. A residual counts as adapter traffic.
     """
-    found, codec = dict(NOTHING), Fp32()
+    sizes, codec = dict(NOTHING), Fp32()
     if experiment.method.capabilities.population == "clients":
         for client in sampled:
-            _add(found, _sizes(state.stale_for(client), experiment.ranks.get(client), codec))
-            found["adapter"] += state.stale_residual(client) * torch.float32.itemsize
-    return found
+            _add(sizes, _sizes(state.stale_for(client), experiment.ranks.get(client), codec))
+            sizes["adapter"] += state.stale_residual(client) * torch.float32.itemsize
+    return sizes
 
 
 def added(
     traffic: Mapping[str, int], up: Mapping[str, int], down: Mapping[str, int]
 ) -> dict[str, int]:
     """The running totals ``traffic`` with one round's bytes added to them."""
-    found = dict(traffic)
+    total = dict(traffic)
     for direction, sizes in (("up", up), ("down", down)):
-        _add(found, {f"{direction}_{kind}": size for kind, size in sizes.items()})
-    return found
+        _add(total, {f"{direction}_{kind}": size for kind, size in sizes.items()})
+    return total
 
 
 def _sizes(layout: FactorLayout, ranks: Mapping[str, int] | None, codec: Codec) -> dict[str, int]:
-    own = layout_at_ranks(layout, ranks)
-    factors = {slot.factor for slot in own.factor_slots}
+    client_layout = layout_at_ranks(layout, ranks)
+    factors = {slot.factor for slot in client_layout.factor_slots}
     return {
-        "adapter": codec.bytes(own.select(factors, dense=False)),
-        "head": codec.bytes(own.select((), dense=True)),
+        "adapter": codec.bytes(client_layout.select(factors, dense=False)),
+        "head": codec.bytes(client_layout.select((), dense=True)),
     }
 
 

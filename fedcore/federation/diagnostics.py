@@ -59,7 +59,7 @@ def diagnose(
     if family == "none" or not len(cohort):
         return []
     layout = previous.layout
-    found = []
+    diagnoses = []
     shares = cohort.shares.tolist()
     for module in layout.modules:
         left, right = [], []
@@ -82,7 +82,7 @@ def diagnose(
         target = float(product_norm(torch.cat(left), torch.cat(right)))
         step = aggregate.steps.get(module)
         floor, ceiling = step.error_bounds if step else (nan, nan)
-        found.append(
+        diagnoses.append(
             ModuleDiagnosis(
                 module=module,
                 aggregation_error=gap / target if target > 0 else nan,
@@ -93,7 +93,7 @@ def diagnose(
                 error_ceiling=ceiling,
             )
         )
-    return found
+    return diagnoses
 
 
 def _factors(
@@ -101,8 +101,8 @@ def _factors(
 ) -> tuple[Tensor, Tensor]:
     """Left and right factor ``(r, width)``; ``left^T right`` is the module's update."""
     slots = {factor: layout.by_name[f"{module}.{factor}"] for factor in FACTORS[family]}
-    found = {factor: layout.view(row, slot) for factor, slot in slots.items()}
-    return _multiplied({f: view.to(torch.float64) for f, view in found.items()}, family)
+    factors = {factor: layout.view(row, slot) for factor, slot in slots.items()}
+    return _multiplied({f: view.to(torch.float64) for f, view in factors.items()}, family)
 
 
 def _multiplied(factors: Mapping[str, Tensor], family: Family) -> tuple[Tensor, Tensor]:
@@ -118,15 +118,15 @@ def _product(
 ) -> tuple[Tensor, Tensor]:
     """One client's factors; one that it did not send is the broadcast's."""
     sent, row = cohort.layout, cohort.updates[n]
-    found = {}
+    factors = {}
     for factor in FACTORS[family]:
         name = f"{module}.{factor}"
         if name in sent.by_name:
-            found[factor] = sent.view(row, sent.by_name[name]).to(torch.float64)
+            factors[factor] = sent.view(row, sent.by_name[name]).to(torch.float64)
         else:
             slot = previous.layout.by_name[name]
-            found[factor] = previous.layout.view(previous.row, slot).to(torch.float64)
-    return _multiplied(found, family)
+            factors[factor] = previous.layout.view(previous.row, slot).to(torch.float64)
+    return _multiplied(factors, family)
 
 
 def _drift(row: Tensor, previous: Broadcast, module: str) -> float:

@@ -247,15 +247,15 @@ class Round(Record):
         alone and there is none, their own models'.
         """
         whole = [c.global_quality(measure) for c in self.clients]
-        own = [c.local_quality(measure) for c in self.clients]
-        known = [[q for q in qualities if q is not None] for qualities in (whole, own)]
+        local = [c.local_quality(measure) for c in self.clients]
+        known = [[q for q in qualities if q is not None] for qualities in (whole, local)]
         return known[0] or known[1]
 
     def gap(self, measure: Measure) -> float | None:
         """Mean of local minus global quality over the clients that have both."""
         pairs = [(c.local_quality(measure), c.global_quality(measure)) for c in self.clients]
         return mean_or_none(
-            [own - whole for own, whole in pairs if own is not None and whole is not None]
+            [local - whole for local, whole in pairs if local is not None and whole is not None]
         )
 
     def module_values(self, quantity: str) -> list[float]:

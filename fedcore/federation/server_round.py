@@ -261,25 +261,25 @@ class OpenRound:
         waiting: Mapping[str, Mapping[str, Tensor]],
     ) -> PerClient:
         """What the server holds for each client after the round."""
-        held = {c: dict(named) for c, named in self.state.held_for_clients.items()}
+        memory = {c: dict(named) for c, named in self.state.held_for_clients.items()}
         for client in reported:
             # A client that reported has merged its personal values into its own by now.
-            own = {
+            tensors = {
                 name: tensor
-                for name, tensor in held.get(client, {}).items()
+                for name, tensor in memory.get(client, {}).items()
                 if not name.startswith(PERSONAL_PREFIX)
             }
             if client in self._starts:
-                own[HELD] = self._starts[client]
+                tensors[HELD] = self._starts[client]
             if client in cohort.client_ids:
                 sent = self._new_statistics.get(client, {})
-                own |= {TOLD_PREFIX + name: tensor for name, tensor in sent.items()}
-            held[client] = own
+                tensors |= {TOLD_PREFIX + name: tensor for name, tensor in sent.items()}
+            memory[client] = tensors
         for client, named in waiting.items():
-            held.setdefault(client, {}).update(
+            memory.setdefault(client, {}).update(
                 {PERSONAL_PREFIX + name: tensor for name, tensor in named.items()}
             )
-        return {client: named for client, named in held.items() if named}
+        return {client: named for client, named in memory.items() if named}
 
 
 def _record(cohort: Cohort, flags: Sequence[str]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Everything a federation needs to go on: the state between two rounds, on disk and in memory."""
+"""Everything a federation needs to continue: the state between rounds, on disk and in memory."""
 
 from __future__ import annotations
 
@@ -142,10 +142,10 @@ def personal_of(state: ServerState, client: str) -> dict[str, Tensor]:
 
 
 def _with_prefix(state: ServerState, client: str, prefix: str) -> dict[str, Tensor]:
-    held = state.held_for_clients.get(client, {})
+    tensors = state.held_for_clients.get(client, {})
     return {
         name.removeprefix(prefix): tensor
-        for name, tensor in held.items()
+        for name, tensor in tensors.items()
         if name.startswith(prefix)
     }
 
@@ -215,11 +215,11 @@ def read_state(folder: Path) -> ServerState:
         )
         row = read_tensors(folder / "server.safetensors", "state")["row"]
         simulated: dict[str, dict[str, Tensor]] = {}
-        held: dict[str, dict[str, Tensor]] = {}
+        held_for_clients: dict[str, dict[str, Tensor]] = {}
         if about["has_private"]:
             for key, tensor in read_tensors(folder / "clients.safetensors", "state").items():
                 client, _, name = key.partition("/")
-                part = held if _is_held(name) else simulated
+                part = held_for_clients if _is_held(name) else simulated
                 part.setdefault(client, {})[name] = tensor
         # States of runs without one were written before there was a residual.
         residual_modules = about.get("residual_modules", [])
@@ -229,7 +229,7 @@ def read_state(folder: Path) -> ServerState:
             layout=layout,
             row=row,
             simulated_clients=simulated,
-            held_for_clients=held,
+            held_for_clients=held_for_clients,
             residual=unpacked(parts),
             residual_sizes=dict(about.get("residual_sizes", [])),
             versions=about["versions"],
@@ -246,8 +246,8 @@ def read_state(folder: Path) -> ServerState:
 
 def latest_state(folder: Path) -> Path | None:
     """The newest complete state below ``folder``, if any."""
-    found = sorted(path for path in folder.glob("round-*") if (path / "state.json").is_file())
-    return found[-1] if found else None
+    states = sorted(path for path in folder.glob("round-*") if (path / "state.json").is_file())
+    return states[-1] if states else None
 
 
 def prune_clients(folder: Path, keep: int) -> None:
@@ -272,11 +272,11 @@ def _is_held(name: str) -> bool:
 
 
 def begin(folder: Path | None, resume: bool, fresh: ServerState) -> ServerState:
-    """The state to go on from: the newest in ``folder``, else ``fresh``, which is then written.
+    """The state to continue from: the newest in ``folder``, else ``fresh``, which is then written.
 
     Raises:
-        FedcoreError: there are states and ``resume`` was not asked for, there is no folder to
-            resume from, or the states are of another adapter.
+        FedcoreError: there are states and ``resume`` is false, there is no folder to resume from,
+            or the states are of another adapter.
     """
     if folder is None:
         if resume:

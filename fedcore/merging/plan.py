@@ -243,8 +243,8 @@ def check_usable(method: Method, previous: bool, align: bool | None) -> Method:
             raise FedcoreError(
                 f"{method.name}: align is true without an adapter to align to; pass previous"
             )
-        own = {field.name: getattr(method, field.name) for field in _fields(method)}
-        return type(method)(**{**own, "align": False})
+        options = {field.name: getattr(method, field.name) for field in _fields(method)}
+        return type(method)(**{**options, "align": False})
     return method
 
 

@@ -187,7 +187,7 @@ def check_output(out: Path, inputs: Sequence[Path], overwrite: bool) -> None:
     """Refuse a folder that must not be written to, before anything is computed.
 
     Raises:
-        FedcoreError: it is no folder; it is not empty and ``overwrite`` is false, or it holds no
+        FedcoreError: it is not a folder; it is not empty and ``overwrite`` is false, or it holds no
             adapter that could be overwritten; or it holds one of the ``inputs``.
     """
     with writing(out):
@@ -199,7 +199,7 @@ def check_output(out: Path, inputs: Sequence[Path], overwrite: bool) -> None:
     if not exists:
         return
     if not out.is_dir():
-        raise FedcoreError(f"out is {out}, which is no folder; pass another")
+        raise FedcoreError(f"out is {out}, which is not a folder; pass another")
     if is_free(out):
         return
     if not overwrite:

@@ -2,7 +2,7 @@
 
 A source knows the names, shapes and dtypes of its adapter from the start (its *outline*, an
 :class:`~fedcore.data.adapter_state.AdapterState` whose tensors hold no values) and reads values
-only when it is asked for named tensors. Whether adapters can be averaged at all is seen in their
+only when named tensors are read. Whether adapters can be averaged at all is seen in their
 outlines: each by itself (:func:`adapter_problem`) and beside the first (:func:`mismatch`).
 """
 

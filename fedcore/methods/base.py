@@ -302,7 +302,7 @@ class Method(ABC):
         return Upload(row)
 
     def statistics(self, features: Tensor, labels: Tensor, seed: int) -> Mapping[str, Tensor]:
-        """What a client tells of its data once, before its first round; nothing by default.
+        """What a client reports about its data once, before its first round; nothing by default.
 
         Args:
             features: ``(n, D)`` of the client's examples, from the frozen encoder.

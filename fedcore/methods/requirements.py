@@ -114,3 +114,16 @@ sum shows the server their mean alone; use one of florg.whitened, florg.avg_a
     remedies += [otherwise] if otherwise else []
     remedy = ", or ".join(remedies) or "no method can be used"
     raise FedcoreError(f"{where}: {method.name}{host} {lack}; {remedy}")
+
+
+def check_family(method: Method, family: str, what: str) -> None:
+    """Refuse a start that ``method`` cannot aggregate.
+
+    Args:
+        family: of the adapter that a federation starts from.
+        what: the argument that holds the adapter; it begins the message.
+
+    Raises:
+        FedcoreError: the adapter is of another family; with the methods for its family.
+    """
+    refuse(method, (EXCHANGES, of_family(family)), what)

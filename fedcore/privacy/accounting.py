@@ -103,10 +103,10 @@ def _spent(spending: Spending, delta: float, accountant: AccountantName) -> floa
         if accountant == "rdp":
             # Divergences of independent steps add up.
             total = steps * np.array(_divergences(noise, rate))
-            found, _ = get_privacy_spent(
+            spent, _ = get_privacy_spent(
                 orders=RDPAccountant.DEFAULT_ALPHAS, rdp=total, delta=delta
             )
-            return float(found)
+            return float(spent)
         counted = PRVAccountant()
         counted.history = [(noise, rate, steps)]
         return float(counted.get_epsilon(delta=delta))
@@ -119,5 +119,7 @@ def _divergences(noise_multiplier: float, sample_rate: float) -> tuple[float, ..
     from opacus.accountants.analysis.rdp import compute_rdp
 
     orders = RDPAccountant.DEFAULT_ALPHAS
-    found = compute_rdp(q=sample_rate, noise_multiplier=noise_multiplier, steps=1, orders=orders)
-    return tuple(found.tolist())
+    divergences = compute_rdp(
+        q=sample_rate, noise_multiplier=noise_multiplier, steps=1, orders=orders
+    )
+    return tuple(divergences.tolist())

@@ -1,4 +1,4 @@
-"""The Gaussian mechanism on clients: cut each client's update, add up, add noise."""
+"""The Gaussian mechanism on clients: clip each client's update, add up, add noise."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def noisy_mean(
 
     with the public reference c and S = ``max_norm``. One client more or less moves the sum by at
     most S, whatever it sent; clients count alike (arXiv:1710.06963). The denominator is the number
-    of clients that is expected, not the one that came, which would tell of them. Places of the row
+    of clients that is expected, not the one that came, which would say who came. Places of the row
     between tensors get no noise.
 
     Args:

@@ -52,9 +52,9 @@ def with_noise(
 
     Drawn on the CPU in fp64, so that the same stream gives the same noise on every device.
     """
-    found = {}
+    noisy = {}
     for name in sorted(sums):
         total = sums[name]
         noise = deviation * stream.normal(total.shape)
-        found[name] = total + noise.to(total.device, total.dtype)
-    return found
+        noisy[name] = total + noise.to(total.device, total.dtype)
+    return noisy

@@ -17,9 +17,9 @@ SECRET_BITS = 256
 class KeyedStream:
     """Uniform and normal numbers from SHAKE-256, keyed by a seed of any size and a purpose.
 
-    What privacy rests on must not come from torch's CPU generator: it keeps 32 bits of its seed, so
-    that four thousand million trials find a client's noise, and of a hundred thousand clients'
-    turns two are likely to have the same. Here the seed counts whole; streams of different seeds or
+    What privacy rests on must not come from torch's CPU generator: it keeps only 32 bits of its
+    seed, so that four billion trials find a client's noise, and of a hundred thousand draws of it
+    two are likely to be the same. Here the whole seed counts; streams of different seeds or
     purposes are unrelated, and the same ones give the same numbers. Noise is secret if the seed is,
     and as hard to guess.
 

@@ -59,8 +59,8 @@ class SecureSum:
     otherwise and names those missing; run the round again without them. Protocols that recover the
     masks of lost clients do so through secret shares, which are not simulated.
 
-    Costs ``N - 1`` streams of P numbers for a client, and 8 bytes a number on the wire; a protocol
-    that knows its bounds needs ``log2(levels x total weight)`` bits.
+    Costs ``N - 1`` streams of P numbers for a client, and 8 bytes per number on the wire; a
+    protocol that knows its bounds needs ``log2(levels x total weight)`` bits.
 
     Args:
         layout: the upload layout of the round.
@@ -114,7 +114,7 @@ class SecureSum:
 
         Raises:
             FedcoreError: the client is not in the round; its row has another size or holds values
-                that are not finite; its weight is no whole number from 0 to ``largest_weight``.
+                that are not finite; its weight is not a whole number from 0 to ``largest_weight``.
         """
         place = self._place(client_id)
         if row.shape != (self._layout.size,):

@@ -48,18 +48,18 @@ def parse_recipe(text: str) -> Recipe:
 
 
 def parse_settings(assignments: Sequence[str]) -> dict[str, Any]:
-    """``["rounds=6", "adapter.layers=[4,5]"]`` as keys and values; what is no TOML is a string.
+    """``["rounds=6", "adapter.layers=[4,5]"]`` as keys and values; what is not TOML is a string.
 
     Raises:
         FedcoreError: an assignment without ``=``.
     """
-    found = {}
+    settings = {}
     for assignment in assignments:
         key, equals, text = assignment.partition("=")
         if not equals or not key.strip():
             raise FedcoreError(f"{assignment!r} is not of the form key=value")
-        found[key.strip()] = parse_value(text.strip())
-    return found
+        settings[key.strip()] = parse_value(text.strip())
+    return settings
 
 
 def parse_value(text: str) -> Any:
@@ -124,14 +124,14 @@ def _check_keys(model: type[BaseModel], values: Mapping[str, Any], prefix: str) 
 
 
 def _all_keys(model: type[BaseModel], prefix: str) -> list[str]:
-    found = []
+    keys = []
     for key, field in model.model_fields.items():
         inner = field.annotation
         if isinstance(inner, type) and issubclass(inner, BaseModel):
-            found += _all_keys(inner, f"{prefix}{key}.")
+            keys += _all_keys(inner, f"{prefix}{key}.")
         else:
-            found.append(f"{prefix}{key}")
-    return found
+            keys.append(f"{prefix}{key}")
+    return keys
 
 
 def _first_problem(error: ValidationError) -> str:

@@ -195,8 +195,8 @@ class CentralPrivacySection(Section):
     """Differential privacy of whole clients, by a server that they trust; off without
     ``noise_multiplier``.
 
-    Every client's update is cut to ``max_norm``, and noise of ``noise_multiplier`` times that is
-    added to a round's sum. Clients are drawn independently, with probability
+    Every client's update is clipped to ``max_norm``, and noise of ``noise_multiplier`` times that
+    is added to a round's sum. Clients are drawn independently, with probability
     ``round.participation``.
     """
 
@@ -207,7 +207,7 @@ class CentralPrivacySection(Section):
 class PrivacySection(Section):
     """Differential privacy of the clients' examples, by DP-SGD; off without ``noise_multiplier``.
 
-    Every example's gradient is cut to ``max_grad_norm``, which takes the place of
+    Every example's gradient is clipped to ``max_grad_norm``, which replaces
     ``training.clip_norm``, and noise of ``noise_multiplier`` times that is added to a batch's sum;
     ``training.batch_size`` is the expected size of a Poisson sample. ``delta`` and ``accountant``
     are those of the epsilon in the record. ``noise`` is ``"seeded"`` by the run's seed, so that
@@ -274,5 +274,5 @@ class Recipe(Section):
 
     def plain(self) -> dict[str, Any]:
         """The recipe as nested plain values, without keys that are None."""
-        found: dict[str, Any] = self.model_dump(mode="json", exclude_none=True)
-        return found
+        values: dict[str, Any] = self.model_dump(mode="json", exclude_none=True)
+        return values

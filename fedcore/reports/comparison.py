@@ -63,10 +63,12 @@ def group_runs(
         raise FedcoreError(f"varied has {len(settings)} mappings for {len(records)} records")
     groups: dict[tuple[Any, ...], list[RunRecord]] = {}
     chosen: dict[tuple[Any, ...], Mapping[str, Any]] = {}
-    for record, own in zip(records, settings, strict=True):
-        if own.keys() != settings[0].keys():
-            raise FedcoreError(f"{record.folder}: varied keys {[*own]} are not {[*settings[0]]}")
-        key = (record.summary.method, *(repr(own[name]) for name in settings[0]))
+    for record, run_settings in zip(records, settings, strict=True):
+        if run_settings.keys() != settings[0].keys():
+            raise FedcoreError(
+                f"{record.folder}: varied keys {[*run_settings]} are not {[*settings[0]]}"
+            )
+        key = (record.summary.method, *(repr(run_settings[name]) for name in settings[0]))
         for other in groups.setdefault(key, []):
             seed = record.summary.seed
             if seed is not None and seed == other.summary.seed:
@@ -75,7 +77,7 @@ def group_runs(
                     "pass one of them"
                 )
         groups[key].append(record)
-        chosen[key] = {name: own[name] for name in settings[0]}
+        chosen[key] = {name: run_settings[name] for name in settings[0]}
     return tuple(
         RunGroup(
             method=key[0],
@@ -106,7 +108,7 @@ def below_majority(group: RunGroup) -> bool:
 
 
 def _traffic(group: RunGroup) -> dict[str, float | None]:
-    found: dict[str, float | None] = {}
+    traffic: dict[str, float | None] = {}
     for direction in ("up", "down"):
         for part in PARTS:
             totals = [getattr(getattr(r.summary, f"bytes_{direction}"), part) for r in group.runs]
@@ -117,9 +119,9 @@ def _traffic(group: RunGroup) -> dict[str, float | None]:
             ]
             total, share = mean_or_none(totals), mean_or_none(shares)
             name = f"{part}_mb_{direction}"
-            found[name] = None if total is None else total / 1e6
-            found[f"{name}_per_client_round"] = None if share is None else share / 1e6
-    return found
+            traffic[name] = None if total is None else total / 1e6
+            traffic[f"{name}_per_client_round"] = None if share is None else share / 1e6
+    return traffic
 
 
 def comparison_rows(
@@ -127,7 +129,7 @@ def comparison_rows(
 ) -> list[dict[str, Any]]:
     """One flat row, ready for JSON, for each method and choice of varied settings.
 
-    Means are over the finished runs, one a seed; ``*_low`` and ``*_high`` bound the 95% Student-t
+    Means are over the finished runs, one per seed; ``*_low`` and ``*_high`` bound the 95% Student-t
     interval and are ``None`` for a single run. Traffic is in units of 10⁶ bytes, summed over
     clients; per client-round it is divided by the clients selected, dropped ones included. ``gap``
     is local minus global quality on the clients' own held-out shards. ``rounds_to_target`` is the

@@ -23,7 +23,7 @@ _COLUMNS = {
 
 
 def methods_markdown(rows: Iterable[Mapping[str, Any]]) -> str:
-    """A pipe table with a row a method.
+    """A pipe table with one row per method.
 
     Args:
         rows: records of :func:`fedcore.methods.describe_methods`.

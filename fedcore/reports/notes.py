@@ -91,7 +91,7 @@ def _private(record: RunRecord) -> Iterator[str]:
             f"Differential privacy of single examples: {client} has spent the most, epsilon "
             f"{significant(epsilon)} at delta {scientific(spent.delta)} (accountant "
             f"{spent.accountant}, noise multiplier {significant(spent.noise_multiplier)}, "
-            f"gradients cut to norm {significant(spent.max_grad_norm)}). It covers uploads and "
+            f"gradients clipped to norm {significant(spent.max_grad_norm)}). It covers uploads and "
             "models, not the losses, accuracies and numbers of examples in this record."
         )
     if central is not None:
@@ -99,8 +99,8 @@ def _private(record: RunRecord) -> Iterator[str]:
             f"Differential privacy of whole clients, who trust the server: epsilon "
             f"{significant(central.epsilon)} at delta {scientific(central.delta)} (accountant "
             f"{central.accountant}, noise multiplier {significant(central.noise_multiplier)}, "
-            f"updates cut to norm {significant(central.max_norm)}). It covers the models that are "
-            "sent out, not this record."
+            f"updates clipped to norm {significant(central.max_norm)}). It covers the models that "
+            "are sent out, not this record."
         )
     if "seeded" in {kind.noise for kind in (spent, central) if kind is not None}:
         yield (

@@ -153,8 +153,8 @@ def _environment(record: RunRecord) -> Grid:
 
 
 def _comparison_outcome(groups: Sequence[RunGroup]) -> str:
-    found = [(g, g.over_seeds(lambda run: run.quality)) for g in groups]
-    ranked = [(g, e) for g, e in found if e.mean is not None]
+    estimates = [(g, g.over_seeds(lambda run: run.quality)) for g in groups]
+    ranked = [(g, e) for g, e in estimates if e.mean is not None]
     if not ranked:
         return "No run is finished yet."
     measure = group_measure(groups)

@@ -50,14 +50,14 @@ def run_pictures(record: RunRecord) -> Iterator[Picture]:
         yield Picture(
             "aggregation-error",
             "Distance of the broadcast product to the exact weighted mean of the clients' "
-            "products, relative to that mean. Below: every adapted module, a column a round.",
+            "products, relative to that mean. Below: every adapted module, one column per round.",
             aggregation_error(record),
         )
     if _defined(record, "factor_drift"):
         yield Picture(
             "factor-drift",
             "How far the factors moved in each round, relative to their size before it. Below: "
-            "every adapted module, a column a round.",
+            "every adapted module, one column per round.",
             factor_drift(record),
         )
     if record.partition.client_ids and record.partition.label_names:

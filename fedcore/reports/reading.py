@@ -122,7 +122,7 @@ def _rounds(path: Path) -> tuple[tuple[Round, ...], bool, int]:
 def _summary_of_recipe(
     settings: dict[str, Any], rounds: tuple[Round, ...], measure: Measure, name: str
 ) -> Summary:
-    """What recipe and rounds alone tell of a run that has left no summary."""
+    """What recipe and rounds alone show of a run that has left no summary."""
     name, seed = settings.get("name", name), settings.get("seed")
     method, planned = settings.get("method"), settings.get("rounds")
     if isinstance(method, dict):

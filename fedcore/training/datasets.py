@@ -84,21 +84,21 @@ def _build(
     first: dict[str, int] = {}
     for i, text in enumerate(texts):
         first.setdefault(" ".join(text.split()), i)
-    kept = sorted(first.values())
+    indices = sorted(first.values())
     return TextDataset(
-        tuple(texts[i] for i in kept),
-        tuple(index[names[i]] for i in kept),
+        tuple(texts[i] for i in indices),
+        tuple(index[names[i]] for i in indices),
         tuple(order),
         name,
-        duplicates=len(texts) - len(kept),
+        duplicates=len(texts) - len(indices),
     )
 
 
 def _sorted_labels(names: Sequence[str]) -> list[str]:
     # "10" comes after "9" when all labels are numbers.
-    found = set(names)
-    numeric = all(name.removeprefix("-").isdecimal() for name in found)
-    return sorted(found, key=lambda name: (int(name), name)) if numeric else sorted(found)
+    labels = set(names)
+    numeric = all(name.removeprefix("-").isdecimal() for name in labels)
+    return sorted(labels, key=lambda name: (int(name), name)) if numeric else sorted(labels)
 
 
 def _read_folders(name: str, folder: Path) -> TextDataset:
@@ -118,15 +118,15 @@ def check_data_source(source: str) -> NamedSource:
         FedcoreError: no such corpus, file or hub id; with the nearest valid names.
         MissingExtraError: the package that holds or reads it is not installed.
     """
-    found = resolve("dataset", source, PACKAGED_DATA, wanted="file", suffixes=TABLE_SUFFIXES)
-    if found.kind == "hub" and find_spec("datasets") is None:
+    origin = resolve("dataset", source, PACKAGED_DATA, wanted="file", suffixes=TABLE_SUFFIXES)
+    if origin.kind == "hub" and find_spec("datasets") is None:
         raise missing_extra("datasets", "hub")
-    if found.kind == "local" and found.path.suffix.lower() not in TABLE_SUFFIXES:
+    if origin.kind == "local" and origin.path.suffix.lower() not in TABLE_SUFFIXES:
         raise FedcoreError(
-            f"unknown dataset {source!r}: ending {found.path.suffix!r}; "
+            f"unknown dataset {source!r}: ending {origin.path.suffix!r}; "
             f"valid: {', '.join(TABLE_SUFFIXES)}"
         )
-    return found
+    return origin
 
 
 def load_dataset(
@@ -148,7 +148,7 @@ def load_dataset(
             which then all have the same one: enough for a language model.
         subset: the configuration of a hub dataset that has several, such as ``qnli`` of GLUE. A
             file that stands in for one holds that configuration alone, so nothing is chosen in it.
-        split: the split of a hub dataset, ``"train"`` unless given; nothing else has splits.
+        split: the split of a hub dataset, ``"train"`` by default; nothing else has splits.
 
     Returns:
         The texts in source order, each kept once; classes in alphabetical order, in numerical order
@@ -159,10 +159,10 @@ def load_dataset(
             and line), an absent column, an unlabelled example, or fewer than two classes.
         MissingExtraError: the package that holds or reads the source is not installed.
     """
-    found = check_data_source(source)
-    if found.kind == "hub":
+    origin = check_data_source(source)
+    if origin.kind == "hub":
         texts, names, order = read_hub_table(
-            found.location,
+            origin.location,
             text_column=text_column,
             label_column=label_column,
             split=split or "train",
@@ -171,9 +171,9 @@ def load_dataset(
         return _build(source, texts, names, order or _sorted_labels(names))
     if split is not None:
         raise FedcoreError(f"dataset {source!r} has no splits; split={split!r} was given")
-    if found.kind == "packaged":
-        return _read_folders(source, found.path)
-    texts, names = read_table(found.path, text_column=text_column, label_column=label_column)
+    if origin.kind == "packaged":
+        return _read_folders(source, origin.path)
+    texts, names = read_table(origin.path, text_column=text_column, label_column=label_column)
     return _build(source, texts, names, _sorted_labels(names))
 
 
@@ -219,10 +219,10 @@ def split_indices(
     if not 1 <= total <= most.sum():
         raise FedcoreError(
             f"test_fraction {test_fraction} of {len(dataset)} examples holds out {total}; "
-            f"between 1 and {most.sum()} are possible with one training example a class"
+            f"between 1 and {most.sum()} are possible with one training example per class"
         )
-    held = _draw(dataset, _shares(counts, total, 0 * counts, most), seed, "train-test-split")
-    return np.flatnonzero(~held), np.flatnonzero(held)
+    held_out = _draw(dataset, _shares(counts, total, 0 * counts, most), seed, "train-test-split")
+    return np.flatnonzero(~held_out), np.flatnonzero(held_out)
 
 
 def train_test_split(

@@ -81,7 +81,7 @@ class EncodedDataset:
 
 
 def encode(dataset: TextDataset, tokenizer: Any, max_length: int) -> EncodedDataset:
-    """Tokenise ``dataset``; every example is cut or padded to ``max_length`` tokens.
+    """Tokenise ``dataset``; every example is truncated or padded to ``max_length`` tokens.
 
     Args:
         dataset: n texts.

@@ -15,7 +15,7 @@ from fedcore.training.forward import Forward
 class Evaluation:
     """Outcome by example on ``indices``.
 
-    An example asks for one prediction of a classifier and for one a token of a language model.
+    An example is one prediction of a classifier and one per token of a language model.
     Means are over predictions, so long texts weigh more than short ones.
 
     Attributes:

@@ -18,7 +18,7 @@ def mean_states(model: nn.Module, examples: EncodedDataset, batch_size: int = 64
     Runs in eval mode; with an adapter that starts at zero these are the base model's features.
     """
     device = next(model.parameters()).device
-    found = []
+    means = []
     with eval_mode(model):
         for start in range(0, len(examples), batch_size):
             rows = slice(start, start + batch_size)
@@ -26,9 +26,9 @@ def mean_states(model: nn.Module, examples: EncodedDataset, batch_size: int = 64
             mask = examples.attention_mask[rows].to(device)
             outputs = model(input_ids=ids, attention_mask=mask, output_hidden_states=True)
             states = outputs.hidden_states[-1].float()
-            kept = mask.unsqueeze(-1).to(states.dtype)
-            found.append(((states * kept).sum(dim=1) / kept.sum(dim=1).clamp(min=1)).cpu())
-    return torch.cat(found)
+            attended = mask.unsqueeze(-1).to(states.dtype)
+            means.append(((states * attended).sum(dim=1) / attended.sum(dim=1).clamp(min=1)).cpu())
+    return torch.cat(means)
 
 
 def encoder_digest(model: nn.Module) -> Tensor:
@@ -36,7 +36,7 @@ def encoder_digest(model: nn.Module) -> Tensor:
     total = sha256()
     for name, parameter in sorted(model.named_parameters()):
         if not parameter.requires_grad:
-            held = parameter.detach().cpu().contiguous()
-            total.update(f"{name} {held.dtype} {tuple(held.shape)}".encode())
-            total.update(held.flatten().view(torch.uint8).numpy().tobytes())
+            values = parameter.detach().cpu().contiguous()
+            total.update(f"{name} {values.dtype} {tuple(values.shape)}".encode())
+            total.update(values.flatten().view(torch.uint8).numpy().tobytes())
     return torch.frombuffer(bytearray(total.digest()), dtype=torch.uint8).clone()

@@ -15,7 +15,7 @@ class Forward:
     """Logits of a model for examples of one data set.
 
     Where adapters sit only in the last layers, the states that leave the frozen prefix are computed
-    once an example and fed in; the prefix is in eval mode either way, so the result is the same.
+    once per example and fed in; the prefix is in eval mode either way, so the result is the same.
     """
 
     def __init__(

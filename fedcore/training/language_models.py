@@ -42,20 +42,20 @@ def load_language_model(source: str, *, dtype: torch.dtype = torch.float32) -> t
             tokens see later ones, or a tokenizer with neither a padding nor an end token.
         MissingExtraError: transformers, gguf or the package that holds the model is not installed.
     """
-    found = check_model_source(source)
+    origin = check_model_source(source)
     if not dtype.is_floating_point:
         raise FedcoreError(f"dtype is {dtype}; weights need a floating type")
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    where: dict[str, Any] = {"local_files_only": found.kind != "hub"}
-    file = gguf_file(found)
+    where: dict[str, Any] = {"local_files_only": origin.kind != "hub"}
+    file = gguf_file(origin)
     if file is not None:
         where["gguf_file"] = file
     # Reading a GGUF file draws a progress bar that transformers has no switch for.
     with loading(source), quiet_transformers(), redirect_stderr(StringIO()):
-        tokenizer = AutoTokenizer.from_pretrained(found.location, **where)
+        tokenizer = AutoTokenizer.from_pretrained(origin.location, **where)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            found.location, dtype=dtype, output_loading_info=True, **where
+            origin.location, dtype=dtype, output_loading_info=True, **where
         )
     model, info = loaded
     check_complete(source, model, info)
@@ -73,6 +73,6 @@ def _check_causal(source: str, model: nn.Module) -> None:
         first, second = model(input_ids=ids).logits[:, 0]
     if not torch.allclose(first, second, equal_nan=True):
         raise FedcoreError(
-            f"model {source!r} ({type(model).__name__}) lets tokens see later ones; it is no "
+            f"model {source!r} ({type(model).__name__}) lets tokens see later ones; pass a "
             "causal language model"
         )

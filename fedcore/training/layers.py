@@ -18,17 +18,17 @@ def find_layers(model: nn.Module) -> tuple[str, nn.ModuleList] | None:
     in no other such list (so that the experts of a layer are never taken for layers); the first
     in module order when several are equally long. None if there is no such list.
     """
-    found: dict[str, nn.ModuleList] = {}
+    lists: dict[str, nn.ModuleList] = {}
     for name, module in model.named_modules():
         if not isinstance(module, nn.ModuleList) or len(module) < 2:
             continue
-        nested = any(name.startswith(f"{outer}.") for outer in found)
+        nested = any(name.startswith(f"{outer}.") for outer in lists)
         if not nested and len({type(item) for item in module}) == 1:
-            found[name] = module
-    if not found:
+            lists[name] = module
+    if not lists:
         return None
-    longest = max(found, key=lambda name: len(found[name]))
-    return longest, found[longest]
+    longest = max(lists, key=lambda name: len(lists[name]))
+    return longest, lists[longest]
 
 
 def _is_adapted(layer: nn.Module) -> bool:

@@ -27,9 +27,9 @@ def live_adapter(model: nn.Module, name: str = "the model's adapter") -> Adapter
         raise missing_extra("peft", "peft") from error
     configs = getattr(model, "peft_config", None)
     if not isinstance(configs, dict) or list(configs) != [ADAPTER_NAME]:
-        found = list(configs) if isinstance(configs, dict) else "none"
+        adapters = list(configs) if isinstance(configs, dict) else "none"
         raise FedcoreError(
-            f"{name}: the model has adapters {found}; wrap it by peft with one adapter "
+            f"{name}: the model has adapters {adapters}; wrap it by peft with one adapter "
             f"called {ADAPTER_NAME!r}"
         )
     tensors: dict[str, torch.Tensor] = {

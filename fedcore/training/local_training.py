@@ -105,8 +105,8 @@ def train_client(
 def _batches(indices: Tensor, size: int, steps: int, seed: int) -> list[Tensor]:
     """``steps`` batches from shuffled passes over ``indices``; a pass's last batch may be short."""
     generator = torch.Generator().manual_seed(seed)
-    found: list[Tensor] = []
-    while len(found) < steps:
+    batches: list[Tensor] = []
+    while len(batches) < steps:
         order = indices[torch.randperm(len(indices), generator=generator)]
-        found.extend(order.split(size))
-    return found[:steps]
+        batches.extend(order.split(size))
+    return batches[:steps]

@@ -80,26 +80,26 @@ def check_model_source(source: str) -> NamedSource:
         MissingExtraError: transformers, the package that holds the model, or what reads its file
             is not installed.
     """
-    found = resolve("model", source, PACKAGED_MODELS, wanted="folder")
+    origin = resolve("model", source, PACKAGED_MODELS, wanted="folder")
     if find_spec("transformers") is None:
         raise missing_extra("transformers", "peft")
-    if gguf_file(found) is not None:
+    if gguf_file(origin) is not None:
         if find_spec("gguf") is None:
             raise missing_extra("gguf", "causal")
-    elif found.kind != "hub":
+    elif origin.kind != "hub":
         # Some models have limits of infinity.
-        config = read_object(found.path / "config.json", f"model {source!r}", finite=False)
+        config = read_object(origin.path / "config.json", f"model {source!r}", finite=False)
         if "model_type" not in config:
             raise FedcoreError(f"model {source!r}: config.json names no model_type")
-    return found
+    return origin
 
 
 def gguf_file(source: NamedSource) -> str | None:
     """The GGUF file of a folder that holds just one, and no ``config.json``; else None."""
     if source.kind == "hub" or (source.path / "config.json").exists():
         return None
-    found = sorted(file.name for file in source.path.glob("*.gguf"))
-    return found[0] if len(found) == 1 else None
+    files = sorted(file.name for file in source.path.glob("*.gguf"))
+    return files[0] if len(files) == 1 else None
 
 
 def check_complete(
@@ -156,18 +156,18 @@ def load_classifier(
             or a tokenizer with neither a padding nor an end-of-sequence token.
         MissingExtraError: transformers or the package that holds the model is not installed.
     """
-    found = check_model_source(source)
+    origin = check_model_source(source)
     if num_labels < 2:
         raise FedcoreError(f"num_labels is {num_labels}; classification needs two")
     if not dtype.is_floating_point:
         raise FedcoreError(f"dtype is {dtype}; weights need a floating type")
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    local = found.kind != "hub"
+    local = origin.kind != "hub"
     with loading(source), quiet_transformers(), _seeded_cpu(derive_seed(seed, "head")):
-        tokenizer = AutoTokenizer.from_pretrained(found.location, local_files_only=local)
+        tokenizer = AutoTokenizer.from_pretrained(origin.location, local_files_only=local)
         model, info = AutoModelForSequenceClassification.from_pretrained(
-            found.location,
+            origin.location,
             num_labels=num_labels,
             dtype=dtype,
             local_files_only=local,

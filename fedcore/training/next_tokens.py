@@ -21,10 +21,10 @@ class NextTokens(EncodedDataset):
 
     def targets(self, batch: Tensor) -> Tensor:
         """The token after each token: int64 ``(B, T)``, :data:`IGNORED` where none follows."""
-        found = self.input_ids.new_full((len(batch), self.length), IGNORED)
+        targets = self.input_ids.new_full((len(batch), self.length), IGNORED)
         following = self.attention_mask[batch, 1:] == 1
-        found[:, :-1] = self.input_ids[batch, 1:].where(following, IGNORED)
-        return found
+        targets[:, :-1] = self.input_ids[batch, 1:].where(following, IGNORED)
+        return targets
 
 
 def encode_continuations(dataset: TextDataset, tokenizer: Any, max_length: int) -> NextTokens:

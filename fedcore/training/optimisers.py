@@ -70,9 +70,9 @@ def optimiser_state(
     before: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """The optimiser's tensors as ``name/field``; entries of ``before`` that did not train stay."""
-    found = dict(before or {})
+    state = dict(before or {})
     for name, parameter in parameters.items():
         for field, value in optimiser.state.get(parameter, {}).items():
             if isinstance(value, Tensor):
-                found[f"{name}/{field}"] = value.detach().cpu().clone()
-    return found
+                state[f"{name}/{field}"] = value.detach().cpu().clone()
+    return state

@@ -2,7 +2,7 @@
 
 ``iid``: a random permutation cut into parts whose sizes differ by at most one.
 
-``dirichlet``: for each class k draw ``p_k ~ Dir(alpha 1)`` over the clients and cut the shuffled
+``dirichlet``: for each class k draw ``p_k ~ Dir(alpha 1)`` over the clients and split the shuffled
 examples of the class in these proportions (Yurochkin et al., "Bayesian Nonparametric Federated
 Learning of Neural Networks", ICML 2019, arXiv:1905.12022). Client sizes differ as well as class
 mixtures; the definition of Hsu et al. (arXiv:1909.06335), which draws each client's mixture over
@@ -35,7 +35,7 @@ Indices = NDArray[np.int64]
 
 @dataclass(frozen=True, eq=False)
 class Partition:
-    """Disjoint index sets, one a client, that together hold every example.
+    """Disjoint index sets, one per client, that together hold every example.
 
     Attributes:
         indices: for each client its examples, int64, ascending, read-only.
@@ -58,7 +58,7 @@ def _check_labels(name: str, labels: Any) -> Indices:
     array = np.asarray(labels)
     if array.ndim != 1 or array.size == 0 or not np.issubdtype(array.dtype, np.integer):
         raise FedcoreError(
-            f"{name} has shape {array.shape} and type {array.dtype}; pass one integer an example"
+            f"{name} has shape {array.shape} and type {array.dtype}; pass one integer per example"
         )
     if array.min() < 0:
         raise FedcoreError(f"{name} holds {array.min()}; classes are counted from 0")
@@ -223,12 +223,12 @@ def assign_like(reference: Partition, labels_test: Any, seed: int) -> Partition:
     rng = np.random.default_rng(derive_seed(seed, "assign-like"))
     parts: list[list[Indices]] = [[] for _ in range(clients)]
     for k in np.unique(array):
-        held = counts[:, k].sum() if k < classes else 0
-        if held == 0:
+        examples = counts[:, k].sum() if k < classes else 0
+        if examples == 0:
             raise FedcoreError(f"labels_test holds class {k}, which no client has examples of")
         members = rng.permutation(np.flatnonzero(array == k))
         # Integer arithmetic: remainders that are equal compare equal.
-        whole, remainder = np.divmod(members.size * counts[:, k], held)
+        whole, remainder = np.divmod(members.size * counts[:, k], examples)
         order = np.lexsort(np.stack([rng.random(clients), -remainder]))
         whole[order[: members.size - whole.sum()]] += 1
         for part, piece in zip(parts, np.split(members, np.cumsum(whole)[:-1]), strict=True):

@@ -1,4 +1,4 @@
-"""The frozen prefix: layers below every trained parameter, computed once an example and reused.
+"""The frozen prefix: layers below every trained parameter, computed once per example.
 
 Where the trained parameters sit only in layers ``c, c+1, ...`` of a transformer and in its head,
 what enters layer c is a fixed function of the example: it depends neither on the round nor on the
@@ -99,19 +99,19 @@ class FrozenPrefix:
                 A layer with an adapter of any kind never belongs to the prefix.
 
         Raises:
-            FedcoreError: a name in ``trainable`` that is no parameter of the model.
+            FedcoreError: a name in ``trainable`` that is not a parameter of the model.
         """
-        found = _search(model, trainable)
-        if isinstance(found, str):
-            logger.info("no frozen prefix to reuse: %s", found)
+        result = _search(model, trainable)
+        if isinstance(result, str):
+            logger.info("no frozen prefix to reuse: %s", result)
             return None
-        return found
+        return result
 
     @staticmethod
     def why_not(model: nn.Module, trainable: Collection[str] | None = None) -> str | None:
         """Why :meth:`find` gives None, in words; None if it finds a prefix."""
-        found = _search(model, trainable)
-        return found if isinstance(found, str) else None
+        result = _search(model, trainable)
+        return result if isinstance(result, str) else None
 
     def nbytes(self, examples: int, tokens: int) -> int:
         """Memory of the states of ``examples`` examples of ``tokens`` tokens each."""
@@ -297,7 +297,10 @@ def _search(model: nn.Module, trainable: Collection[str] | None) -> FrozenPrefix
     """The prefix, or why there is none."""
     named = dict(model.named_parameters(remove_duplicate=False))
     if trainable is not None and (unknown := sorted(set(trainable) - named.keys())):
-        raise FedcoreError(f"trainable holds {unknown[0]!r}, which is no parameter of the model")
+        raise FedcoreError(
+            f"trainable holds {unknown[0]!r}, which is not a parameter of the model; pass names of "
+            "model.named_parameters()"
+        )
     trained = {
         name: parameter
         for name, parameter in named.items()

@@ -131,10 +131,10 @@ def _clipped(
     }
     losses: list[float] = []
     for part in batch.split(settings.batch_size) if len(batch) else ():
-        found = example_losses(forward(part), examples.targets(part))
-        clipped = clipped_sum(gradients.of(found), private.max_norm)
+        part_losses = example_losses(forward(part), examples.targets(part))
+        clipped = clipped_sum(gradients.of(part_losses), private.max_norm)
         total = {name: total[name] + clipped[name] for name in total}
-        losses += found.detach().tolist()
+        losses += part_losses.detach().tolist()
     return total, losses
 
 

@@ -40,9 +40,9 @@ class FrozenResidual:
         for module, part in parts.items():
             layer = self._layers[module]
             weight = next(layer.parameters())
-            held = LowRank(*(factor.to(weight.device) for factor in part))
+            on_device = LowRank(*(factor.to(weight.device) for factor in part))
             scaling: float = layer.scaling["default"]  # type: ignore[index,assignment]
-            self._handles.append(layer.register_forward_hook(_adding(held, scaling)))
+            self._handles.append(layer.register_forward_hook(_adding(on_device, scaling)))
 
 
 def _adding(part: LowRank, scaling: float) -> Any:
@@ -55,10 +55,10 @@ def _adding(part: LowRank, scaling: float) -> Any:
 
 def _adapted_layers(model: nn.Module, modules: tuple[str, ...]) -> dict[str, nn.Module]:
     named = {parse_key(f"{name}.weight").module: layer for name, layer in model.named_modules()}
-    found = {}
+    layers = {}
     for module in modules:
         layer = named.get(f"{module}.weight")
         if layer is None:
             raise FedcoreError(f"the model has no module {module} to carry a residual")
-        found[module] = layer
-    return found
+        layers[module] = layer
+    return layers

@@ -35,9 +35,9 @@ def check_fits(
     for slot in broadcast.layout:
         if slot.name not in mine:
             raise FedcoreError(f"the broadcast holds {slot.name}, which the model does not train")
-        held = mine[slot.name]
-        if (held.rows, held.width, held.shape) != (slot.rows, slot.width, slot.shape):
-            shapes = [list(s.shape or (s.rows, s.width)) for s in (held, slot)]
+        own_slot = mine[slot.name]
+        if (own_slot.rows, own_slot.width, own_slot.shape) != (slot.rows, slot.width, slot.shape):
+            shapes = [list(s.shape or (s.rows, s.width)) for s in (own_slot, slot)]
             raise FedcoreError(
                 f"{slot.name} is {shapes[0]} in the model and {shapes[1]} in the broadcast"
             )
@@ -90,11 +90,11 @@ def check_optimiser(binding: ModelBinding, trains: Iterable[str], optimiser: Any
             "the Trainer shows its callbacks no optimiser, so nobody can see what it steps; "
             "sharded training (DeepSpeed, FSDP) is not supported"
         )
-    kept = set(trains)
+    trainable = set(trains)
     stepped = {id(p) for group in optimiser.param_groups for p in group["params"]}
     for slot in binding.layout:
         parameter = binding.parameters[slot.name]
-        should = slot.dense or slot.factor in kept
+        should = slot.dense or slot.factor in trainable
         if parameter.requires_grad != should:
             wrong = "is frozen" if should else "requires a gradient"
             raise FedcoreError(
@@ -132,8 +132,8 @@ def _check_constants(binding: ModelBinding, own: AdapterState, theirs: AdapterSt
         if frames.get(module) != frame:
             raise FedcoreError(f"module {module} has another frame than the broadcast's; {advice}")
     for name, value in theirs.constants.items():
-        held = binding.constants.get(name)
-        if held is None or not torch.equal(held.cpu().float(), value.float()):
+        constant = binding.constants.get(name)
+        if constant is None or not torch.equal(constant.cpu().float(), value.float()):
             raise FedcoreError(f"{name} is not the broadcast's; {advice}")
     for name in own.constants:
         if name not in theirs.constants:

@@ -38,9 +38,9 @@ class SampleGradients:
             # The first adapted layer's input is frozen, which is as it should be.
             warnings.filterwarnings("ignore", "Full backward hook is firing", UserWarning)
             losses.sum().backward()
-        found = {name: self._checked(name, len(losses)) for name in self._parameters}
+        gradients = {name: self._checked(name, len(losses)) for name in self._parameters}
         self.clear()
-        return found
+        return gradients
 
     def clear(self) -> None:
         """Forget the gradients of the last pass, those of the batch as well."""
@@ -50,16 +50,16 @@ class SampleGradients:
 
     def _checked(self, name: str, examples: int) -> Tensor:
         parameter = self._parameters[name]
-        held = getattr(parameter, "grad_sample", None)
-        if not isinstance(held, Tensor) or held.shape != (examples, *parameter.shape):
-            shape = tuple(held.shape) if isinstance(held, Tensor) else None
+        gradients = getattr(parameter, "grad_sample", None)
+        if not isinstance(gradients, Tensor) or gradients.shape != (examples, *parameter.shape):
+            shape = tuple(gradients.shape) if isinstance(gradients, Tensor) else None
             raise FedcoreError(
                 f"{name} has no gradient for each of {examples} examples (found {shape}), so its "
                 "update cannot be made private; Opacus' hooks see modules that are called and own "
                 "their parameters"
             )
-        self._check_sum(name, held, parameter.grad)
-        return held.to(torch.promote_types(held.dtype, torch.float32))
+        self._check_sum(name, gradients, parameter.grad)
+        return gradients.to(torch.promote_types(gradients.dtype, torch.float32))
 
     @staticmethod
     def _check_sum(name: str, held: Tensor, batch: Tensor | None) -> None:

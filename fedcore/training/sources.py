@@ -111,8 +111,8 @@ def resolve(
     if source and (path.is_file() if wanted == "file" else path.is_dir()):
         return NamedSource(source, "local", str(path))
     if source and path.exists():
-        found = "folder" if wanted == "file" else "file"
-        raise FedcoreError(f"unknown {kind} {source!r}: a {found}, where a {wanted} is needed")
+        actual = "folder" if wanted == "file" else "file"
+        raise FedcoreError(f"unknown {kind} {source!r}: a {actual}, where a {wanted} is needed")
     if "/" not in source and path.suffix.lower() not in suffixes:
         raise unknown_name(kind, source, packaged)
     # An id has one slash and no folder of its first part here; else the user meant a path.

@@ -26,23 +26,24 @@ def columns_of(text: str) -> tuple[str, ...]:
     try:
         parts = list(Formatter().parse(text))
     except ValueError as error:
-        raise FedcoreError(f"text_column {text!r} is no template: {error}") from None
-    found: dict[str, None] = {}
+        raise FedcoreError(f"text_column {text!r} is not a valid template: {error}") from None
+    columns: dict[str, None] = {}
     for _, name, form, conversion in parts:
         if name is None:
             continue
         if not name or form or conversion:
             raise FedcoreError(
-                f"text_column {text!r} is no template: braces hold the name of a column alone"
+                f"text_column {text!r} is not a valid template: put only the name of a column "
+                "in braces, as in '{question} {answer}'"
             )
-        found[name] = None
-    return tuple(found)
+        columns[name] = None
+    return tuple(columns)
 
 
 def fill(text: str, row: Mapping[str, object]) -> object:
     """The text that ``row`` gives: a column's value as it is, or the filled template.
 
-    Of a template, the first value that is no string is returned in place of the text, for the
+    Of a template, the first value that is not a string is returned in place of the text, for the
     reader to refuse.
     """
     names = columns_of(text)

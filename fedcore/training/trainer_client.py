@@ -129,15 +129,15 @@ class FederatedClient(TrainerCallback):  # type: ignore[misc,unused-ignore]
         """The client's weight in the round.
 
         Raises:
-            FedcoreError: nobody said it.
+            FedcoreError: it is unknown.
         """
-        found = self._current().examples
-        if found is None:
+        examples = self._current().examples
+        if examples is None:
             raise FedcoreError(
                 "the number of examples is not known; pass examples, or train by a Trainer whose "
                 "training set has a length"
             )
-        return found
+        return examples
 
     def receive(
         self, source: str | Path | AdapterState | Tensor, *, round: int | None = None
@@ -146,7 +146,7 @@ class FederatedClient(TrainerCallback):  # type: ignore[misc,unused-ignore]
 
         Args:
             source: a broadcast folder; or a PEFT folder, an adapter, or a row in the layout of this
-                model's adapter, where the constructor was told the method.
+                model's adapter, where the constructor received the method.
             round: of what is received; the constructor's by default.
 
         Raises:
@@ -203,10 +203,10 @@ class FederatedClient(TrainerCallback):  # type: ignore[misc,unused-ignore]
         now = self._current()
         layout, t = now.broadcast.layout, now.broadcast.round
         frozen = now.method.frozen_layout(layout, t)
-        held = self._binding.read(frozen)
+        values = self._binding.read(frozen)
         expected = layout.gather(now.broadcast.row, frozen)
         for slot in frozen:
-            if not torch.equal(frozen.view(held, slot), frozen.view(expected, slot)):
+            if not torch.equal(frozen.view(values, slot), frozen.view(expected, slot)):
                 raise FedcoreError(f"round {t}: {slot.name} is frozen and changed in training")
         if self._frozen_digest(now) != now.broadcast.digest_of(frozen):
             raise FedcoreError(f"round {t}: a constant of the adapter changed in training")
@@ -228,10 +228,10 @@ class FederatedClient(TrainerCallback):  # type: ignore[misc,unused-ignore]
         made = now.method.prepare_upload(
             self._binding.read(read), read, Broadcast(layout, now.broadcast.row), t
         )
-        own = now.method.private_layout(layout, t)
-        if len(own) and self._private is not None:
-            kept = tensors_from_row(self._binding.read(own), own)
-            write_tensors(kept, self._private / "private.safetensors")
+        private = now.method.private_layout(layout, t)
+        if len(private) and self._private is not None:
+            tensors = tensors_from_row(self._binding.read(private), private)
+            write_tensors(tensors, self._private / "private.safetensors")
         now.sent = True
         return made
 
@@ -283,13 +283,13 @@ class FederatedClient(TrainerCallback):  # type: ignore[misc,unused-ignore]
         self, source: str | Path | AdapterState | Tensor, round: int | None
     ) -> BroadcastFolder:
         if isinstance(source, str | Path) and (Path(source) / BROADCAST_FILE).is_file():
-            found = read_broadcast(Path(source))
-            self._check_announced(found, round)
-            return found
+            broadcast = read_broadcast(Path(source))
+            self._check_announced(broadcast, round)
+            return broadcast
         if self._method is None or round is None:
             raise FedcoreError(
-                f"source is no folder with {BROADCAST_FILE}; pass method and round to "
-                "FederatedClient, which it would say"
+                f"source is not a folder with {BROADCAST_FILE}; pass method and round to "
+                "FederatedClient"
             )
         if self._method.capabilities.updates_base and round > 0:
             raise FedcoreError(
@@ -306,29 +306,29 @@ class FederatedClient(TrainerCallback):  # type: ignore[misc,unused-ignore]
             adapter = source
         return BroadcastFolder(adapter, round, self._method.name, options_of(self._method))
 
-    def _check_announced(self, found: BroadcastFolder, round: int | None) -> None:
-        told = create_method(found.method, **found.options)
-        if self._method is not None and self._method != told:
-            raise FedcoreError(f"method is {self._method}, the broadcast's is {told}")
-        if round is not None and round != found.round:
-            raise FedcoreError(f"round is {round}, the broadcast's is {found.round}")
+    def _check_announced(self, broadcast: BroadcastFolder, round: int | None) -> None:
+        method = create_method(broadcast.method, **broadcast.options)
+        if self._method is not None and self._method != method:
+            raise FedcoreError(f"method is {self._method}, the broadcast's is {method}")
+        if round is not None and round != broadcast.round:
+            raise FedcoreError(f"round is {round}, the broadcast's is {broadcast.round}")
 
     def _start(self, broadcast: BroadcastFolder, method: Method) -> Tensor:
         """The global row, with the client's own values where the method leaves them to it."""
-        own = method.private_layout(broadcast.layout, broadcast.round)
-        if not len(own):
+        private = method.private_layout(broadcast.layout, broadcast.round)
+        if not len(private):
             return broadcast.row
         if self._private is None:
             raise FedcoreError(
-                f"{method.name} leaves {len(own)} tensors to the client, first {own.slots[0].name};"
-                " pass private, a folder where they are kept between rounds"
+                f"{method.name} leaves {len(private)} tensors to the client, first "
+                f"{private.slots[0].name}; pass private, a folder to keep them in between rounds"
             )
         file = self._private / "private.safetensors"
         if not file.is_file():
             return broadcast.row
-        held: Mapping[str, Tensor] = read_tensors(file, "private")
+        tensors: Mapping[str, Tensor] = read_tensors(file, "private")
         try:
-            values = row_from_tensors(held, own)
+            values = row_from_tensors(tensors, private)
         except FedcoreError as error:
             raise FedcoreError(f"{file}: {error}") from None
-        return broadcast.layout.scatter(broadcast.row, own, values)
+        return broadcast.layout.scatter(broadcast.row, private, values)

@@ -24,7 +24,7 @@ from fedcore.federation.state import ServerState, latest_state, read_state, writ
 from fedcore.methods import create_method
 from fedcore.methods.base import Method
 from fedcore.methods.registry import options_of
-from fedcore.methods.requirements import ONE_BROADCAST, refuse
+from fedcore.methods.requirements import ONE_BROADCAST, check_family, refuse
 
 Weighting = Literal["examples", "uniform"]
 
@@ -67,11 +67,7 @@ class FileServer:
             raise FedcoreError(f"{path} holds a federation; open it, or pass another folder")
         refuse(chosen, ONE_BROADCAST, "a server of folders")
         adapter = start if isinstance(start, AdapterState) else read_adapter(start)
-        if adapter.family != chosen.family:
-            raise FedcoreError(
-                f"start is an adapter of family {adapter.family!r}; {chosen.name} needs "
-                f"{chosen.family!r}"
-            )
+        check_family(chosen, adapter.family, "start")
         layout = adapter.layout()
         state = ServerState(round=0, layout=layout, row=adapter.to_row(layout))
         served = BroadcastFolder(adapter, 0, chosen.name, options_of(chosen))
@@ -91,10 +87,10 @@ class FileServer:
         first = read_broadcast(path / "broadcast" / "round-0000")
         state = read_state(newest)
         method = create_method(first.method, **first.options)
-        found = cls(path, method, state, _next(first, state))
+        server = cls(path, method, state, _next(first, state))
         # A server that was stopped between its two writes left the state alone.
-        complete = (found.broadcast / BROADCAST_FILE).is_file()
-        return found if complete else found._written()
+        complete = (server.broadcast / BROADCAST_FILE).is_file()
+        return server if complete else server._written()
 
     @property
     def broadcast(self) -> Path:
@@ -174,7 +170,7 @@ def _folders(uploads: str | Path | Mapping[str, str | Path]) -> dict[str, Path]:
     if isinstance(uploads, Mapping):
         return {client: Path(folder) for client, folder in uploads.items()}
     path = Path(uploads)
-    found = {f.parent.name: f.parent for f in sorted(path.glob(f"*/{UPLOAD_FILE}"))}
-    if not found:
+    folders = {f.parent.name: f.parent for f in sorted(path.glob(f"*/{UPLOAD_FILE}"))}
+    if not folders:
         raise FedcoreError(f"{path} holds no folder with {UPLOAD_FILE}; pass a folder of uploads")
-    return found
+    return folders

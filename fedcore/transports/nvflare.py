@@ -22,7 +22,7 @@ from fedcore.errors import FedcoreError, missing_extra
 from fedcore.federation.server_round import OpenRound
 from fedcore.federation.state import ServerState, newest_or, save
 from fedcore.methods import create_method
-from fedcore.methods.requirements import KEEPS_BASE, ONE_BROADCAST, refuse
+from fedcore.methods.requirements import KEEPS_BASE, ONE_BROADCAST, check_family, refuse
 
 try:
     from nvflare.app_common.abstract.fl_model import FLModel, ParamsType
@@ -84,11 +84,7 @@ class FedLoRAAggregator(ModelAggregator):  # type: ignore[misc,unused-ignore]
         needs = (*ONE_BROADCAST, KEEPS_BASE)
         refuse(self._method, needs, "a job of NVFlare", "take another engine")
         self._start = read_adapter(adapter)
-        if self._start.family != self._method.family:
-            raise FedcoreError(
-                f"adapter is of family {self._start.family!r}; {self._method.name} needs "
-                f"{self._method.family!r}"
-            )
+        check_family(self._method, self._start.family, "adapter")
         self._state = _begin(self._start, checkpoints)
         self._received: dict[str, tuple[Tensor | None, float, str, Mapping[str, float]]] = {}
 
@@ -168,10 +164,10 @@ class FedLoRAAggregator(ModelAggregator):  # type: ignore[misc,unused-ignore]
         sent = self._method.upload_layout(state.layout, t)
         frozen = self._method.frozen_layout(state.layout, t)
         # What was sent beyond the plan has to be as it was broadcast.
-        held = tensors_from_row(state.layout.gather(state.row, frozen), frozen)
-        held |= self._start.constants
+        unchanged = tensors_from_row(state.layout.gather(state.row, frozen), frozen)
+        unchanged |= self._start.constants
         tensors = {key: _tensor(key, value) for key, value in model.params.items()}
-        return row_from_tensors(tensors, sent, held=held)
+        return row_from_tensors(tensors, sent, held=unchanged)
 
     def _weight(self, meta: Mapping[str, Any]) -> float:
         weight = meta.get(self.weight_key)
@@ -256,12 +252,12 @@ def _tensor(key: str, value: Any) -> Tensor:
     if hasattr(value, "materialize"):
         value = value.materialize()
     try:
-        found = torch.as_tensor(value).detach().cpu()
+        tensor = torch.as_tensor(value).detach().cpu()
     except (TypeError, ValueError, RuntimeError) as error:
-        raise FedcoreError(f"{key} is a {type(value).__name__}, no tensor: {error}") from error
-    if not found.is_floating_point():
-        raise FedcoreError(f"{key} has dtype {found.dtype}; a float dtype is needed")
-    return found
+        raise FedcoreError(f"{key} is a {type(value).__name__}, not a tensor: {error}") from error
+    if not tensor.is_floating_point():
+        raise FedcoreError(f"{key} has dtype {tensor.dtype}; a float dtype is needed")
+    return tensor
 
 
 def _mean_metrics(
@@ -271,10 +267,10 @@ def _mean_metrics(
     if not metrics:
         return None
     total = sum(weights.values())
-    found: dict[str, float] = {}
+    means: dict[str, float] = {}
     for name in next(iter(metrics.values())):
-        values = {client: told.get(name) for client, told in metrics.items()}
+        values = {client: reported.get(name) for client, reported in metrics.items()}
         numbers = {client: float(value) for client, value in values.items() if is_number(value)}
         if len(numbers) == len(values):
-            found[name] = sum(v * weights[c] / total for c, v in numbers.items())
-    return found or None
+            means[name] = sum(v * weights[c] / total for c, v in numbers.items())
+    return means or None

@@ -1,4 +1,4 @@
-"""FedRot's rule: turn each client's factors towards the last broadcast, then average them.
+"""FedRot's rule: align each client's factors with the last broadcast, then average them.
 
 For factors stored as rows (``A_n``, and ``B_n`` transposed) and the references broadcast at the
 start of the round,
@@ -34,10 +34,11 @@ class Alignment(NamedTuple):
     """Averaged factors and the rotations they were averaged in.
 
     Attributes:
-        factors: one mean (L, r, k) a stack: ``sum_n w_n O_n^T factor_n``.
+        factors: one mean (L, r, k) per stack: ``sum_n w_n O_n^T factor_n``.
         rotations: (N, L, r, r) fp64, determinant +1.
         rank: (N, L) int64, directions in which the references determine the rotation.
-        fallbacks: (L,) int64, clients whose interpolant was singular and who were not turned.
+        fallbacks: (L,) int64, clients whose interpolant was singular and whose factors were not
+            rotated.
     """
 
     factors: tuple[Tensor, ...]
@@ -60,34 +61,34 @@ def _check_stacks(stacks: Arrays) -> list[Tensor]:
     _check_sequence("stacks", stacks)
     if not stacks:
         raise KernelInputError("stacks is empty; pass at least one stack (N, L, r, k)")
-    found = [checks.tensor(f"stacks[{i}]", stack, STACK_AXES) for i, stack in enumerate(stacks)]
-    for i, stack in enumerate(found):
-        checks.same_device(f"stacks[{i}]", stack, "stacks[0]", found[0])
+    tensors = [checks.tensor(f"stacks[{i}]", stack, STACK_AXES) for i, stack in enumerate(stacks)]
+    for i, stack in enumerate(tensors):
+        checks.same_device(f"stacks[{i}]", stack, "stacks[0]", tensors[0])
         for axis, meaning in enumerate(("clients", "modules", "rank")):
-            size = found[0].shape[axis]
+            size = tensors[0].shape[axis]
             checks.same_size(f"stacks[{i}]", stack, axis, size, f"the {meaning} of stacks[0]")
-    return found
+    return tensors
 
 
 def _check_references(references: References, stacks: list[Tensor]) -> list[Tensor | None]:
-    """``references`` as tensors (L, r, k_i) or ``None``, one a stack."""
+    """``references`` as tensors (L, r, k_i) or ``None``, one per stack."""
     _check_sequence("references", references)
     if len(references) != len(stacks):
         raise KernelInputError(
-            f"references has {len(references)} entries; pass {len(stacks)}, one a stack or None"
+            f"references has {len(references)} entries; pass {len(stacks)}, one per stack or None"
         )
-    found: list[Tensor | None] = []
+    factors: list[Tensor | None] = []
     for i, (reference, stack) in enumerate(zip(references, stacks, strict=True)):
         if reference is None:
-            found.append(None)
+            factors.append(None)
             continue
         name = f"references[{i}]"
         rows = checks.tensor(name, reference, ("L", "r", "k"))
         checks.same_device(name, rows, f"stacks[{i}]", stack)
         for axis, meaning in enumerate(("modules", "rank", "width")):
             checks.same_size(name, rows, axis, stack.shape[axis + 1], f"the {meaning} of its stack")
-        found.append(rows)
-    return found
+        factors.append(rows)
+    return factors
 
 
 def _rotations(
@@ -107,7 +108,7 @@ def _rotations(
 def rotations(
     stacks: Arrays, references: References, strength: float = 1.0, *, eps_rel: float = EPS_REL
 ) -> SoftRotation:
-    """The rotations that turn each client's factors towards the references.
+    """The rotations that align each client's factors with the references.
 
     A client calls it on its own factors (N = 1) before it uploads them, see :func:`rotate`.
 
@@ -115,9 +116,9 @@ def rotations(
         stacks: the factors (N, L, r, k_i) of one module group, floating point, any strides: A, B
             transposed, or both.
         references: for each stack the factor (L, r, k_i) broadcast at the start of the round, or
-            ``None`` for a stack that has no say in the rotation. With none at all, as in the first
-            round, the rotations are the identity.
-        strength: in [0, 1]; 0 does not turn, 1 turns all the way.
+            ``None`` for a stack that does not influence the rotation. With none at all, as in the
+            first round, the rotations are the identity.
+        strength: in [0, 1]; 0 gives the identity, 1 the full rotation.
         eps_rel: see :func:`soft_rotation`.
 
     Returns:
@@ -174,15 +175,15 @@ def align_and_average(
     *,
     eps_rel: float = EPS_REL,
 ) -> Alignment:
-    """Turn every client's factors by its :func:`rotations` and average them.
+    """Rotate every client's factors by its :func:`rotations` and average them.
 
     Args:
         stacks: the factors (N, L, r, k_i) of one module group, floating point, any strides: A, B
-            transposed, or both. All are turned by the same rotation and averaged.
+            transposed, or both. All are rotated alike and averaged.
         references: for each stack the factor (L, r, k_i) broadcast at the start of the round, or
-            ``None`` for a stack that has no say in the rotation; plain means with none at all.
+            ``None`` for a stack that does not influence the rotation; plain means with none at all.
         weights: (N,) real numbers, normalised in fp64.
-        strength: in [0, 1]; 0 gives plain means, 1 turns all the way.
+        strength: in [0, 1]; 0 gives plain means, 1 the full rotation.
         eps_rel: see :func:`soft_rotation`.
 
     Returns:

@@ -44,21 +44,21 @@ def _block(side: Tensor, block: slice, others: slice, rank: int) -> Tensor:
 
 def _product_gram_body(left: Tensor, right: Tensor) -> Tensor:
     clients, modules, rank, _ = left.shape
-    found = torch.empty((modules, clients, clients), dtype=torch.float64, device=left.device)
+    grams = torch.empty((modules, clients, clients), dtype=torch.float64, device=left.device)
     for part, sides in joint_copies(left, right):
         for block in _client_blocks(part.stop - part.start, clients, rank, left.device):
             # Earlier clients follow by symmetry.
             later = slice(block.start, clients)
             first, second = (_block(side, block, later, rank) for side in sides)
             products = first.mul_(second).sum((2, 4))
-            found[part, later, block] = products.mT
-            found[part, block, later] = products
-    return found
+            grams[part, later, block] = products.mT
+            grams[part, block, later] = products
+    return grams
 
 
 def _mean_pair_gram_body(left: Tensor, right: Tensor, root: Tensor) -> Tensor:
     clients, modules, rank, _ = left.shape
-    found = torch.zeros((modules, clients, clients), dtype=torch.float64, device=left.device)
+    grams = torch.zeros((modules, clients, clients), dtype=torch.float64, device=left.device)
     everyone = slice(0, clients)
     for part, sides in joint_copies(left, right):
         for block in _client_blocks(part.stop - part.start, clients, rank, left.device):
@@ -67,8 +67,8 @@ def _mean_pair_gram_body(left: Tensor, right: Tensor, root: Tensor) -> Tensor:
             first, second = (
                 _block(side, block, everyone, rank).permute(0, 3, 1, 2, 4) for side in sides
             )
-            found[part] += (first * shares).flatten(2) @ second.flatten(2).mT
-    return found
+            grams[part] += (first * shares).flatten(2) @ second.flatten(2).mT
+    return grams
 
 
 register("product_gram", "torch", _product_gram_body)
@@ -126,8 +126,8 @@ def product_gram(left: checks.ArrayLike, right: checks.ArrayLike) -> Tensor:
                  [12., 80.]]], dtype=torch.float64)
     """
     first, second = check_pair(left, right)
-    found: Tensor = call("product_gram", first, second)
-    return found
+    grams: Tensor = call("product_gram", first, second)
+    return grams
 
 
 def mean_pair_gram(
@@ -160,5 +160,5 @@ def mean_pair_gram(
     """
     first, second = check_pair(left, right)
     counts = client_weights(weights, first.shape[0])
-    found: Tensor = call("mean_pair_gram", first, second, counts)
-    return found
+    grams: Tensor = call("mean_pair_gram", first, second, counts)
+    return grams

@@ -31,19 +31,19 @@ def tensor(name: str, value: ArrayLike, axes: Sequence[str], batch: bool = False
     Raises:
         KernelInputError: wrong number of axes, an empty axis, or a dtype that is not floating.
     """
-    found = torch.as_tensor(value)
+    result = torch.as_tensor(value)
     wanted = f"({'..., ' if batch else ''}{', '.join(axes)}{',' if len(axes) == 1 else ''})"
-    if not found.dtype.is_floating_point:
+    if not result.dtype.is_floating_point:
         raise KernelInputError(
-            f"{name} has dtype {found.dtype}; pass float64, float32, bfloat16 or float16"
+            f"{name} has dtype {result.dtype}; pass float64, float32, bfloat16 or float16"
         )
-    if found.dim() < len(axes) or (found.dim() > len(axes) and not batch):
-        raise KernelInputError(f"{name} has shape {tuple(found.shape)}; pass {wanted}")
-    for axis, size in zip(axes, found.shape[-len(axes) :], strict=True):
+    if result.dim() < len(axes) or (result.dim() > len(axes) and not batch):
+        raise KernelInputError(f"{name} has shape {tuple(result.shape)}; pass {wanted}")
+    for axis, size in zip(axes, result.shape[-len(axes) :], strict=True):
         if size < 1:
-            shape = tuple(found.shape)
+            shape = tuple(result.shape)
             raise KernelInputError(f"{name} has shape {shape}: {axis} is 0; pass {wanted}")
-    return found
+    return result
 
 
 def same_size(name: str, value: Tensor, axis: int, size: int, meaning: str) -> None:

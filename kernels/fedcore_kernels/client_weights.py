@@ -15,21 +15,21 @@ from fedcore_kernels.errors import KernelInputError
 
 
 def client_weights(weights: ArrayLike, count: int) -> Tensor:
-    """``weights`` as a tensor (count,) of real numbers, its values not looked at.
+    """``weights`` as a tensor (count,) of real numbers; its values are not checked.
 
     Raises:
         KernelInputError: another shape than ``(count,)``, or a complex or boolean dtype.
     """
     # A plain list would become fp32, where counts above 2^24 lose their last digits.
     plain = isinstance(weights, list | tuple)
-    found = torch.as_tensor(weights, dtype=torch.float64 if plain else None)
-    if found.shape != (count,):
+    values = torch.as_tensor(weights, dtype=torch.float64 if plain else None)
+    if values.shape != (count,):
         raise KernelInputError(
-            f"weights has shape {tuple(found.shape)}; pass ({count},), one weight a client"
+            f"weights has shape {tuple(values.shape)}; pass ({count},), one weight per client"
         )
-    if found.dtype.is_complex or found.dtype == torch.bool:
-        raise KernelInputError(f"weights has dtype {found.dtype}; pass real numbers")
-    return found
+    if values.dtype.is_complex or values.dtype == torch.bool:
+        raise KernelInputError(f"weights has dtype {values.dtype}; pass real numbers")
+    return values
 
 
 def normalised(weights: Tensor) -> Tensor:

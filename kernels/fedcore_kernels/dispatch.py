@@ -2,7 +2,7 @@
 
 Every operation has one meaning and up to three bodies: ``triton`` (CUDA), ``torch`` (any device)
 and ``reference`` (an fp64 definition that a test suite registers). ``auto``, the default, takes
-the first of ``triton`` and ``torch`` that can run on the tensors given; a backend asked for by
+the first of ``triton`` and ``torch`` that can run on the tensors given; a backend requested by
 name runs or raises. The request is a context variable, so it belongs to one thread or task.
 """
 
@@ -20,7 +20,7 @@ from torch import Tensor
 from fedcore_kernels.errors import BackendError
 
 BACKENDS = ("triton", "torch", "reference")
-"""The names a backend may be asked for by, besides ``"auto"``."""
+"""The names by which a backend may be requested, besides ``"auto"``."""
 
 _AUTOMATIC = ("triton", "torch")
 
@@ -92,7 +92,7 @@ def chosen_backend(op: str, *tensors: Tensor) -> str:
     """The name of the backend that ``op`` would run on for ``tensors``, in this context.
 
     Raises:
-        BackendError: the operation is unknown, or the backend asked for cannot run; the message
+        BackendError: the operation is unknown, or the requested backend cannot run; the message
             says why.
 
     Example:

@@ -6,4 +6,4 @@ class KernelInputError(ValueError):
 
 
 class BackendError(RuntimeError):
-    """A backend was asked for by name and cannot run here."""
+    """A backend requested by name cannot run here."""

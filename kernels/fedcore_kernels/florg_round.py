@@ -41,7 +41,7 @@ def by_group(
     variant: Variant,
     align: bool,
 ) -> FlorgRound:
-    """The round as one step a group of factors and one mean a dense slot."""
+    """The round as one step per group of factors and one mean per dense slot."""
     row = uploads.new_zeros(layout.size, dtype=checks.accumulator(uploads.dtype))
     steps = {}
     for group in layout.groups:
@@ -50,9 +50,9 @@ def by_group(
             step = truncated_step(stack, weights, factors, group.rows, align=align)
         else:
             step = nystrom_step(stack, weights, factors, align=align)
-        kept = group.view(row)
-        kept.copy_(step.factor)
-        steps[group] = step._replace(factor=kept)
+        factor = group.view(row)
+        factor.copy_(step.factor)
+        steps[group] = step._replace(factor=factor)
     for slot in layout.dense_slots:
         columns = slice(slot.offset, slot.offset + slot.numel)
         row[columns] = weighted_mean(uploads[:, columns], weights)
@@ -110,5 +110,5 @@ def florg_round(
     if torch.compiler.is_compiling():
         # Each group's operations are known to the compiler, a layout is not.
         return by_group(uploads, before, *arguments)
-    found: FlorgRound = run("florg_round", (uploads, before), *arguments)
-    return found
+    result: FlorgRound = run("florg_round", (uploads, before), *arguments)
+    return result

@@ -1,10 +1,10 @@
 """Where each tensor of each module stands in a flat row.
 
-A round's uploads are one matrix: a row a client, a column a parameter. ``FactorLayout`` says which
-columns belong to which factor. Factors are stored as ``rank x width`` with contiguous rows (``A``
-as it is, ``B`` transposed, a core as it is); tensors that are not factors (heads, norms,
-magnitudes) are *dense* slots of one row. Every offset is a multiple of 16 elements, so that loads
-stay wide and one launch can cover modules of any width.
+A round's uploads are one matrix: one row per client, one column per parameter. ``FactorLayout``
+says which columns belong to which factor. Factors are stored as ``rank x width`` with contiguous
+rows (``A`` as it is, ``B`` transposed, a core as it is); tensors that are not factors (heads,
+norms, magnitudes) are *dense* slots of one row. Every offset is a multiple of 16 elements, so that
+loads stay wide and one launch can cover modules of any width.
 """
 
 from __future__ import annotations
@@ -169,7 +169,7 @@ class FactorLayout:
     def groups(self) -> tuple[SlotGroup, ...]:
         """Runs of factor slots of equal factor, rank and width; each is one strided view."""
         runs = groupby(self.factor_slots, key=lambda slot: (slot.factor, slot.rows, slot.width))
-        found = []
+        groups = []
         for (factor, rows, width), members in runs:
             run = list(members)
             stride = _align(rows * width)
@@ -179,8 +179,8 @@ class FactorLayout:
                     f"slots of factor {factor!r} do not stand at equal distances"
                 )
             names = tuple(slot.module for slot in run)
-            found.append(SlotGroup(factor, rows, width, start, stride, names))
-        return tuple(found)
+            groups.append(SlotGroup(factor, rows, width, start, stride, names))
+        return tuple(groups)
 
     @property
     def numel(self) -> int:
@@ -194,12 +194,12 @@ class FactorLayout:
         return piece.view((*piece.shape[:-1], *shape))
 
     def select(self, factors: Iterable[str], dense: bool = True) -> FactorLayout:
-        """A layout of its own with only the named ``factors`` and, if asked, the dense slots."""
-        kept = set(factors)
-        return self.part(s.name for s in self.slots if (dense if s.dense else s.factor in kept))
+        """A layout with only the named ``factors`` and, with ``dense``, the dense slots."""
+        names = set(factors)
+        return self.part(s.name for s in self.slots if (dense if s.dense else s.factor in names))
 
     def part(self, names: Iterable[str]) -> FactorLayout:
-        """A layout of its own with only the slots called ``names``, of which all are in it."""
+        """A layout with only the slots called ``names``, all of which must exist."""
         slots = [self.by_name[name] for name in names]
         return FactorLayout.build(
             [(s.module, s.factor, s.rows, s.width) for s in slots if not s.dense],
@@ -233,8 +233,8 @@ class FactorLayout:
             KernelInputError: naming the argument, its size and the size expected.
         """
         if flat.dim() < 1 or flat.shape[-1] != self.size:
-            found = tuple(flat.shape)
-            raise KernelInputError(f"{name} has shape {found}; its last axis must be {self.size}")
+            shape = tuple(flat.shape)
+            raise KernelInputError(f"{name} has shape {shape}; its last axis must be {self.size}")
 
     def task_table(self, block: int) -> Tensor:
         """Rows (group, module, offset, first column, last column) of int64, one per kernel tile.

@@ -53,8 +53,8 @@ def _whitened_polar(
     mixing, basis = whiten(previous)
     left, values, right = torch.linalg.svd(basis @ rows.mT, full_matrices=False)
     outer, cut, inner = torch.linalg.svd(mixing @ (left * values[:, None, :]), full_matrices=False)
-    kept = (cut > eps_rel * cut[:, :1]) & (cut > 0)
-    return (outer * kept[:, None, :]) @ inner @ right, cut, kept.sum(-1)
+    significant = (cut > eps_rel * cut[:, :1]) & (cut > 0)
+    return (outer * significant[:, None, :]) @ inner @ right, cut, significant.sum(-1)
 
 
 def _coefficients(

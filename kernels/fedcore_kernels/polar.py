@@ -45,38 +45,38 @@ def _polar_body(matrix: Tensor, cutoff: float, regularisation: float) -> Polar:
 
 def _partial_isometries(wide: Tensor, cutoff: float) -> tuple[Tensor, Tensor]:
     """Polar factors (b, p, q) of fp64 matrices without null directions, and their ranks (b,)."""
-    factor, rest = _settled(wide if cutoff < SMALLEST_SHARE else wide[:0], len(wide))
+    factor, rest = _converged(wide if cutoff < SMALLEST_SHARE else wide[:0], len(wide))
     rank = torch.full((len(wide),), min(wide.shape[-2:]), device=wide.device)
     if len(rest):
         left, values, right = torch.linalg.svd(wide[rest], full_matrices=False)
-        kept = (values > cutoff * values[:, :1]) & (values > 0)
-        factor = _filled(factor, wide, rest, (left * kept[:, None, :]) @ right)
-        rank[rest] = kept.sum(-1)
+        significant = (values > cutoff * values[:, :1]) & (values > 0)
+        factor = _filled(factor, wide, rest, (left * significant[:, None, :]) @ right)
+        rank[rest] = significant.sum(-1)
     return factor, rank
 
 
-def _settled(wide: Tensor, count: int) -> tuple[Tensor, Tensor]:
+def _converged(wide: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Factors that products alone determine, and the indices of the ``count`` that are missing."""
     everything = torch.arange(count, device=wide.device)
     if len(wide) < FEWEST:
         return wide, everything
     upright = wide.shape[-2] >= wide.shape[-1]
-    factor, settled = isometries(wide if upright else wide.mT)
-    return factor if upright else factor.mT, everything[~settled]
+    factor, converged = isometries(wide if upright else wide.mT)
+    return factor if upright else factor.mT, everything[~converged]
 
 
-def _filled(factor: Tensor, wide: Tensor, rest: Tensor, found: Tensor) -> Tensor:
-    """``factor`` with ``found`` at ``rest``; ``found`` itself where that is everything."""
+def _filled(factor: Tensor, wide: Tensor, rest: Tensor, replacement: Tensor) -> Tensor:
+    """``factor`` with ``replacement`` at ``rest``; ``replacement`` itself where that is all."""
     if len(rest) == len(wide):
-        return found
-    factor[rest] = found
+        return replacement
+    factor[rest] = replacement
     return factor
 
 
 def _procrustes_body(source: Tensor, target: Tensor, rotation_only: bool) -> Tensor:
     product = target.double() @ source.double().mT
     wide = product.reshape(-1, *product.shape[-2:])
-    factor, rest = _settled(wide, len(wide))
+    factor, rest = _converged(wide, len(wide))
     if rotation_only and len(rest) < len(wide):
         # A reflection gives up its weakest direction, which a polar factor does not know.
         missing = torch.linalg.det(factor) < 0
@@ -106,7 +106,7 @@ def polar(
     Args:
         matrix: (..., p, q) floating point.
         cutoff: singular values not above this share of the largest count as null; the machine
-            epsilon of ``matrix`` times max(p, q) unless given.
+            epsilon of ``matrix`` times max(p, q) by default.
         regularisation: lam > 0 takes the factor of ``matrix + lam ||matrix||_F I`` (square only).
             It chooses the completion nearest to the identity in null directions and is *another
             function*: at condition 1e3 a lam of 1e-3 moves the factor by 0.27.
@@ -117,21 +117,21 @@ def polar(
 
     Raises:
         KernelInputError: a wrong shape or dtype, a cutoff outside [0, 1), a regularisation that is
-            negative or not finite, or one given for a matrix that is not square.
+            negative or not finite, or one set for a matrix that is not square.
 
     Example:
         >>> polar([[0.0, 2.0], [0.0, 0.0]])
         Polar(factor=tensor([[0., 1.],
                 [0., 0.]]), rank=tensor(1))
     """
-    found = checks.tensor("matrix", matrix, ("p", "q"), batch=True)
+    matrices = checks.tensor("matrix", matrix, ("p", "q"), batch=True)
     if cutoff is None:
-        cutoff = max(found.shape[-2:]) * torch.finfo(found.dtype).eps
+        cutoff = max(matrices.shape[-2:]) * torch.finfo(matrices.dtype).eps
     if not 0 <= regularisation < float("inf"):
         raise KernelInputError(f"regularisation is {regularisation}; pass a finite number >= 0")
     if regularisation:
-        checks.same_size("matrix", found, -1, found.shape[-2], "its rows, to be regularised")
-    return Polar(*call("polar", found, checks.fraction("cutoff", cutoff), float(regularisation)))
+        checks.same_size("matrix", matrices, -1, matrices.shape[-2], "its rows, to be regularised")
+    return Polar(*call("polar", matrices, checks.fraction("cutoff", cutoff), float(regularisation)))
 
 
 def procrustes(
@@ -169,5 +169,5 @@ def procrustes(
     checks.same_size("target", goal, -1, start.shape[-1], "the width of source")
     if rotation_only:
         checks.same_size("target", goal, -2, start.shape[-2], "the rows of source for a rotation")
-    found: Tensor = call("procrustes", start, goal, rotation_only)
-    return found
+    isometry: Tensor = call("procrustes", start, goal, rotation_only)
+    return isometry

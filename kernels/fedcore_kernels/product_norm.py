@@ -52,5 +52,5 @@ def product_norm(left: checks.ArrayLike, right: checks.ArrayLike) -> Tensor:
     second = checks.tensor("right", right, ("m", "q"), batch=True)
     checks.same_device("left", first, "right", second)
     checks.same_size("right", second, -2, first.shape[-2], "the rows of left")
-    found: Tensor = call("product_norm", first, second)
-    return found
+    norm: Tensor = call("product_norm", first, second)
+    return norm

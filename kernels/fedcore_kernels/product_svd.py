@@ -9,7 +9,7 @@ With ``F^T = Q_F R_F`` and ``G^T = Q_G R_G`` the singular values of M are those 
 
 The stacks of clients that started from one state are ill-conditioned (4e4 for a deviation of 1e-4),
 and Gram matrices square that. An orthogonal mixing of the clients whose first row is ``sqrt(w)``
-leaves M unchanged and turns the stack into the mean and deviations from it; with rows scaled to
+leaves M unchanged and maps the stack to the mean and deviations from it; with rows scaled to
 length 1 its condition is close to 1, and Cholesky factors of the Grams are accurate. Modules for
 which that is not proven take Householder's QR.
 
@@ -141,7 +141,7 @@ def energy_rank(values: Tensor, energy: float) -> Tensor:
 
 
 def tail_and_gap(values: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
-    """Tail and gap (l,) of the descending ``values (l, s)`` cut after ``count``.
+    """Tail and gap (l,) of the descending ``values (l, s)`` truncated after ``count``.
 
     Example:
         >>> tail, gap = tail_and_gap(torch.tensor([[4.0, 2.0, 0.0]]), torch.tensor([1]))
@@ -156,7 +156,7 @@ def tail_and_gap(values: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _assemble(pieces: list[Tensor], size: int, dtype: torch.dtype) -> Tensor:
-    """The groups' rows ``(l, s_g, k)`` under each other, padded to ``size`` rows a module."""
+    """The groups' rows ``(l, s_g, k)`` under each other, padded to ``size`` rows per module."""
     padded = [torch.nn.functional.pad(piece, (0, 0, 0, size - piece.shape[1])) for piece in pieces]
     return torch.cat(padded).to(dtype)
 
@@ -179,9 +179,9 @@ def _torch_body(
         u, values, v = torch.linalg.svd(first.core @ second.core.mT, full_matrices=False)
         count = kept_directions(values, limit, energy, eps_rel)
         size = limit if energy is None else int(count.max())
-        kept = torch.arange(size, device=values.device) < count[:, None]
-        weight = torch.where(kept, values[:, :size], 0.0)[:, :, None]
-        share = weight.sqrt() if balanced else kept[:, :, None].to(weight.dtype)
+        leading = torch.arange(size, device=values.device) < count[:, None]
+        weight = torch.where(leading, values[:, :size], 0.0)[:, :, None]
+        share = weight.sqrt() if balanced else leading[:, :, None].to(weight.dtype)
         one = first.directions(u[:, :, :size].mT) * (share if balanced else weight)
         signs = column_signs(one.mT).mT
         outer.append((one * signs).to(dtype))
@@ -214,9 +214,9 @@ def product_svd(
             Clients of lower rank have zero rows.
         right: (N, L, r, q) the clients' ``A``.
         weights: (N,) real numbers, normalised in fp64.
-        rank: directions to keep at most; all unless given.
+        rank: directions to keep at most; all by default.
         energy: keep the fewest directions that hold this share of ``||M||_F^2``, module by module,
-            in (0, 1]; up to ``rank`` if both are given.
+            in (0, 1]; up to ``rank`` if both are set.
         split: where the singular values go: ``"left"``, so that the rows of ``right`` are
             orthonormal, or ``"balanced"``, their roots to both.
         eps_rel: singular values not above this share of the largest count as zero and are dropped.
@@ -233,8 +233,8 @@ def product_svd(
     m = N r. Memory of the result and a working copy of a few modules, never p x q.
 
     Example:
-        >>> found = product_svd([[[[0.0, 3.0]]], [[[1.0, 0.0]]]], [[[[2.0]]], [[[0.0]]]], [1, 1])
-        >>> found.left, found.right, found.values
+        >>> result = product_svd([[[[0.0, 3.0]]], [[[1.0, 0.0]]]], [[[[2.0]]], [[[0.0]]]], [1, 1])
+        >>> result.left, result.right, result.values
         (tensor([[[0., 3.]]]), tensor([[[1.]]]), tensor([[3.]], dtype=torch.float64))
     """
     first, second = check_pair(left, right)
@@ -247,6 +247,8 @@ def product_svd(
     cutoff = checks.fraction("eps_rel", eps_rel)
     counts = client_weights(weights, first.shape[0])
     limit = min(first.shape[0] * first.shape[2], first.shape[3], second.shape[3])
-    kept = limit if rank is None else min(rank, limit)
+    rank_limit = limit if rank is None else min(rank, limit)
     balanced = split == "balanced"
-    return ProductSvd(*call("product_svd", first, second, counts, kept, energy, balanced, cutoff))
+    return ProductSvd(
+        *call("product_svd", first, second, counts, rank_limit, energy, balanced, cutoff)
+    )

@@ -63,9 +63,9 @@ def quintics(lower: float, tolerance: float) -> tuple[Quintic, ...]:
     that a value which arrives was above ``lower / 4``.
     """
     low, high, error = lower, 1 + _SLACK, 1.0
-    found = []
+    chain = []
     while error > tolerance:
         quintic, error = best_quintic(low, high)
-        found.append(quintic)
+        chain.append(quintic)
         low, high = 1 - error, 1 + (1 + _SLACK) * error
-    return tuple(found)
+    return tuple(chain)

@@ -4,7 +4,8 @@
 
     O = polar((1 - strength) I + strength O*)
 
-turns each plane by ``atan2(strength sin t, 1 - strength + strength cos t)`` where O* turns it by t.
+rotates each plane by ``atan2(strength sin t, 1 - strength + strength cos t)`` where O* rotates it
+by t.
 Determinant +1 is needed for that: on the way to a reflection O would jump.
 
 Reference: the soft rotations of FedRot-LoRA, arXiv 2602.23638; S. Umeyama, IEEE PAMI 13, 1991, for
@@ -35,7 +36,7 @@ class SoftRotation(NamedTuple):
         rank: (...) int64, directions of ``matrix`` above the cut-off; the others were completed
             towards the identity.
         singular: (...) bool, the identity stands in for an interpolant without a polar factor
-            (strength 1/2 on the way to a half turn).
+            (strength 1/2 on the way to a rotation by pi).
     """
 
     rotation: Tensor
@@ -63,11 +64,13 @@ def completed(
 def _nearest(matrix: Tensor, eps_rel: float) -> tuple[Tensor, Tensor]:
     """``O*`` (b, r, r) of ``matrix`` and the directions (b,) that it determines."""
     left, values, right = torch.linalg.svd(matrix)
-    kept = (values > eps_rel * values[:, :1]) & (values > 0)
-    rank = kept.sum(-1)
+    significant = (values > eps_rel * values[:, :1]) & (values > 0)
+    rank = significant.sum(-1)
     short = (rank < matrix.shape[-1]).nonzero()[:, 0]
     if len(short):
-        left[short], right[short] = completed(left[short], values[short], right[short], kept[short])
+        left[short], right[short] = completed(
+            left[short], values[short], right[short], significant[short]
+        )
     # The cheapest way back to determinant +1 gives up the weakest direction.
     flip = torch.ones_like(values)
     flip[:, -1] = torch.linalg.det(left @ right).sign()
@@ -118,9 +121,9 @@ def soft_rotation(
         tensor([[ 0.7071, -0.7071],
                 [ 0.7071,  0.7071]], dtype=torch.float64)
     """
-    found = checks.tensor("matrix", matrix, ("r", "r"), batch=True)
-    checks.same_size("matrix", found, -1, found.shape[-2], "its number of rows")
+    matrices = checks.tensor("matrix", matrix, ("r", "r"), batch=True)
+    checks.same_size("matrix", matrices, -1, matrices.shape[-2], "its number of rows")
     if not 0 <= strength <= 1:
         raise KernelInputError(f"strength is {strength}; pass a number in [0, 1]")
     cutoff = checks.fraction("eps_rel", eps_rel)
-    return SoftRotation(*call("soft_rotation", found, float(strength), cutoff))
+    return SoftRotation(*call("soft_rotation", matrices, float(strength), cutoff))

@@ -93,9 +93,9 @@ def eigh_small(matrix: checks.ArrayLike) -> Eigh:
         >>> eigh_small([[2.0, 1.0], [1.0, 2.0]]).values
         tensor([3., 1.])
     """
-    found = checks.tensor("matrix", matrix, ("n", "n"), batch=True)
-    checks.same_size("matrix", found, -1, found.shape[-2], "its number of rows")
-    return Eigh(*call("eigh_small", found))
+    matrices = checks.tensor("matrix", matrix, ("n", "n"), batch=True)
+    checks.same_size("matrix", matrices, -1, matrices.shape[-2], "its number of rows")
+    return Eigh(*call("eigh_small", matrices))
 
 
 def svd_small(matrix: checks.ArrayLike) -> Svd:
@@ -117,5 +117,5 @@ def svd_small(matrix: checks.ArrayLike) -> Svd:
         >>> left[:, 0], values.round(decimals=3)
         (tensor([0.6000, 0.8000]), tensor([7.0710, 0.0000]))
     """
-    found = checks.tensor("matrix", matrix, ("p", "q"), batch=True)
-    return Svd(*call("svd_small", found))
+    matrices = checks.tensor("matrix", matrix, ("p", "q"), batch=True)
+    return Svd(*call("svd_small", matrices))

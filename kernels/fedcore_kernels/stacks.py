@@ -46,8 +46,8 @@ def _gram_body(stack: Tensor, root: Tensor) -> Tensor:
 
 def _cross_gram_body(stack: Tensor, reference: Tensor) -> Tensor:
     wide = reference.double()
-    found = torch.cat([wide[part] @ rows.mT for part, rows in working_copies(stack)])
-    return found.unflatten(-1, (stack.shape[0], stack.shape[2]))
+    products = torch.cat([wide[part] @ rows.mT for part, rows in working_copies(stack)])
+    return products.unflatten(-1, (stack.shape[0], stack.shape[2]))
 
 
 def _apply_cores_body(stack: Tensor, cores: Tensor) -> Tensor:
@@ -85,8 +85,8 @@ def gram(stack: checks.ArrayLike, weights: checks.ArrayLike | None = None) -> Te
     """
     uploads = checks.tensor("stack", stack, STACK_AXES)
     counts = None if weights is None else client_weights(weights, uploads.shape[0])
-    found: Tensor = call("gram", uploads, counts)
-    return found
+    grams: Tensor = call("gram", uploads, counts)
+    return grams
 
 
 def cross_gram(stack: checks.ArrayLike, reference: checks.ArrayLike) -> Tensor:
@@ -114,8 +114,8 @@ def cross_gram(stack: checks.ArrayLike, reference: checks.ArrayLike) -> Tensor:
     checks.same_device("reference", other, "stack", uploads)
     checks.same_size("reference", other, 0, uploads.shape[1], "the modules of stack")
     checks.same_size("reference", other, 2, uploads.shape[3], "the width of stack")
-    found: Tensor = call("cross_gram", uploads, other)
-    return found
+    products: Tensor = call("cross_gram", uploads, other)
+    return products
 
 
 def apply_cores(cores: checks.ArrayLike, stack: checks.ArrayLike) -> Tensor:
@@ -143,5 +143,5 @@ def apply_cores(cores: checks.ArrayLike, stack: checks.ArrayLike) -> Tensor:
     checks.same_size("cores", factors, 0, uploads.shape[1], "the modules of stack")
     checks.same_size("cores", factors, 2, uploads.shape[0], "the clients of stack")
     checks.same_size("cores", factors, 3, uploads.shape[2], "the rank of stack")
-    found: Tensor = call("apply_cores", factors, uploads)
-    return found
+    combined: Tensor = call("apply_cores", factors, uploads)
+    return combined

@@ -22,8 +22,8 @@ class FactorStep(NamedTuple):
     Attributes:
         factor: (L, r, k) the new factors.
         rank: (L,) int64, directions kept; those below the cut-off are zero in the factor.
-        condition: (L,) largest over smallest kept singular value of the matrix whose spectrum was
-            cut (``F`` for ``truncated``, ``A_prev F^T`` for ``sketched``); inf at rank 0.
+        condition: (L,) largest over smallest kept singular value of the matrix whose spectrum is
+            truncated (``F`` for ``truncated``, ``A_prev F^T`` for ``sketched``); inf at rank 0.
         gap: (L,) ``1 - lambda_{r+1} / lambda_r`` of the kept eigenvalues; 0 says that the best
             subspace is not unique. NaN where the step does not know it.
         tail: (L,) ``(sum_{i>r} lambda_i^2)^(1/2)``, the error of the best Gram of rank r. NaN where

@@ -1,4 +1,4 @@
-"""FLoRG's server step, variant ``truncated``: the best Gram of rank r, turned towards the last one.
+"""FLoRG's server step, variant ``truncated``: the best Gram of rank r, aligned with the last one.
 
 With ``F = [sqrt(w_1) A_1; ...]`` and ``Q = F^T F``, ``Til`` holds the r leading directions of F,
 so that ``Til^T Til`` is the best approximation of Q of rank r, and
@@ -59,9 +59,9 @@ def _align(
     """``O leading`` (l, q, k) nearest to ``previous``, and the directions ``previous`` fixed."""
     out = torch.zeros_like(previous)
     aligned = torch.zeros_like(rank)
-    for kept in sorted(set(rank.tolist()) - {0}):
-        here = (rank == kept).nonzero()[:, 0]
-        rows = leading[here, :kept]
+    for count in sorted(set(rank.tolist()) - {0}):
+        here = (rank == count).nonzero()[:, 0]
+        rows = leading[here, :count]
         left, values, right = torch.linalg.svd(previous[here] @ rows.mT, full_matrices=False)
         out[here] = left @ (right @ rows)
         aligned[here] = ((values > eps_rel * values[:, :1]) & (values > 0)).sum(-1)
@@ -80,9 +80,9 @@ def _torch_body(
     scale = row_scale(root, stack)[:, None]
     for part, rows in working_copies(stack):
         values, leading = _leading(rows.mul_(scale), size)
-        kept = (values[:, :size] > eps_rel * values[:, :1]) & (values[:, :size] > 0)
-        leading = leading * kept[:, :, None]
-        count = kept.sum(-1)
+        significant = (values[:, :size] > eps_rel * values[:, :1]) & (values[:, :size] > 0)
+        leading = leading * significant[:, :, None]
+        count = significant.sum(-1)
         if align:
             factor, aligned = _align(leading, count, previous[part].double(), eps_rel)
         else:
@@ -90,7 +90,7 @@ def _torch_body(
             factor = torch.nn.functional.pad(leading, (0, 0, 0, rank - size))
             aligned = torch.zeros_like(count)
         rest = torch.nn.functional.pad(values[:, size:], (0, 1))
-        last = torch.where(kept[:, -1], values[:, size - 1], 0.0)
+        last = torch.where(significant[:, -1], values[:, size - 1], 0.0)
         gap = torch.where(last > 0, 1 - rest[:, 0] / last, 1.0)
         tail = torch.linalg.vector_norm(rest, dim=-1)
         condition = spread(values.sqrt(), count)
@@ -119,7 +119,7 @@ def truncated_step(
         previous: (L, q, k) the factors broadcast at the start of the round, q >= rank; may be
             ``None`` without ``align``.
         rank: directions to keep.
-        align: turn the result towards ``previous`` (reflections allowed); otherwise return the
+        align: rotate the result towards ``previous`` (reflections allowed); otherwise return the
             factor of the same Gram with orthogonal rows of descending norm.
         eps_rel: eigenvalues of the Gram not above this share of the largest are dropped.
 

@@ -54,9 +54,9 @@ def _step_body(total: Tensor, mixing: Tensor, basis: Tensor, eps_rel: float) -> 
     wide = total.double()
     energies, vectors = torch.linalg.eigh(wide @ basis.double().mT, UPLO="L")
     energies, vectors = energies.flip(-1), vectors.flip(-1)
-    kept = (energies > eps_rel * energies[:, :1]) & (energies > 0)
-    scale = torch.where(kept, energies, 0.0).sqrt()
-    inverse = torch.where(kept, scale.reciprocal(), 0.0)
+    significant = (energies > eps_rel * energies[:, :1]) & (energies > 0)
+    scale = torch.where(significant, energies, 0.0).sqrt()
+    inverse = torch.where(significant, scale.reciprocal(), 0.0)
     core = mixing.double() @ (vectors * scale[:, None, :])
     turn = polar(core, eps_rel)
     factor = turn.factor @ (inverse[:, :, None] * (vectors.mT @ wide))
@@ -116,13 +116,13 @@ def whitened_upload(factor: checks.ArrayLike, basis: checks.ArrayLike) -> Tensor
         >>> whitened_upload([[[1.0, 2.0]]], [[[1.0, 0.0]]])
         tensor([[[1., 2.]]])
     """
-    own = checks.tensor("factor", factor, ("L", "r", "k"))
+    factors = checks.tensor("factor", factor, ("L", "r", "k"))
     rows = checks.tensor("basis", basis, ("L", "q", "k"))
-    checks.same_device("basis", rows, "factor", own)
-    checks.same_size("basis", rows, 0, own.shape[0], "the modules of factor")
-    checks.same_size("basis", rows, 2, own.shape[2], "the width of factor")
-    found: Tensor = call("whitened_upload", own, rows)
-    return found
+    checks.same_device("basis", rows, "factor", factors)
+    checks.same_size("basis", rows, 0, factors.shape[0], "the modules of factor")
+    checks.same_size("basis", rows, 2, factors.shape[2], "the width of factor")
+    upload: Tensor = call("whitened_upload", factors, rows)
+    return upload
 
 
 def whitened_sum(
@@ -159,8 +159,8 @@ def whitened_sum(
     checks.same_size("basis", rows, 0, uploads.shape[1], "the modules of stack")
     checks.same_size("basis", rows, 2, uploads.shape[3], "the width of stack")
     counts = client_weights(weights, uploads.shape[0])
-    found: Tensor = call("whitened_sum", uploads, counts, rows)
-    return found
+    total: Tensor = call("whitened_sum", uploads, counts, rows)
+    return total
 
 
 def whitened_step(

@@ -70,7 +70,7 @@ def test_statistics_of_examples_are_not_sent_beside_it(method, home, tmp_path):
     [
         ({"training.autocast": True}, "training.autocast is true"),
         ({"adapter.client_ranks": [1, 2]}, "noise would fill the rows"),
-        ({"privacy.delta": 0.05}, r"client-\d\d holds \d+ examples: such a delta allows"),
+        ({"privacy.delta": 0.05}, r"client-\d\d holds \d+ examples: such a delta permits"),
         (
             {"privacy.noise_multiplier": 0.1, "privacy.accountant": "prv"},
             "the accountant 'prv' goes up to 50",

@@ -50,10 +50,10 @@ def test_methods_run_under_it_or_say_why_not(method, home, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"round.weighting": "examples"}, "clients that count alike"),
+        ({"round.weighting": "examples"}, "clients of equal weight"),
         ({"round.secure_sum": True}, "hides the single uploads"),
-        ({"adapter.client_ranks": [1, 2]}, "has no update to cut"),
-        ({"privacy.delta": 0.3}, "allows to give one of them away"),
+        ({"adapter.client_ranks": [1, 2]}, "has no update to clip"),
+        ({"privacy.delta": 0.3}, "permits revealing one of them"),
         ({"privacy.central.max_norm": 0}, "privacy.central.max_norm"),
     ],
 )

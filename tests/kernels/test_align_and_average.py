@@ -209,7 +209,7 @@ BAD: list[tuple[Callable[[], Any], str]] = [
     (lambda: rotations(S, [G]), "stacks is a Tensor; pass a list of arrays"),  # type: ignore[arg-type]
     (lambda: rotations([S], G), "references is a Tensor; pass a list of arrays"),  # type: ignore[arg-type]
     (lambda: rotations([], []), "stacks is empty; pass at least one stack"),
-    (lambda: rotations([S, T], [G]), "references has 1 entries; pass 2, one a stack or None"),
+    (lambda: rotations([S, T], [G]), "references has 1 entries; pass 2, one per stack or None"),
     (
         lambda: rotations([S, T[:1]], [G, None]),
         r"stacks\[1\] .*axis 0 must be 2, the clients of st",

@@ -212,7 +212,7 @@ def test_half_way_to_a_half_turn_the_module_stays_and_is_counted():
             view = factor(row, module, name)
             view[:2] *= -1
     upload = sent(row, 1, strength=0.5)
-    assert upload.flags == ("2 of 4 modules not turned: half-way to a half turn, first b",)
+    assert upload.flags == ("2 of 4 modules not rotated: half-way to a rotation by pi, first b",)
     torch.testing.assert_close(upload.row, row, rtol=0, atol=1e-12)
     almost = sent(row, 1, strength=0.6)
     assert almost.flags == ()

@@ -180,7 +180,7 @@ def test_a_limit_that_cuts_energy_is_flagged():
     assert gaps == pytest.approx([1 / 2, 1 / 2, 1 / 3])
     assert (free.flags, wide.flags) == ((), ())
     assert cut.flags == (
-        "max_rank 1 cuts 2 of 2 modules below tau 0.9: m0 keeps 0.643 of its energy",
+        "max_rank 1 truncates 2 of 2 modules below tau 0.9: m0 keeps 0.643 of its energy",
     )
 
 

@@ -46,7 +46,7 @@ def test_the_last_round_says_what_was_spent(tmp_path):
     assert record.privacy.epsilon == pytest.approx(SPENT["epsilon"])
     (note,) = [note for note in run_notes(record) if "epsilon" in note]
     assert "client-01 has spent the most, epsilon 7.89 at delta 1.0e-5 (accountant prv" in note
-    assert "noise multiplier 1.10, gradients cut to norm 0.500" in note
+    assert "noise multiplier 1.10, gradients clipped to norm 0.500" in note
 
 
 def test_noise_that_a_seed_gives_away_is_said_to_be(tmp_path):
@@ -113,7 +113,7 @@ def test_whole_clients_have_an_epsilon_of_their_own(tmp_path):
     notes = run_notes(record)
     (note,) = [note for note in notes if "whole clients" in note]
     assert "epsilon 3.21 at delta 1.0e-5" in note
-    assert "updates cut to norm 0.250" in note
+    assert "updates clipped to norm 0.250" in note
     assert sum("whoever knows the seed" in note for note in notes) == 1
     text = write_run_page(tmp_path).read_text(encoding="utf-8")
     assert "central epsilon" in text

@@ -215,7 +215,7 @@ def test_names_of_trained_parameters_replace_the_flags() -> None:
     model.requires_grad_(False)
     assert FrozenPrefix.find(model, [last]).length == 3
     assert not any(parameter.requires_grad for parameter in model.parameters())
-    with pytest.raises(FedcoreError, match="trainable holds 'nope', which is no parameter"):
+    with pytest.raises(FedcoreError, match="trainable holds 'nope', which is not a parameter"):
         FrozenPrefix.find(model, [last, "nope"])
 
 

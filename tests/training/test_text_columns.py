@@ -18,7 +18,7 @@ def test_a_template_is_filled_word_for_word():
 
 @pytest.mark.parametrize("text", ["{a", "{}", "{a!r}", "{a:>3}"])
 def test_what_is_no_template_is_refused(text):
-    with pytest.raises(FedcoreError, match="is no template"):
+    with pytest.raises(FedcoreError, match="is not a valid template"):
         columns_of(text)
 
 

@@ -178,7 +178,7 @@ REFUSALS: list[tuple[Callable[[Any], Any], str]] = [
     (change("lora_B", lambda v: v * np.nan), r"\.B holds 72 values that are not finite"),
     (change("lora_B", lambda v: v[:, :1]), r"lora_B.* has shape \(24, 1\)"),
     (change("lora_B", lambda v: v.astype(np.int64)), r"has dtype torch.int64; a float dtype"),
-    (change("lora_B", "text"), r"lora_B.weight is a str, no tensor"),
+    (change("lora_B", "text"), r"lora_B.weight is a str, not a tensor"),
     (without("classifier.weight"), r"classifier.weight is missing"),
     (frozen(1.0), r"lora_A.weight is frozen in this round and differs from the broadcast"),
     (with_fields(current_round=5), r"its upload is for round 5"),

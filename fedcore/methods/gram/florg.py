@@ -1,4 +1,4 @@
-"""FLoRG: one Gram factor a layer, aggregated as Grams and aligned by Procrustes."""
+"""FLoRG: one Gram factor per layer, aggregated as Grams and aligned by Procrustes."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _SOURCE = "arXiv 2602.17095"
 
 @dataclass(frozen=True)
 class FlorgTruncated(Method):
-    """The best rank-r Gram of ``Q = sum w_n A_n^T A_n``, turned towards the previous factor.
+    """The best rank-r Gram of ``Q = sum w_n A_n^T A_n``, rotated towards the previous factor.
 
     The model is ``W0 + s left A^T A right`` with fixed frames; ``A (r, k)`` is all that trains and
     travels. With ``F = [sqrt(w_n) A_n]`` the server takes the top eigenvectors ``U`` of the dual
@@ -42,9 +42,9 @@ class FlorgTruncated(Method):
     error is the Eckart-Young tail; it is exact when ``rank Q <= r``.
 
     ``align=False`` leaves the factor in its principal gauge (orthogonal rows of falling norm). The
-    model is the same; only an optimiser that remembers earlier rounds can tell the difference.
+    model is the same; the difference matters only to an optimiser that remembers earlier rounds.
 
-    A client of rank ``r_n < r`` receives the best Gram of that rank, turned towards the leading
+    A client of rank ``r_n < r`` receives the best Gram of that rank, rotated towards the leading
     rows of what it held. An adapter that subtracts its initial Gram then starts, at such a client,
     short of the part of that Gram which ``r_n`` directions cannot hold.
 
@@ -107,7 +107,7 @@ class FlorgTruncated(Method):
     def for_client(self, state: Broadcast, held: Broadcast, ranks: Sequence[int]) -> Tensor:
         """The best Gram of the client's ranks, aligned with the leading rows of ``held``.
 
-        Leading rows of the global factor would not be the best of their rank once it was turned.
+        Leading rows of the global factor would not be the best of their rank once it was rotated.
         """
         layout, rank_of = state.layout, checked_ranks(state.layout, ranks)
         row = state.row.clone()

@@ -124,7 +124,7 @@ class FlorgWhitened(LinearMethod):
         return Upload(statistics)
 
     def from_mean(self, mean: Tensor, layout: FactorLayout, previous: Broadcast) -> Aggregate:
-        """The server half: one step a group of modules of equal shape, dense means as they come.
+        """The server half: one step per group of modules of equal shape, dense means as they come.
 
         Raises:
             FedcoreError: as :meth:`prepare_upload`.

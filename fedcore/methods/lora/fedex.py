@@ -124,7 +124,7 @@ class FedEx(Method):
 
     Failure modes: the covariance is seen only in separate uploads. Behind a sum-only aggregator,
     which replaces each upload by the mean, it would vanish without a trace and leave FedIT. Clients
-    can recover each other's uploads from the residual. Turning one client's factors, which
+    can recover each other's uploads from the residual. Rotating one client's factors, which
     leaves its model as it is, moves parts of M between adapter and residual.
 
     Source: FedEx-LoRA, arXiv 2410.09432; the reflection in place of Gram-Schmidt and unequal

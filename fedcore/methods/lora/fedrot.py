@@ -1,4 +1,4 @@
-"""FedRot-LoRA: clients turn their factors towards the last broadcast, the server averages them."""
+"""FedRot-LoRA: clients rotate factors towards the last broadcast, the server averages them."""
 
 from __future__ import annotations
 
@@ -34,22 +34,22 @@ class FedRot(LinearMethod):
     "both"`` (ours) adds the two ``X_n`` in every round but the first; it weighs the factors as they
     are, so a rescaling ``(c B, A / c)`` of the broadcast shifts its choice.
 
-    ``strength = 0`` is FedIT to the bit; 1 turns all the way and makes the upload independent of
+    ``strength = 0`` is FedIT to the bit; 1 rotates all the way and makes the upload independent of
     the rotation a client's training ended in. The default 0.5 is one of the strengths in the
     authors' ablation script, inside the range 0.4 to 0.6 that is reported as best; we have not
-    repeated that search. Determinant +1 is asked for because the way to a reflection has a jump.
+    repeated that search. Determinant +1 is required because the way to a reflection has a jump.
 
-    Only the upload is turned. The client's model, its accuracy and the moments of a persistent
+    Only the upload is rotated. The client's model, its accuracy and the moments of a persistent
     optimiser stay in the gauge it trained in, which began at the last broadcast; the next round
-    starts from the new one, which the turns keep near.
+    starts from the new one, which the rotations keep near.
 
-    Failure modes: where the reference says nothing (``B_prev = 0``) nothing is turned. Half-way to
-    a half turn (``strength = 0.5``) no rotation is singled out: the module is left as it is and
-    the round flagged with the count. A row that is not finite is sent as it is, for the server to
-    refuse by name.
+    Failure modes: where the reference carries no direction (``B_prev = 0``) nothing is rotated.
+    Half-way to a rotation by pi (``strength = 0.5``) no rotation is singled out: the module is left
+    as it is and the round flagged with the count. A row that is not finite is sent as it is, for
+    the server to refuse by name.
 
     Cost for a client and module: ``2 r^2 d`` for each reference used, ``2 r^2 (d_in + d_out)`` to
-    turn, and one problem of size r x r.
+    rotate, and one problem of size r x r.
 
     Source: FedRot-LoRA, arXiv 2602.23638.
 
@@ -65,9 +65,9 @@ class FedRot(LinearMethod):
     family: ClassVar[Family] = "lora"
     capabilities: ClassVar[Capabilities] = Capabilities(linear=True)
     description: ClassVar[Description] = Description(
-        summary="factors turned towards the last broadcast, then averaged",
+        summary="factors rotated towards the last broadcast, then averaged",
         paper="arXiv 2602.23638",
-        exact="no: misses the covariance of the turned factors",
+        exact="no: misses the covariance of the rotated factors",
         uplink="r (d_in + d_out)",
         downlink="r (d_in + d_out)",
         server_cost="2 N r (d_in + d_out)",
@@ -78,7 +78,7 @@ class FedRot(LinearMethod):
         choice(self.name, "reference", self.reference, get_args(Reference))
 
     def references(self, round: int) -> tuple[str, ...]:
-        """The factors that are turned towards the broadcast's in ``round``, the server's count."""
+        """The factors that are rotated towards the broadcast's in ``round``, the server's count."""
         if round == 0:
             return ()
         if self.reference == "both":
@@ -88,7 +88,7 @@ class FedRot(LinearMethod):
     def prepare_upload(
         self, row: Tensor, layout: FactorLayout, broadcast: Broadcast, round: int
     ) -> Upload:
-        """The factors of every module turned, modules of one shape at a time; the rest as it is.
+        """The factors of every module rotated, modules of one shape at a time; the rest as it is.
 
         Raises:
             FedcoreError: a factor is not of the broadcast's shape, or a module lacks one.
@@ -98,22 +98,22 @@ class FedRot(LinearMethod):
         if not used or self.strength == 0 or not bool(torch.isfinite(row).all()):
             return Upload(row)
         before = broadcast.layout.gather(broadcast.row, layout)
-        turned = row.clone()
-        unturned: list[str] = []
+        rotated = row.clone()
+        unrotated: list[str] = []
         for group in pair_groups(layout):
             stacks, goals = group.stacks(row[None]), group.stacks(before)
             chosen = [g if f in used else None for f, g in zip("BA", goals, strict=True)]
             fit = rotations(stacks, chosen, self.strength)
             outer, inner = (rotate(stack, fit.rotation)[0] for stack in stacks)
-            group.write(turned, outer, inner)
+            group.write(rotated, outer, inner)
             ambiguous = fit.singular[0].tolist()
-            unturned += [
+            unrotated += [
                 m for m, singular in zip(group.modules, ambiguous, strict=True) if singular
             ]
-        if not unturned:
-            return Upload(turned)
-        count = f"{len(unturned)} of {len(layout.modules)} modules not turned"
-        return Upload(turned, (f"{count}: half-way to a half turn, first {min(unturned)}",))
+        if not unrotated:
+            return Upload(rotated)
+        count = f"{len(unrotated)} of {len(layout.modules)} modules not rotated"
+        return Upload(rotated, (f"{count}: half-way to a rotation by pi, first {min(unrotated)}",))
 
 
 def _check_shapes(layout: FactorLayout, expected: FactorLayout) -> None:

@@ -29,7 +29,7 @@ from fedcore_kernels import energy_rank, product_svd, spread, tail_and_gap
 
 @dataclass(frozen=True)
 class Florist(Method):
-    """Cut the exact mean update to the energy ``tau``, move it into the base weights, start afresh.
+    """Truncate the exact mean update to energy ``tau``, move it into the base weights, restart.
 
     With ``M = sum_n w_n B_n A_n = U S V^T``, for every module
 
@@ -119,7 +119,7 @@ class Florist(Method):
         if short:
             least = min(short, key=lambda module: short[module])
             flags = (
-                f"max_rank {self.max_rank} cuts {len(short)} of {len(layout.modules)} modules "
-                f"below tau {self.tau}: {least} keeps {short[least]:.3g} of its energy",
+                f"max_rank {self.max_rank} truncates {len(short)} of {len(layout.modules)} "
+                f"modules below tau {self.tau}: {least} keeps {short[least]:.3g} of its energy",
             )
         return Aggregate(row, layout.select((), dense=True), steps, flags, residual)

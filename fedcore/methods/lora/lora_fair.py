@@ -47,7 +47,7 @@ class LoRAFair(Method):
     ``lam = 0`` lets ``B`` grow as ``Abar`` loses directions (clients that cancel), round after
     round. Eigenvalues of ``G + mu I`` below 1e-12 of the largest are left out, which at
     ``lam = 0`` is the pseudo-inverse; the rank of ``Abar`` is reported, and flagged below r.
-    Turning one client's factors, which leaves its model as it is, changes the result.
+    Rotating one client's factors, which leaves its model as it is, changes the result.
 
     Source: LoRA-FAIR, arXiv 2411.14961, which minimises a cosine dissimilarity by gradient descent;
     the Frobenius norm and its closed form are ours. Dense tensors are averaged.

@@ -45,10 +45,10 @@ class ProductSvd(Method):
 
     A client of rank ``r_n < r`` takes the leading ``r_n`` rows, which are the best rank ``r_n``.
 
-    ``align`` turns the balanced factors towards those of the last round, ``B O`` and ``O^T A`` with
-    ``O = polar(B^T B_prev + A A_prev^T)``, so that the moments of a persistent optimiser keep
-    their meaning; the model is the same. Leading rows of turned factors are no longer the best of
-    their rank: :meth:`for_client` truncates first and turns then.
+    ``align`` rotates the balanced factors towards those of the last round, ``B O`` and ``O^T A``
+    with ``O = polar(B^T B_prev + A A_prev^T)``, so that the moments of a persistent optimiser keep
+    their meaning; the model is the same. Leading rows of rotated factors are no longer the best of
+    their rank: :meth:`for_client` truncates first and then rotates.
 
     Fails softly, with a flag, where M has a lower rank than the factors: directions without a
     singular value are zero in both factors, from where no gradient leads away, unless ``align``
@@ -85,7 +85,7 @@ class ProductSvd(Method):
             )
 
     def aggregate(self, cohort: Cohort, previous: Broadcast) -> Aggregate:
-        """One decomposition a group of modules of equal shape; dense tensors are averaged.
+        """One decomposition per group of modules of equal shape; dense tensors are averaged.
 
         Raises:
             FedcoreError: the uploads do not hold every tensor of the broadcast.
@@ -135,20 +135,21 @@ class ProductSvd(Method):
         best = product_svd(outer, inner, weights, group.kept, split=self.split)
         factors = best.left, best.right
         if self.align:
-            factors = _turned(factors, group.stacks(held), group.kept)
+            factors = _aligned(factors, group.stacks(held), group.kept)
         group.write(row, *factors)
         condition = spread(best.values, best.rank)
         return steps_of(group.modules, best.rank, condition, best.gap)
 
 
-def _turned(
+def _aligned(
     factors: tuple[Tensor, Tensor], held: tuple[Tensor, Tensor], rank: int
 ) -> tuple[Tensor, Tensor]:
     """``O^T`` times both factors ``(L, s, d)``, nearest to the leading ``rank`` rows of ``held``.
 
-    Both are turned by one isometry, the polar factor of the sum of their products with ``held``.
+    Both are rotated by one isometry, the polar factor of the sum of their products with ``held``.
     """
     both = torch.cat(factors, dim=-1).double()
-    turn = procrustes(both, torch.cat(held, dim=-1)[:, :rank])
-    outer, inner = (turn @ both).to(factors[0].dtype).split([f.shape[-1] for f in factors], dim=-1)
+    widths = [factor.shape[-1] for factor in factors]
+    rotation = procrustes(both, torch.cat(held, dim=-1)[:, :rank])
+    outer, inner = (rotation @ both).to(factors[0].dtype).split(widths, dim=-1)
     return outer, inner

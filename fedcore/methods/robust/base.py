@@ -65,13 +65,13 @@ def follow(cohort: Cohort, decision: Decision) -> Cohort:
     Args:
         cohort: the N clients of the decision, in its order.
     """
-    kept = decision.kept
-    left = replace(chosen(cohort, kept), weights=decision.weights[kept])
+    members = decision.kept
+    left = replace(chosen(cohort, members), weights=decision.weights[members])
     if decision.scales is None:
         return left
-    # A product with a scale is not of bf16's or fp16's precision any more.
+    # A product with a scale no longer has the precision of bf16 or fp16.
     wide = torch.promote_types(left.updates.dtype, torch.float32)
-    updates, scales = left.updates.to(wide, copy=True), decision.scales[kept]
+    updates, scales = left.updates.to(wide, copy=True), decision.scales[members]
     for slot in left.layout.factor_slots:
         if slot.factor == "B":
             left.layout.view(updates, slot).mul_(scales.to(updates)[:, None, None])
@@ -81,7 +81,8 @@ def follow(cohort: Cohort, decision: Decision) -> Cohort:
 def cohort_gram(cohort: Cohort) -> Tensor:
     """``K_ij = sum over modules of <B_i A_i, B_j A_j>``, fp64 ``(N, N)``, on the CPU.
 
-    Cost: ``(d_in + d_out) m^2`` flops a module with m = N r; nothing of a weight's size is formed.
+    Cost: ``(d_in + d_out) m^2`` flops per module with m = N r; no matrix of the size of a weight
+    is formed.
     """
     clients = len(cohort)
     total = torch.zeros(clients, clients, dtype=torch.float64)

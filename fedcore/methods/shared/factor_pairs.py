@@ -37,7 +37,7 @@ class PairGroup:
     Attributes:
         modules: in alphabetical order, the order of the stacks.
         rank: rows of each factor in the layout.
-        kept: leading rows that are meant; ``rank`` unless another one was asked for.
+        kept: leading rows that are used; ``rank`` by default.
         outer, inner: the layout's groups that hold the modules' ``B`` and ``A``.
     """
 

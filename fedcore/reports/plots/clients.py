@@ -68,8 +68,8 @@ def _over_rounds(axes: Axes, record: RunRecord) -> None:
     ]
     if len(rounds[-1][1]) == 1:
         ends = [EndLabel(done[-1], mean[-1], whose, color)]
-    own = [(r.done, [c.local_quality(measure) for c in r.clients]) for r, _ in rounds]
-    local = [(d, fmean(known)) for d, v in own if (known := [a for a in v if a is not None])]
+    own_models = [(r.done, [c.local_quality(measure) for c in r.clients]) for r, _ in rounds]
+    local = [(d, fmean(known)) for d, v in own_models if (known := [a for a in v if a is not None])]
     if local and not alone:
         # A single point makes no line to be seen.
         dot = "s" if len(local) == 1 else ""
@@ -88,14 +88,14 @@ def _by_client(axes: Axes, last: Round, measure: Measure) -> None:
     shown = [entry for entry in qualities if entry[1:] != (None, None)]
     shown.sort(key=lambda entry: (_either(*entry[1:]), entry[0]))
     prefix, names = short_names([client for client, _, _ in shown])
-    for x, (_, there, own) in enumerate(shown):
-        if there is not None and own is not None:
-            axes.plot([x, x], [there, own], color=MUTED, linewidth=1.0, zorder=2)
+    for x, (_, there, local) in enumerate(shown):
+        if there is not None and local is not None:
+            axes.plot([x, x], [there, local], color=MUTED, linewidth=1.0, zorder=2)
     size = 5.0 if len(shown) <= 30 else 3.5
     ends = []
     for values, marker, color, name in (
         ([there for _, there, _ in shown], "o", GLOBAL, "global model"),
-        ([own for _, _, own in shown], "s", LOCAL, "own model"),
+        ([local for _, _, local in shown], "s", LOCAL, "own model"),
     ):
         points = [(x, value) for x, value in enumerate(values) if value is not None]
         if points:

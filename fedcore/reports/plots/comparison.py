@@ -94,25 +94,25 @@ def compared_by_bytes(groups: Sequence[RunGroup]) -> Figure:
 
 
 def final_quality(groups: Sequence[RunGroup]) -> Figure:
-    """Final held-out quality of every run, with mean and 95% Student-t interval a group.
+    """Final held-out quality of every run, with mean and 95% Student-t interval per group.
 
     A group of one run has a hollow dot and no interval.
 
     Raises:
         FedcoreError: no run is finished.
     """
-    found = []
+    finals = []
     for style, group in zip(_styles(groups), groups, strict=True):
         seeds = [a for run in group.runs if (a := run.quality) is not None]
         if seeds:
-            found.append((style["color"], group.label, seeds, estimate(seeds)))
-    if not found:
+            finals.append((style["color"], group.label, seeds, estimate(seeds)))
+    if not finals:
         name = group_measure(groups).name
         raise FedcoreError(f"no run is finished, so there is no final {name} to draw")
-    found.sort(key=lambda item: item[3].mean or 0.0)
-    figure = new_figure(0.9 + 0.3 * max(len(found), 2))
+    finals.sort(key=lambda item: item[3].mean or 0.0)
+    figure = new_figure(0.9 + 0.3 * max(len(finals), 2))
     axes = dress(figure.subplots(), f"final {_held_out(groups)}")
-    for y, (color, _, seeds, result) in enumerate(found):
+    for y, (color, _, seeds, result) in enumerate(finals):
         mean, low, high = result.mean or 0.0, result.low, result.high
         text, fill = f"{rate(mean)}, one run", PAPER
         if low is not None and high is not None:
@@ -122,9 +122,9 @@ def final_quality(groups: Sequence[RunGroup]) -> Figure:
         axes.plot([mean], [y], "o", color=color, markerfacecolor=fill, markersize=6.5)
         beside = axes.get_yaxis_transform()
         axes.text(1.02, y, text, transform=beside, va="center", fontsize=SMALL, color=INK)
-    names = [plain(label, 44) for _, label, _, _ in found]
-    axes.set_yticks(range(len(found)), names, fontsize=SMALL)
-    axes.set_ylim(-0.6, len(found) - 0.4)
+    names = [plain(label, 44) for _, label, _, _ in finals]
+    axes.set_yticks(range(len(finals)), names, fontsize=SMALL)
+    axes.set_ylim(-0.6, len(finals) - 0.4)
     axes.grid(axis="y", visible=False)
     return figure
 
@@ -147,9 +147,9 @@ def _curves(
         indices = sorted(set.intersection(*(set(run) for run in runs))) if runs else []
         if indices:
             x = tuple(fmean([position(run, index) for run in group.runs]) for index in indices)
-            found = [estimate([run[index] for run in runs]) for index in indices]
-            means = tuple(e.mean for e in found if e.mean is not None)
-            curves.append(_Curve(group, style, x, means, tuple((e.low, e.high) for e in found)))
+            estimates = [estimate([run[index] for run in runs]) for index in indices]
+            means = tuple(e.mean for e in estimates if e.mean is not None)
+            curves.append(_Curve(group, style, x, means, tuple((e.low, e.high) for e in estimates)))
     if not curves:
         raise FedcoreError("no run is finished and evaluated, so there is no quality to draw")
     return curves

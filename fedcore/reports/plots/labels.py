@@ -11,7 +11,7 @@ from fedcore.reports.plots.style import LETTERS, PALETTE, SMALL
 
 
 def plain(text: str, length: int = 40) -> str:
-    """``text`` on one line, cut to ``length`` characters, without matplotlib's mathematics."""
+    """``text`` on one line of up to ``length`` characters, without matplotlib's mathematics."""
     line = " ".join(text.split())
     line = line if len(line) <= length else line[: length - 1] + "…"
     return line.replace("$", r"\$")

@@ -115,14 +115,14 @@ def _by_layer(record: RunRecord, quantity: str, name: str) -> Figure:
 
 def _matrix(rounds: Sequence[Round], modules: Sequence[str], quantity: str) -> np.ndarray:
     """Values as (modules, rounds); NaN where undefined."""
-    found = np.full((len(modules), len(rounds)), nan)
+    matrix = np.full((len(modules), len(rounds)), nan)
     row = {module: i for i, module in enumerate(modules)}
     for j, r in enumerate(rounds):
         for m in r.modules:
             value = getattr(m, quantity)
             if value is not None:
-                found[row[m.module], j] = value
-    return found
+                matrix[row[m.module], j] = value
+    return matrix
 
 
 def _log_limits(positive: np.ndarray) -> tuple[float, float]:

@@ -39,9 +39,9 @@ def partition_picture(record: RunRecord) -> Figure:
     cell = min(72 * (figure.get_figwidth() - 1.8) / clients, 72 * rows / classes)
     cell *= 0.92 if few else 1.5
     x, y = np.meshgrid(np.arange(clients), np.arange(classes), indexing="ij")
-    held = counts > 0
+    nonzero = counts > 0
     area = cell**2 * counts / counts.max()
-    lower.scatter(x[held], y[held], s=area[held], color=GLOBAL, alpha=0.75, linewidth=0)
+    lower.scatter(x[nonzero], y[nonzero], s=area[nonzero], color=GLOBAL, alpha=0.75, linewidth=0)
     if few:
         _write_counts(lower, counts, area)
     prefix, names = short_names(parts.client_ids)

@@ -27,7 +27,7 @@ from fedcore.transports.flower.messages import to_arrays
 from fedcore.transports.flower.recipe_strategy import RecipeStrategy
 
 ROUND_SECONDS = 3600.0
-"""How long a server waits for the replies of a round unless told otherwise."""
+"""How long a server waits for the replies of a round by default."""
 
 
 def check_recipe(recipe: Recipe) -> None:
@@ -121,7 +121,7 @@ def configured_recipe(context: Context) -> str:
 
 
 def server_app() -> ServerApp:
-    """The server's app; ``out`` in its configuration is the run folder, made or gone on with."""
+    """The server's app; ``out`` in its configuration is the run folder, created or resumed."""
     # Imported here: the local engine stands on the same level, and clients never need it.
     from fedcore.experiments import run as local
 
@@ -155,7 +155,7 @@ class _Logged(Observer):
 
 @lru_cache(maxsize=1)
 def _experiment(text: str) -> Experiment:
-    """The workbench of this process: a client's process serves many rounds and often many clients,
+    """The experiment of this process: a client's process serves many rounds and often many clients,
     and what is built depends on the recipe alone.
     """
     return build_experiment(parse_recipe(text), Observer())
@@ -186,7 +186,7 @@ def write_app(
     of a package, or under the same path. Node i says who it is by ``partition-id=i``.
 
     Args:
-        out: the run folder, on the server's machine; a run that is found there is gone on with.
+        out: the run folder, on the server's machine; an existing run there is resumed.
         timeout: seconds that the server waits for the replies of a round.
         dependencies: packages beside Flower that Flower is to install for the app where it does
             that; with none, it uses what is installed.

@@ -85,12 +85,12 @@ def model_tensors(experiment: Experiment) -> dict[str, Tensor]:
     """The model's adapter, constants and dense tensors, by PEFT's keys with the adapter's name."""
     bound = {id(parameter) for parameter in experiment.binding.parameters.values()}
     fixed = {id(buffer) for buffer in experiment.binding.constants.values()}
-    found = {
+    tensors = {
         key: tensor.detach().cpu().clone()
         for key, tensor in experiment.model.named_parameters()
         if id(tensor) in bound
     }
-    return found | {
+    return tensors | {
         key: buffer.detach().cpu().clone()
         for key, buffer in experiment.model.named_buffers()
         if id(buffer) in fixed
@@ -191,21 +191,26 @@ def _updated(
     tensors = next(iter(arrays.values()))
     part = key_map.part_of(tensors)
     if memory.row is None and not round_config.whole:
-        raise FedcoreError(f"{client} holds nothing of this run and was sent a part of it")
+        raise FedcoreError(
+            f"{client} has lost its state for this run but received a partial update; the server "
+            "sends it the whole adapter in its next round"
+        )
     news = key_map.unpack(tensors, part, experiment.ranks.get(client))
     layout = key_map.layout
     row = memory.row
     if row is None or round_config.whole:
         row = torch.zeros(layout.size, dtype=news.dtype)
     row = layout.scatter(row, part, news)
-    own = dict(memory.own)
+    private = dict(memory.own)
     if PERSONAL in content.array_records:
         mine = from_arrays(content.array_records[PERSONAL])
         personal = key_map.part_of(mine)
-        own[OWN] = layout.scatter(own.get(OWN, row), personal, key_map.unpack(mine, personal))
+        private[OWN] = layout.scatter(
+            private.get(OWN, row), personal, key_map.unpack(mine, personal)
+        )
     residual = memory.residual
     if RESIDUAL in content.array_records:
         residual = unpacked(from_arrays(content.array_records[RESIDUAL]))
     elif round_config.whole:
         residual = {}
-    return ClientMemory(row, own, residual)
+    return ClientMemory(row, private, residual)

@@ -30,16 +30,16 @@ def to_arrays(tensors: Mapping[str, Tensor]) -> ArrayRecord:
     Raises:
         FedcoreError: a key that ends with the tag of bf16 by itself.
     """
-    found = {}
+    arrays = {}
     for key, tensor in tensors.items():
         if key.endswith(BF16_TAG):
             raise FedcoreError(f"{key!r} ends with {BF16_TAG!r}, which marks tensors of bf16")
         values = tensor.detach().cpu().contiguous()
         if values.dtype == torch.bfloat16:
-            found[key + BF16_TAG] = Array(values.view(torch.int16).numpy())
+            arrays[key + BF16_TAG] = Array(values.view(torch.int16).numpy())
         else:
-            found[key] = Array(values.numpy())
-    return ArrayRecord(found)
+            arrays[key] = Array(values.numpy())
+    return ArrayRecord(arrays)
 
 
 def from_arrays(record: ArrayRecord) -> dict[str, Tensor]:
@@ -48,10 +48,10 @@ def from_arrays(record: ArrayRecord) -> dict[str, Tensor]:
     Raises:
         FedcoreError: naming the key of an array that cannot be read.
     """
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     for key, array in record.items():
         name = key.removesuffix(BF16_TAG)
-        if name in found:
+        if name in tensors:
             raise FedcoreError(f"{name} is there twice, once as bf16")
         try:
             values = torch.from_numpy(np.array(array.numpy()))
@@ -61,8 +61,8 @@ def from_arrays(record: ArrayRecord) -> dict[str, Tensor]:
             if values.dtype != torch.int16:
                 raise FedcoreError(f"{key} holds {values.dtype}; bf16 travels as int16")
             values = values.view(torch.bfloat16)
-        found[name] = values
-    return found
+        tensors[name] = values
+    return tensors
 
 
 RECORD = "fedcore"
@@ -70,7 +70,7 @@ RECORD = "fedcore"
 
 PERSONAL, RESIDUAL, BROADCAST, TOLD = "personal", "residual", "broadcast", "told"
 """Further ArrayRecords: a client's own values, the base weights' update, the global adapter at the
-server's ranks, and what a client tells of its data."""
+server's ranks, and a client's statistics of its data."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class RoundConfig:
         method: the method's name.
         trains, sends: the factors that train and that are sent in this round.
         whole: whether the message holds the whole adapter, or what is new to this client.
-        tell: whether the client is to tell of its data.
+        ``tell``: whether the client is to send statistics of its data.
     """
 
     round: int
@@ -197,7 +197,7 @@ class KeyMap:
 
         Raises:
             FedcoreError: no tensor, integers, several adapter families, two keys of one meaning, a
-                factor without its partner, or a factor that is no matrix.
+                factor without its partner, or a factor that is not a matrix.
         """
         adapter = AdapterState.from_tensors(tensors)
         layout = adapter.layout()
@@ -212,8 +212,8 @@ class KeyMap:
 
         Rows beyond a client's rank are left out.
         """
-        found = tensors_from_row(row, part, ranks)
-        return {self.keys[name]: tensor for name, tensor in found.items()}
+        tensors = tensors_from_row(row, part, ranks)
+        return {self.keys[name]: tensor for name, tensor in tensors.items()}
 
     def unpack(
         self,
@@ -230,7 +230,7 @@ class KeyMap:
         return row_from_tensors(tensors, part, ranks, {**self.constants, **(held or {})})
 
     def part_of(self, tensors: Mapping[str, Tensor]) -> FactorLayout:
-        """The part of the layout that ``tensors`` name; constants are no part of it.
+        """The part of the layout that ``tensors`` name; constants are not part of it.
 
         Raises:
             FedcoreError: a key that the adapter does not have.
@@ -238,7 +238,7 @@ class KeyMap:
         names = {slot_name(key) for key in tensors} - set(self.constants)
         unknown = sorted(names - set(self.layout.by_name))
         if unknown:
-            raise FedcoreError(f"{unknown[0]} is no tensor of the adapter")
+            raise FedcoreError(f"{unknown[0]} is not a tensor of the adapter")
         return self.layout.part(names)
 
 

@@ -33,10 +33,10 @@ class RecipeStrategy(FedLoRA):
     """The server of a recipe: samples its clients by name and writes a run folder's records.
 
     Args:
-        experiment: the recipe's workbench; the server evaluates with it and trains nothing.
+        experiment: what the recipe builds; the server evaluates with it and trains nothing.
         folder: where states and records go; None keeps nothing.
-        observer: told of every round.
-        patience: seconds after which a node that has not said who it is, is asked again.
+        observer: receives every round's record.
+        patience: seconds after which a node that has not named its client is asked again.
 
     Attributes:
         states: those after each round of this process.
@@ -127,14 +127,14 @@ class RecipeStrategy(FedLoRA):
         """Add the traffic and write state and record to the run folder."""
         record = after.record
         traffic = added(after.traffic, record["bytes_up"], record["bytes_down"])
-        kept = replace(after, traffic=traffic)
+        state = replace(after, traffic=traffic)
         if self._run_folder is not None:
             started = perf_counter()
-            self._run_folder.save(kept)
+            self._run_folder.save(state)
             self._save_seconds = perf_counter() - started
-        self.states.append(kept)
+        self.states.append(state)
         self._observer.round_finished(record)
-        return kept
+        return state
 
     def _meet(self, grid: Grid, wanted: set[str]) -> None:
         """Ask every new node who it is, and again where it is slow, until all of ``wanted`` are

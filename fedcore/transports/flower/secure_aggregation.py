@@ -13,8 +13,8 @@ and in a client's ``fit``, behind ``secaggplus_mod``::
     ...
     return upload_arrays(get_peft_model_state_dict(model), config), num_examples, {}
 
-The workflow rounds to a grid: with clip c and L levels (8 and 2^22 unless told otherwise) the mean
-is off by less than ``2 c / L x max_weight / mean(num_examples)`` a number, so ``max_weight`` is
+The workflow rounds to a grid: with clip c and L levels (8 and 2^22 by default) every number of
+the mean is off by less than ``2 c / L x max_weight / mean(num_examples)``, so ``max_weight`` is
 best the largest client's number of examples. Numbers are silently clipped where
 ``|value| x num_examples / max_weight`` exceeds c.
 """
@@ -45,7 +45,7 @@ from fedcore.errors import FedcoreError
 from fedcore.federation.server_round import OpenRound
 from fedcore.federation.state import ServerState, begin, save
 from fedcore.methods import Method, create_method
-from fedcore.methods.requirements import SECURE_SUM, SENDS_FACTORS, refuse
+from fedcore.methods.requirements import SECURE_SUM, SENDS_FACTORS, check_family, refuse
 from fedcore.transports.flower.messages import KeyMap
 
 _KEYS, _SENDS, _ROUND = "fedcore.keys", "fedcore.sends", "fedcore.round"
@@ -61,8 +61,8 @@ class SecureFedLoRA(FedAvg):
         method: by name, or an instance with options of its own.
         adapter: the state dict to start from, by PEFT's keys.
         checkpoint_dir: a state is written there at the start and after every round.
-        resume: go on from the newest state in ``checkpoint_dir``, if there is one; the number of
-            rounds that the workflow is told counts from there.
+        resume: continue from the newest state in ``checkpoint_dir``, if there is one; the
+            workflow's number of rounds counts from there.
         fedavg: keyword arguments of Flower's older FedAvg.
 
     Raises:
@@ -83,11 +83,7 @@ class SecureFedLoRA(FedAvg):
         otherwise = "take round.secure_sum of a recipe"
         refuse(self.method, (*SECURE_SUM, SENDS_FACTORS), "Flower's secure aggregation", otherwise)
         self.key_map, row = KeyMap.of(adapter)
-        if self.key_map.family != self.method.family:
-            raise FedcoreError(
-                f"adapter is of family {self.key_map.family!r}; {self.method.name} needs "
-                f"{self.method.family!r}"
-            )
+        check_family(self.method, self.key_map.family, "adapter")
         self._folder = Path(checkpoint_dir) if checkpoint_dir is not None else None
         fresh = ServerState(round=0, layout=self.key_map.layout, row=row)
         self.state = begin(self._folder, resume, fresh)
@@ -195,17 +191,17 @@ def upload_arrays(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> N
         FedcoreError: a tensor is missing or holds values that are not finite, which would spoil the
             sum for everybody.
     """
-    held = {slot_name(key): tensor for key, tensor in tensors.items()}
-    found = []
+    by_name = {slot_name(key): tensor for key, tensor in tensors.items()}
+    arrays = []
     for key in _listed(config, _SENDS):
-        if slot_name(key) not in held:
+        if slot_name(key) not in by_name:
             raise FedcoreError(f"{key} is missing")
-        tensor = held[slot_name(key)].detach().cpu()
+        tensor = by_name[slot_name(key)].detach().cpu()
         if not torch.isfinite(tensor).all():
             raise FedcoreError(f"{key} holds values that are not finite")
         # NumPy has fp64 and fp32; narrower formats are summed as fp32.
-        found.append((tensor if tensor.dtype == torch.float64 else tensor.float()).numpy())
-    return found
+        arrays.append((tensor if tensor.dtype == torch.float64 else tensor.float()).numpy())
+    return arrays
 
 
 def _listed(config: Mapping[str, Any], name: str) -> list[str]:

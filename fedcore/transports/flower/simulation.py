@@ -59,7 +59,7 @@ def resume(
 def simulated_rounds(
     experiment: Experiment, folder: RunFolder, state: ServerState, observer: Observer
 ) -> Iterator[ServerState]:
-    """The rounds after ``state``, each by one message a client to a process of Ray's."""
+    """The rounds after ``state``, each by one message per client to a process of Ray's."""
     try:
         import ray  # noqa: F401
     except ImportError as error:
@@ -80,7 +80,7 @@ def simulated_rounds(
             # Flower logs what a server raises and ends; a caller is to see it.
             failed.append(error)
 
-    # Ray gives its processes a number of threads of its own; theirs is to be this process's.
+    # Ray sets another number of threads in its processes; they are to use this process's.
     threads = torch.get_num_threads()
     training = experiment.recipe.training.model_copy(update={"threads": threads})
     recipe = experiment.recipe.model_copy(update={"training": training})
@@ -104,7 +104,7 @@ def simulated_rounds(
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Flower and Ray say what goes wrong and no more: the observer tells of the rest."""
+    """Flower and Ray log only what goes wrong: the observer reports the rest."""
     loggers = [logging.getLogger(name) for name in ("flwr", "ray")]
     levels = [logger.level for logger in loggers]
     with warnings.catch_warnings():

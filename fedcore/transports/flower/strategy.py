@@ -26,7 +26,7 @@ from fedcore.federation.server_round import ClosedRound, OpenRound
 from fedcore.federation.state import ServerState, begin, save
 from fedcore.methods import create_method
 from fedcore.methods.base import Method
-from fedcore.methods.requirements import EXCHANGES, refuse
+from fedcore.methods.requirements import EXCHANGES, check_family, refuse
 from fedcore.transports.flower.messages import (
     KeyMap,
     broadcast_content,
@@ -48,9 +48,9 @@ class Asked:
 
 def wait_for_nodes(grid: Grid, wanted: int, poll: float = 1.0) -> list[int]:
     """All connected nodes in ascending order, once there are ``wanted`` of them."""
-    while len(found := sorted(grid.get_node_ids())) < wanted:
+    while len(nodes := sorted(grid.get_node_ids())) < wanted:
         sleep(poll)
-    return found
+    return nodes
 
 
 def sample_nodes(grid: Grid, fraction: float, least: int, available: int, seed: int) -> list[int]:
@@ -160,7 +160,7 @@ class FedLoRA(FedAvg):
         Args:
             initial_arrays: the adapter at the start, by PEFT's keys.
             checkpoint_dir: a state is written there before round 1 and after every round.
-            resume: go on from the newest state in ``checkpoint_dir``, if there is one.
+            resume: continue from the newest state in ``checkpoint_dir``, if there is one.
 
         Raises:
             FedcoreError: an adapter of another family than the method's, states that do not fit,
@@ -174,8 +174,8 @@ class FedLoRA(FedAvg):
             log(INFO, "resuming: %s of %s rounds are done", done, num_rounds)
         arrays = self.arrays()
 
-        def evaluate(server_round: int, found: ArrayRecord) -> MetricRecord | None:
-            return evaluate_fn(server_round + done, found) if evaluate_fn else None
+        def evaluate(server_round: int, current: ArrayRecord) -> MetricRecord | None:
+            return evaluate_fn(server_round + done, current) if evaluate_fn else None
 
         result = super().start(
             grid,
@@ -189,8 +189,8 @@ class FedLoRA(FedAvg):
         if num_rounds <= done:
             result.arrays = arrays
         for name in ("train_metrics_clientapp", "evaluate_metrics_clientapp"):
-            found = getattr(result, name)
-            setattr(result, name, {number + done: value for number, value in found.items()})
+            metrics = getattr(result, name)
+            setattr(result, name, {number + done: value for number, value in metrics.items()})
         serverapp = result.evaluate_metrics_serverapp
         result.evaluate_metrics_serverapp = {n + done: value for n, value in serverapp.items()}
         return result
@@ -199,21 +199,17 @@ class FedLoRA(FedAvg):
         self, initial: ArrayRecord, checkpoint_dir: str | Path | None, resume: bool
     ) -> None:
         key_map, row = KeyMap.of(from_arrays(initial))
-        if key_map.family != self.method.family:
-            raise FedcoreError(
-                f"initial_arrays hold an adapter of family {key_map.family!r}; {self.method.name} "
-                f"needs {self.method.family!r}"
-            )
+        check_family(self.method, key_map.family, "initial_arrays")
         folder = Path(checkpoint_dir) if checkpoint_dir is not None else None
         state = begin(folder, resume, ServerState(round=0, layout=key_map.layout, row=row))
         self._key_map, self._folder, self._state = key_map, folder, state
 
     def _adopt(self, arrays: ArrayRecord) -> None:
-        """Go on from ``arrays`` where a wrapper has changed what the last round returned, as those
-        for differential privacy do.
+        """Continue from ``arrays`` where a wrapper has changed what the last round returned, as
+        those for differential privacy do.
 
         Raises:
-            FedcoreError: noise on them means nothing for the method: it is no mean that changed, or
+            FedcoreError: noise on them means nothing for the method: what changed is not a mean, or
                 not all of it was trained.
         """
         if self._state is None:
@@ -229,15 +225,15 @@ class FedLoRA(FedAvg):
             return
         if not self.method.capabilities.linear:
             raise FedcoreError(
-                f"a wrapper changed what {self.method.name} returned; its result is no mean of the "
-                "uploads, so noise that fits a mean promises nothing: use a linear method"
+                f"a wrapper changed what {self.method.name} returned; its result is not a mean of "
+                "the uploads, so noise that fits a mean promises nothing; use a linear method"
             )
         frozen = self.method.frozen_layout(state.layout, max(state.round - 1, 0))
-        held = sorted({*names} & {slot.name for slot in frozen})
-        if held:
+        changed = sorted({*names} & {slot.name for slot in frozen})
+        if changed:
             raise FedcoreError(
-                f"a wrapper changed {held[0]}, which {self.method.name} froze in the last round; "
-                "wrappers need a method that trains every factor in every round"
+                f"a wrapper changed {changed[0]}, which {self.method.name} froze in the last "
+                "round; use a method that trains every factor in every round, or no wrapper"
             )
         versions = {**state.versions, **dict.fromkeys(names, state.round - 1)}
         self._state = replace(state, row=row, versions=versions)
@@ -308,16 +304,16 @@ class FedLoRA(FedAvg):
         self, node: int, client: str, config: ConfigRecord, *, whole: bool, asks: bool
     ) -> RecordDict:
         ranks = self.ranks_of(node, client)
-        found = download(self.state, self.method, client, ranks, everything=whole)
+        downloaded = download(self.state, self.method, client, ranks, everything=whole)
         if asks:
-            self._asked[node] = Asked(client, ranks, found.start)
+            self._asked[node] = Asked(client, ranks, downloaded.start)
         return broadcast_content(
             self.state,
             self.method,
             self.key_map,
             client,
             ranks,
-            found,
+            downloaded,
             config=config,
             arrays_key=self.arrayrecord_key,
             config_key=self.configrecord_key,
@@ -386,14 +382,14 @@ class FedLoRA(FedAvg):
                 opened.refuse(who.client, str(error))
                 continue
             reply = upload.reply
-            held = digest(layout.gather(who.start, frozen), frozen, constants)
+            expected = digest(layout.gather(who.start, frozen), frozen, constants)
             opened.receive(
                 who.client,
                 upload.row,
                 upload.weight,
                 round=reply.round if reply.round >= 0 else None,
                 frozen=reply.frozen or None,
-                expected_frozen=held if reply.frozen else None,
+                expected_frozen=expected if reply.frozen else None,
                 ranks=ranks,
                 flags=reply.flags,
                 statistics=upload.statistics,

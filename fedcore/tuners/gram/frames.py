@@ -7,7 +7,7 @@ the other), so the smaller side is the identity and the larger one is
     T = P F D    (k, w)    D random signs, F the orthonormal DCT-II, P a random choice of k rows.
 
 Signs and rows are integers from ``shake_256`` of the recipe, equal on every machine, and only a
-factor of a few rows is ever multiplied: O(w) state and O(w log w) work a row, no dense matrix.
+factor of a few rows is ever multiplied: O(w) state and O(w log w) work per row, no dense matrix.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ class AdditiveConfig(PeftConfig):
     """
 
     described: ClassVar[str] = "an additive adapter"
-    """What errors call an adapter of this configuration."""
+    """The name of an adapter of this configuration in errors."""
 
     r: int = 8
     target_modules: list[str] | set[str] | str | None = None

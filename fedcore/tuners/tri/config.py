@@ -29,7 +29,7 @@ class TriConfig(AdditiveConfig):
         train_A, train_R, train_B: which factors train; by default all of them for ``"lora"`` and
             ``"ce"``, the core alone for the others.
 
-    The starts, with ``W0 = U S V^T`` cut at rank r:
+    The starts, with ``W0 = U S V^T`` truncated to rank r:
 
     ======== ============================ ============================== ======================
     init     A                            R                              B

@@ -1,7 +1,7 @@
 """The Triton bodies of the operations: launchers that know pointers, strides and grids.
 
 Nothing here is imported before an operation runs on a CUDA device, and nothing needs triton before
-that. :func:`register_bodies` tells the dispatcher what there is and what stands in the way.
+that. :func:`register_bodies` registers every body with what it cannot take.
 """
 
 from __future__ import annotations

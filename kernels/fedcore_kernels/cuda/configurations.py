@@ -48,15 +48,15 @@ def architecture(device: torch.device) -> int:
 @cache
 def _table(arch: int) -> dict[str, Any]:
     file = resources.files("fedcore_kernels.cuda") / "configurations" / f"sm_{arch}.json"
-    found: dict[str, Any] = json.loads(file.read_text())
-    return found
+    settings: dict[str, Any] = json.loads(file.read_text())
+    return settings
 
 
 def configuration(kernel: str, device: torch.device, *keys: int) -> dict[str, int]:
     """Settings of ``kernel`` on ``device``; ``keys`` are sizes it depends on.
 
-    A level of the file has one entry a size; the smallest entry that is not smaller than the key is
-    taken, the largest where all are.
+    A level of the file has one entry per size; the smallest entry that is not smaller than the
+    key is taken, the largest where all are smaller.
     """
     level = _table(architecture(device))[kernel]
     for key in keys:

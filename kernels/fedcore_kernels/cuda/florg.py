@@ -52,7 +52,7 @@ FUSED_LIMIT = 32
 
 
 class Report(NamedTuple):
-    """What a step says of each factor: the fields of :class:`FactorStep` after the factor."""
+    """What a step reports for each factor: the fields of :class:`FactorStep` after the factor."""
 
     rank: Tensor
     condition: Tensor
@@ -98,9 +98,9 @@ def whiten_rows(previous: Tensor, segments: Segments, basis: Tensor) -> Tensor:
         )
     else:
         energies, vectors = small.eigh(grams)
-        kept = (energies > _GRAM_ROUNDING * energies[:, :1]) & (energies > 0)
-        values = torch.where(kept, energies, 0.0).sqrt()
-        mixing, cores = vectors * values[:, None], vectors * inverse(values, kept)[:, None]
+        significant = (energies > _GRAM_ROUNDING * energies[:, :1]) & (energies > 0)
+        values = torch.where(significant, energies, 0.0).sqrt()
+        mixing, cores = vectors * values[:, None], vectors * inverse(values, significant)[:, None]
     apply_rows(previous, 1, segments, cores, basis)
     return mixing
 
@@ -111,23 +111,23 @@ class _Middle(NamedTuple):
     Attributes:
         cores: (factors, m, q) the transposed cores of the second read.
         projector: (factors, q, q) on the directions of the previous factor that were kept.
-        cut: (factors, q) singular values of ``T C``, descending.
-        kept: (factors, q) which of them count.
+        spectrum: (factors, q) singular values of ``T C``, descending.
+        significant: (factors, q) which of them count.
     """
 
     cores: Tensor
     projector: Tensor
-    cut: Tensor
-    kept: Tensor
+    spectrum: Tensor
+    significant: Tensor
 
 
 def _fused_middle(
     partials: Tensor, rank: int, root: Tensor, mixing: Tensor, floor: float, eps_rel: float
 ) -> _Middle:
-    """One program a factor."""
+    """The middle part with one program per factor."""
     slabs, factors, stacked, rows = partials.shape
     cores = partials.new_empty((factors, stacked, rows))
-    projector, cut = torch.empty_like(mixing), partials.new_empty((factors, rows))
+    projector, spectrum = torch.empty_like(mixing), partials.new_empty((factors, rows))
     size = configuration("sketched_core", partials.device, rows)
     sketched_core_kernel[(factors,)](
         partials,
@@ -135,7 +135,7 @@ def _fused_middle(
         mixing,
         cores,
         projector,
-        cut,
+        spectrum,
         stacked,
         rows,
         slabs,
@@ -148,23 +148,25 @@ def _fused_middle(
         SWEEPS=SWEEPS,
         num_warps=size["warps"],
     )
-    return _Middle(cores, projector, cut, (cut > eps_rel * cut[:, :1]) & (cut > 0))
+    return _Middle(
+        cores, projector, spectrum, (spectrum > eps_rel * spectrum[:, :1]) & (spectrum > 0)
+    )
 
 
 def _middle(
     partials: Tensor, rank: int, root: Tensor, mixing: Tensor, floor: float, eps_rel: float
 ) -> _Middle:
-    """The same for ranks beyond one program's registers, through batched products."""
+    """The middle part for ranks beyond one program's registers, through batched products."""
     weights = root.repeat_interleave(rank)[:, None]
     half = partials.sum(0) * weights
     energies, vectors = small.eigh(half.mT @ half)
     clear = (energies > floor**2 * energies[:, :1]) & (energies > 0)
     values = torch.where(clear, energies, 0.0).sqrt()
-    left, cut, right = small.svd(mixing @ (vectors * values[:, None]))
-    kept = (cut > eps_rel * cut[:, :1]) & (cut > 0)
-    turned = left * kept[:, None]
+    left, spectrum, right = small.svd(mixing @ (vectors * values[:, None]))
+    significant = (spectrum > eps_rel * spectrum[:, :1]) & (spectrum > 0)
+    turned = left * significant[:, None]
     core = turned @ right @ (inverse(values, clear)[:, :, None] * vectors.mT)
-    return _Middle((half * weights) @ core.mT, turned @ left.mT, cut, kept)
+    return _Middle((half * weights) @ core.mT, turned @ left.mT, spectrum, significant)
 
 
 def sketched_rows(
@@ -188,11 +190,13 @@ def sketched_rows(
     partials = cross_gram_partials(uploads, clients, segments, basis, rows)
     floor = max(eps_rel, _WIDE_FLOOR if dtype == torch.float64 else _FLOOR)
     middle = _fused_middle if rows <= FUSED_LIMIT else _middle
-    cores, projector, cut, kept = middle(partials, segments.rank, root, mixing, floor, eps_rel)
+    cores, projector, spectrum, significant = middle(
+        partials, segments.rank, root, mixing, floor, eps_rel
+    )
     apply_rows(uploads, clients, segments, cores, out)
-    rank = kept.sum(-1)
-    unknown = torch.full_like(cut[:, 0], float("nan"))
-    return Report(rank, spread(cut, rank), unknown, unknown, rank), projector
+    rank = significant.sum(-1)
+    unknown = torch.full_like(spectrum[:, 0], float("nan"))
+    return Report(rank, spread(spectrum, rank), unknown, unknown, rank), projector
 
 
 def nystrom_step(
@@ -202,7 +206,7 @@ def nystrom_step(
     rows = previous.shape[1]
     dtype = checks.accumulator(stack.dtype)
     factor = torch.empty(previous.shape, dtype=dtype, device=stack.device)
-    report, kept = sketched_rows(
+    report, projector = sketched_rows(
         stack,
         stack.shape[0],
         segments_of(stack, rows),
@@ -213,7 +217,7 @@ def nystrom_step(
         factor,
     )
     if on_rank_loss == "keep_prev":
-        lost = torch.eye(rows, dtype=torch.float64, device=stack.device) - kept
+        lost = torch.eye(rows, dtype=torch.float64, device=stack.device) - projector
         short = (report.rank < rows)[:, None, None]
         factor = (factor + torch.where(short, lost @ previous.double(), 0.0)).to(dtype)
     if not align:
@@ -237,14 +241,14 @@ def truncated_rows(
     values = values.clamp(min=0)
     size = min(rank, values.shape[1])
     floor = eps_rel if uploads.dtype.itemsize > 2 else max(eps_rel, _GRAM_FLOOR)
-    kept = (values[:, :size] > floor * values[:, :1]) & (values[:, :size] > 0)
-    cores = row_weights(root, segments) * vectors[:, :, :size] * kept[:, None]
+    significant = (values[:, :size] > floor * values[:, :1]) & (values[:, :size] > 0)
+    cores = row_weights(root, segments) * vectors[:, :, :size] * significant[:, None]
     apply_rows(
         uploads, clients, segments, torch.nn.functional.pad(cores, (0, rank - size)), leading
     )
-    count = kept.sum(-1)
+    count = significant.sum(-1)
     rest = torch.nn.functional.pad(values[:, size:], (0, 1))
-    last = torch.where(kept[:, -1], values[:, size - 1], 0.0)
+    last = torch.where(significant[:, -1], values[:, size - 1], 0.0)
     gap = torch.where(last > 0, 1 - rest[:, 0] / torch.where(last > 0, last, 1.0), 1.0)
     tail = torch.linalg.vector_norm(rest, dim=-1)
     condition = spread(values.sqrt(), count)

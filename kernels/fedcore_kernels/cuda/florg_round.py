@@ -67,8 +67,8 @@ def _step(
         return sketched_rows(uploads, clients, segments, root, before, rank, EPS_REL, row)[0]
     leading = torch.empty_like(row)
     report = truncated_rows(uploads, clients, segments, root, rank, EPS_REL, leading)
-    own = segments.counterparts(rank)
-    aligned = align_rows(leading, own, before, rank, rank, EPS_REL, row)
+    counterparts = segments.counterparts(rank)
+    aligned = align_rows(leading, counterparts, before, rank, rank, EPS_REL, row)
     return report._replace(aligned=torch.minimum(aligned, report.rank))
 
 
@@ -80,13 +80,13 @@ def _reports(
     fields = [torch.cat(field)[order] for field in zip(*reports, strict=True)]
     steps, first = {}, 0
     for group in layout.groups:
-        own = Report(*(field[first : first + len(group.modules)] for field in fields))
+        report = Report(*(field[first : first + len(group.modules)] for field in fields))
         first += len(group.modules)
         factor = group.view(row)
         if not align:
             factor.copy_(principal(factor.double()))
-            own = own._replace(aligned=torch.zeros_like(own.aligned))
-        steps[group] = FactorStep(factor, *own)
+            report = report._replace(aligned=torch.zeros_like(report.aligned))
+        steps[group] = FactorStep(factor, *report)
     return steps
 
 

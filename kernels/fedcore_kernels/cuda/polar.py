@@ -73,8 +73,8 @@ def _quintics(attempts: tuple[float, ...], eps: float, device: torch.device) -> 
     """
     flat: list[float] = []
     for lower in attempts:
-        found = quintics(lower, 4 * eps)
-        flat += [len(found), *(number for quintic in found for number in quintic)]
+        chain = quintics(lower, 4 * eps)
+        flat += [len(chain), *(number for quintic in chain for number in quintic)]
     return torch.tensor(flat, dtype=torch.float64).to(device)
 
 

@@ -28,7 +28,7 @@ _FLOOR = 1e-14
 
 
 def _whitened(stack: Tensor, root: Tensor) -> tuple[Tensor, Tensor]:
-    """``L^(1/2) U^T`` (L, m, m) and ``U L^(-1/2)`` with a row for each row of the uploads."""
+    """``L^(1/2) U^T`` (L, m, m) and ``U L^(-1/2)`` with one row per row of the uploads."""
     clients, _, rank, _ = stack.shape
     gram = gram_rows(stack, clients, segments_of(stack, 1), root, exact=True)
     energies, vectors = small.eigh(gram)
@@ -67,9 +67,9 @@ def product_svd(
     values = values[:, : min(values.shape[1], left.shape[3], right.shape[3])]
     count = kept_directions(values, rank, energy, eps_rel)
     size = rank if energy is None else int(count.max())
-    kept = torch.arange(size, device=values.device) < count[:, None]
-    weight = torch.where(kept, values[:, :size], 0.0)
-    share = weight.sqrt() if balanced else kept.to(weight.dtype)
+    leading = torch.arange(size, device=values.device) < count[:, None]
+    weight = torch.where(leading, values[:, :size], 0.0)
+    share = weight.sqrt() if balanced else leading.to(weight.dtype)
     outer = (basis_left @ u[:, :, :size]) * (share if balanced else weight)[:, None]
     inner = (basis_right @ v[:, :size].mT) * share[:, None]
     one = _directions(left, outer, dtype)
@@ -115,7 +115,7 @@ def mean_pair_gram(left: Tensor, right: Tensor, root: Tensor) -> Tensor:
     clients, modules, rank, _ = left.shape
     one = torch.ones(clients, dtype=torch.float64, device=left.device)
     group = max(1, copy_bytes(left.device) // (16 * (clients * rank) ** 2))
-    found = []
+    grams = []
     for start in range(0, modules, group):
         sides = (stack[:, start : start + group] for stack in (left, right))
         first, second = (
@@ -127,5 +127,5 @@ def mean_pair_gram(left: Tensor, right: Tensor, root: Tensor) -> Tensor:
             for side in sides
         )
         shares = root.square()[:, None, None]
-        found.append((first * shares).flatten(2) @ second.flatten(2).mT)
-    return torch.cat(found)
+        grams.append((first * shares).flatten(2) @ second.flatten(2).mT)
+    return torch.cat(grams)

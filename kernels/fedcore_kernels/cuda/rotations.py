@@ -15,10 +15,10 @@ def soft_rotation(matrix: Tensor, strength: float, eps_rel: float) -> SoftRotati
     wide = matrix.double().reshape(-1, order, order)
     eye = torch.eye(order, dtype=wide.dtype, device=wide.device)
     left, values, right = small.svd(wide)
-    kept = (values > eps_rel * values[:, :1]) & (values > 0)
-    rank = kept.sum(-1)
+    significant = (values > eps_rel * values[:, :1]) & (values > 0)
+    rank = significant.sum(-1)
     short = (rank < order)[:, None, None]
-    turned, back = completed(left, values, right, kept, small.svd)
+    turned, back = completed(left, values, right, significant, small.svd)
     left, right = torch.where(short, turned, left), torch.where(short, back, right)
     flip = torch.ones_like(values)
     flip[:, -1] = torch.linalg.det(left @ right).sign()

@@ -1,8 +1,8 @@
 """Triton bodies of the small decompositions: one launch for the whole batch.
 
 fp32, bf16 and fp16 are computed in fp32, fp64 in fp64: values are right to a few units of round-off
-of the largest. A matrix that holds NaN or infinity, or does not settle in ``SWEEPS`` sweeps, gives
-NaN, where torch raises after waiting for the device.
+of the largest. A matrix that holds NaN or infinity, or does not converge in ``SWEEPS`` sweeps,
+gives NaN, where torch raises after waiting for the device.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from fedcore_kernels.jit.spectra import eigh_kernel, svd_kernel
 from fedcore_kernels.spectra import Eigh, Svd
 
 SWEEPS = 60
-"""Bound on the sweeps: 64 columns of condition 1e6 in fp64, the slowest seen, settle in 22."""
+"""Bound on the sweeps: 64 columns of condition 1e6 in fp64, the slowest seen, converge in 22."""
 
 
 def power_of_two(size: int) -> int:

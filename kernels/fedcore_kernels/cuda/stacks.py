@@ -26,8 +26,10 @@ def cross_gram(stack: Tensor, reference: Tensor) -> Tensor:
     """``reference A_n^T`` (L, q, N, r) fp64."""
     clients, modules, rank, _ = stack.shape
     rows = reference.shape[1]
-    found = cross_gram_rows(stack, clients, segments_of(stack, rows), reference.contiguous(), rows)
-    return found.mT.reshape(modules, rows, clients, rank)
+    products = cross_gram_rows(
+        stack, clients, segments_of(stack, rows), reference.contiguous(), rows
+    )
+    return products.mT.reshape(modules, rows, clients, rank)
 
 
 def apply_cores(stack: Tensor, cores: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What a grouped launch covers: factors of one rank and any width, and one task a program.
+"""What a grouped launch covers: factors of one rank and any width, and one task per program.
 
 ``Segments`` are the factors: where each stands in a client's row and where its counterpart (the
 previous factor, or the result) stands. Tables are built once for each shape and kept on the device.
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fedcore_kernels.layout import ALIGNMENT, FactorSlot
 
-# Programs that fill any of the cards; below it a launch is cut finer.
+# Programs that fill any of the cards; below, a launch is split into smaller blocks.
 _PROGRAMS = 1024
 
 
@@ -104,7 +104,7 @@ def slab_tasks(
 ) -> tuple[Tensor, int]:
     """(factor, first row, first and last column, slab) for every block of rows, and the slabs.
 
-    Every factor is cut into the same number of slabs, so that their sum is one reduction. Narrow
+    Every factor is split into the same number of slabs, so that their sum is one reduction. Narrow
     factors may have slabs without columns.
     """
     blocks = len(segments.table) * -(-rows // block_rows)

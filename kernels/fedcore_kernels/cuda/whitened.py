@@ -41,7 +41,7 @@ def _one_pass(stack: Tensor, shares: Tensor, basis: Tensor) -> Tensor | None:
     if width > size["width"]:
         return None
     segments = segments_of(stack, rows)
-    # A few groups of clients a factor keep the card busy and the partial sums few.
+    # A few groups of clients per factor keep the card busy and the partial sums few.
     groups = min(clients, max(1, 264 // modules))
     share = -(-clients // groups)
     groups = -(-clients // share)
@@ -72,9 +72,9 @@ def _one_pass(stack: Tensor, shares: Tensor, basis: Tensor) -> Tensor | None:
 def whitened_sum(stack: Tensor, root: Tensor, basis: Tensor) -> Tensor:
     """``sum_n w_n (V A_n^T) A_n`` (L, q, k)."""
     shares = root.square()
-    found = _one_pass(stack, shares, basis)
-    if found is not None:
-        return found
+    total = _one_pass(stack, shares, basis)
+    if total is not None:
+        return total
     clients, rows = stack.shape[0], basis.shape[1]
     segments = segments_of(stack, rows)
     cross = cross_gram_rows(stack, clients, segments, basis.contiguous(), rows)
@@ -98,11 +98,11 @@ def whitened_step(total: Tensor, mixing: Tensor, basis: Tensor, eps_rel: float) 
     clear = (energies > eps_rel * energies[:, :1]) & (energies > 0)
     values = torch.where(clear, energies, 0.0).sqrt()
     left, cut, right = small.svd(mixing.double() @ (vectors * values[:, None]))
-    kept = (cut > eps_rel * cut[:, :1]) & (cut > 0)
-    core = (left * kept[:, None]) @ right @ (inverse(values, clear)[:, :, None] * vectors.mT)
+    significant = (cut > eps_rel * cut[:, :1]) & (cut > 0)
+    core = (left * significant[:, None]) @ right @ (inverse(values, clear)[:, :, None] * vectors.mT)
     factor = torch.empty(total.shape, dtype=torch.float64, device=total.device)
     apply_rows(wide, 1, segments, core.mT, factor)
-    rank = kept.sum(-1)
+    rank = significant.sum(-1)
     unknown = torch.full_like(cut[:, 0], float("nan"))
     dtype = checks.accumulator(total.dtype)
     return FactorStep(factor.to(dtype), rank, spread(cut, rank), unknown, unknown, rank)

@@ -7,7 +7,7 @@ and every column works in every step.
 
 Rotations stop when all columns of W are orthogonal *relative to their norms*, which makes left
 vectors orthogonal however small their singular value is. Columns below round-off of the largest are
-left alone: they would never settle. Both members of a pair compute their rotation from bitwise
+left alone: they would never converge. Both members of a pair compute their rotation from bitwise
 equal numbers. Where the longer column is the right one, the two change places as well, so that
 values come out sorted and zeros, hence padding, last.
 
@@ -27,8 +27,8 @@ import triton.language as tl
 @triton.jit
 def epsilon(dtype: tl.constexpr):
     """The distance from 1 to the next number."""
-    found: tl.constexpr = 2.0**-52 if dtype == tl.float64 else 2.0**-23
-    return found
+    spacing: tl.constexpr = 2.0**-52 if dtype == tl.float64 else 2.0**-23
+    return spacing
 
 
 @triton.jit
@@ -85,7 +85,7 @@ def orthogonalised(w, v, SWEEPS: tl.constexpr, CARRY: tl.constexpr):
     same rotations.
 
     Returns ``w``, ``v``, the squared norms (matrices, N) of the columns of ``w``, and per matrix
-    whether it settled within ``SWEEPS`` sweeps; one that holds NaN or infinity did not.
+    whether it converged within ``SWEEPS`` sweeps; one that holds NaN or infinity did not.
     """
     ROWS: tl.constexpr = w.shape[0]
     COUNT: tl.constexpr = w.shape[1]
@@ -123,16 +123,16 @@ def orthogonalised(w, v, SWEEPS: tl.constexpr, CARRY: tl.constexpr):
             sine = tangent * cosine
 
             keep = tl.where(swap, 0.0, 1.0).to(w.dtype)
-            own = tl.where(swap, sine, -sine * sine / (1 + cosine))
+            direct = tl.where(swap, sine, -sine * sine / (1 + cosine))
             cross = tl.where(swap, -cosine, sine)
             cross = tl.where(on_left, -cross, cross)
-            w = rotated(w, other, keep, own, cross)
+            w = rotated(w, other, keep, direct, cross)
             if CARRY:
                 WIDE: tl.constexpr = v.shape[0]
                 index = tl.broadcast_to(partner[None, None, :], (WIDE, COUNT, N))
-                v = rotated(v, tl.gather(v, index, 2), keep, own, cross)
+                v = rotated(v, tl.gather(v, index, 2), keep, direct, cross)
             # Exact up to round-off of the longer column; a sweep that changes nothing measures
-            # every norm afresh, so no matrix settles on these.
+            # every norm afresh, so no matrix converges on these.
             gain = tangent * inner
             norms = tl.where(on_left == swap, right + gain, left - gain)
             moved |= (turn | swap).to(tl.int32)
@@ -146,8 +146,8 @@ def orthogonalised(w, v, SWEEPS: tl.constexpr, CARRY: tl.constexpr):
 def jacobi_eigh(a, n, SWEEPS: tl.constexpr):
     """Eigenvalues (matrices, N), descending, and eigenvectors (N, matrices, N) of symmetric ``a``.
 
-    ``a`` (N, matrices, N) is zero beyond ``n``; so are the results. A matrix that does not settle
-    gives NaN.
+    ``a`` (N, matrices, N) is zero beyond ``n``; so are the results. A matrix that does not
+    converge gives NaN.
     """
     COUNT: tl.constexpr = a.shape[1]
     N: tl.constexpr = a.shape[2]
@@ -174,7 +174,7 @@ def jacobi_eigh(a, n, SWEEPS: tl.constexpr):
 
 @triton.jit
 def completed(u, rank, p, n):
-    """``u`` with orthonormal columns from ``rank`` (matrices,) to ``n``; the given ones are zero.
+    """``u`` with orthonormal columns from ``rank`` (matrices,) to ``n``; the input is zero there.
 
     Each is the unit vector with the largest part outside of the span, orthogonalised twice. That
     part is at least 1 / p, so twice is enough.

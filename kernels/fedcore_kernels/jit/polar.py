@@ -1,7 +1,7 @@
-"""Polar factors of many small matrices of one shape, several of them a program.
+"""Polar factors of many small matrices of one shape, several of them per program.
 
-Matrices are read as ``long`` x ``short``; strides within a matrix say whether they lie like that or
-transposed. ``rank`` (batch,) carries the verdict from :func:`polar_kernel`, which is all
+Matrices are read as ``long`` x ``short``; strides within a matrix say whether they are stored like
+that or transposed. ``rank`` (batch,) carries the verdict from :func:`polar_kernel`, which is all
 matmuls and gives up where a matrix is not provably regular, to :func:`polar_jacobi_kernel`.
 
 ``quintics`` (fp64) holds for every attempt the number of its quintics and their coefficients.
@@ -26,10 +26,10 @@ def product(x, y, MODE: tl.constexpr):
     left = tl.reshape(x, (x.shape[1], x.shape[2])) if FLAT else x
     right = tl.reshape(y, (y.shape[1], y.shape[2])) if FLAT else y
     if MODE == "fp64":
-        found = tl.dot(left, right, out_dtype=tl.float64)
+        result = tl.dot(left, right, out_dtype=tl.float64)
     else:
-        found = tl.dot(left, right, input_precision=MODE)
-    return tl.reshape(found, (1, x.shape[1], y.shape[2])) if FLAT else found
+        result = tl.dot(left, right, input_precision=MODE)
+    return tl.reshape(result, (1, x.shape[1], y.shape[2])) if FLAT else result
 
 
 @triton.jit
@@ -52,9 +52,9 @@ def kept_directions(u, values, count, cutoff):
     NaN stays NaN.
     """
     least = cutoff * tl.max(values, 1)[:, None]
-    kept = (values > least) & (tl.arange(0, values.shape[1])[None, :] < count[:, None])
-    u = tl.where((kept | (values != values))[None, :, :], u, 0.0)
-    return u, tl.sum(kept.to(tl.int32), 1)
+    significant = (values > least) & (tl.arange(0, values.shape[1])[None, :] < count[:, None])
+    u = tl.where((significant | (values != values))[None, :, :], u, 0.0)
+    return u, tl.sum(significant.to(tl.int32), 1)
 
 
 @triton.jit
@@ -119,10 +119,10 @@ def polar_kernel(
 ):
     """The factor by composed quintics, and its rank; -1 stays where a second look is needed.
 
-    That is where some singular value has not arrived at 1 within ``tolerance``, or, for a
+    That is where some singular value has not converged to 1 within ``tolerance``, or, for a
     ``ROTATION``, where the determinant is negative. Quintics for a small lower bound take some of
     the larger values close to that bound on their way and lose digits there, so a wide interval is
-    only attempted for matrices that a narrow one has not settled.
+    only attempted for matrices on which a narrow one has not converged.
     """
     dtype: tl.constexpr = tl.float64 if WIDE else tl.float32
     member = tl.program_id(0).to(tl.int64) * COUNT + tl.arange(0, COUNT)
@@ -160,12 +160,12 @@ def polar_kernel(
         gram = product(tl.permute(x, (0, 2, 1)), x, MODE)
         defect = tl.abs(gram - tl.where(on_diagonal, 1.0, 0.0).to(dtype))
         now = tl.max(tl.max(defect, 2), 1) <= tolerance
-        found = tl.permute(x, (1, 0, 2))
+        upright = tl.permute(x, (1, 0, 2))
         fresh = inside & (now & ~arrived)[None, :, None]
-        tl.store(factor + first + offset, found, mask=fresh)
+        tl.store(factor + first + offset, upright, mask=fresh)
         if ROTATION:
-            # A matrix to be turned around has arrived as well, but not where it should.
-            verdict = tl.where(determinant_sign(found, short) > 0, short, -1)
+            # A matrix of the wrong determinant has converged as well, but to a reflection.
+            verdict = tl.where(determinant_sign(upright, short) > 0, short, -1)
         else:
             verdict = tl.full((COUNT,), short, tl.int32)
         tl.store(rank + member, verdict.to(tl.int64), mask=now & ~arrived)
@@ -200,8 +200,8 @@ def polar_jacobi_kernel(
     """The factor and its rank from singular vectors, for matrices whose rank is -1 so far.
 
     Directions whose value is not above ``cutoff`` times the largest are left out, or, with
-    ``COMPLETE``, completed to an isometry; a ``ROTATION`` turns the weakest around where the
-    determinant asks for it.
+    ``COMPLETE``, completed to an isometry; a ``ROTATION`` flips the weakest where the
+    determinant is negative.
     """
     dtype: tl.constexpr = tl.float64 if WIDE else tl.float32
     member = tl.program_id(0).to(tl.int64) * COUNT + tl.arange(0, COUNT)
@@ -228,6 +228,6 @@ def polar_jacobi_kernel(
             # Jacobi rotations have determinant +1, hence so has v.
             sign = determinant_sign(u, short)
             u = tl.where(column == short - 1, u * sign[None, :, None], u)
-        found = product(tl.permute(u, (1, 0, 2)), tl.permute(v, (1, 2, 0)), MODE)
-        tl.store(factor + first + offset, tl.permute(found, (1, 0, 2)), mask=here)
+        isometry = product(tl.permute(u, (1, 0, 2)), tl.permute(v, (1, 2, 0)), MODE)
+        tl.store(factor + first + offset, tl.permute(isometry, (1, 0, 2)), mask=here)
         tl.store(rank + member, count.to(tl.int64), mask=pending)

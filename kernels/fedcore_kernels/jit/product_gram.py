@@ -78,12 +78,12 @@ def product_gram_kernel(
     )  # fmt: skip
     COUNT: tl.constexpr = BLOCK_M // RANK_PAD
     blocks = tl.reshape(one * other, (COUNT, RANK_PAD, COUNT, RANK_PAD))
-    found = tl.sum(tl.sum(blocks, 3), 1)
+    inner = tl.sum(tl.sum(blocks, 3), 1)
     i = first + tl.arange(0, COUNT)
     j = second + tl.arange(0, COUNT)
     # A square on the diagonal holds its mirror image too; each element is written once.
     keep = (i < clients)[:, None] & (j[None, :] <= i[:, None])
     out = grams + factor * clients * clients
-    tl.store(out + i[:, None] * clients + j[None, :], found, mask=keep)
+    tl.store(out + i[:, None] * clients + j[None, :], inner, mask=keep)
     keep = (i < clients)[:, None] & (j[None, :] < i[:, None])
-    tl.store(out + j[None, :] * clients + i[:, None], found, mask=keep)
+    tl.store(out + j[None, :] * clients + i[:, None], inner, mask=keep)

@@ -1,4 +1,4 @@
-"""The r x r part of the sketched step, one factor a program, in fp64.
+"""The r x r part of the sketched step, one factor per program, in fp64.
 
 Between the two reads of the uploads stand the products ``C_n = A_n V^T`` of every client. One
 program adds up their Gram, decomposes it, takes the polar factor and writes the cores that the
@@ -15,10 +15,10 @@ from fedcore_kernels.jit.jacobi import jacobi_svd, symmetric_jacobi
 def product(a, b):
     """``a b`` of two square fp64 tiles, on the tensor cores from order 16 on."""
     if a.shape[0] < 16:
-        found = tl.sum(a[:, :, None] * b[None, :, :], 1)
+        result = tl.sum(a[:, :, None] * b[None, :, :], 1)
     else:
-        found = tl.dot(a, b)
-    return found
+        result = tl.dot(a, b)
+    return result
 
 
 @triton.jit
@@ -32,10 +32,16 @@ def whiten_kernel(
     first = tl.program_id(0).to(tl.int64) * n * n
     gram = tl.load(grams + first + place, mask=inside, other=0.0)
     energies, vectors = symmetric_jacobi(gram, n, SWEEPS)
-    kept = (energies > CUTOFF * tl.max(energies, 0)) & (energies > 0)
-    values = tl.sqrt(tl.where(kept, energies, 1.0))
-    tl.store(mixing + first + place, vectors * tl.where(kept, values, 0.0)[None, :], mask=inside)
-    tl.store(cores + first + place, vectors * tl.where(kept, 1 / values, 0.0)[None, :], mask=inside)
+    significant = (energies > CUTOFF * tl.max(energies, 0)) & (energies > 0)
+    values = tl.sqrt(tl.where(significant, energies, 1.0))
+    tl.store(
+        mixing + first + place, vectors * tl.where(significant, values, 0.0)[None, :], mask=inside
+    )
+    tl.store(
+        cores + first + place,
+        vectors * tl.where(significant, 1 / values, 0.0)[None, :],
+        mask=inside,
+    )
 
 
 @triton.jit
@@ -96,8 +102,8 @@ def sketched_core_kernel(
     u = tl.reshape(u3, (N, N))
     v = tl.reshape(v3, (N, N))
     cut = tl.reshape(cut3, (N,))
-    kept = (cut > cutoff * tl.max(cut, 0)) & (cut > 0)
-    turned = u * tl.where(kept, 1.0, 0.0)[None, :]
+    significant = (cut > cutoff * tl.max(cut, 0)) & (cut > 0)
+    turned = u * tl.where(significant, 1.0, 0.0)[None, :]
     tl.store(kept_directions + factor * n * n + square, product(turned, tl.trans(u)), mask=inside)
     tl.store(spectrum + factor * n + index, cut, mask=index < n)
     inverse = tl.where(clear, 1 / values, 0.0)
@@ -109,7 +115,7 @@ def sketched_core_kernel(
         )
         c = c * weight[:, None]
         if N < 16:
-            found = tl.sum(c[:, :, None] * core[None, :, :], 1)
+            tile = tl.sum(c[:, :, None] * core[None, :, :], 1)
         else:
-            found = tl.dot(c, core)
-        tl.store(cores + place, found, mask=present)
+            tile = tl.dot(c, core)
+        tl.store(cores + place, tile, mask=present)

@@ -1,4 +1,4 @@
-"""Decompositions of many small matrices of one shape, several of them a program.
+"""Decompositions of many small matrices of one shape, several of them per program.
 
 Arguments: ``rows`` and ``columns`` of each of ``batch`` contiguous matrices.
 """
@@ -31,11 +31,11 @@ def eigh_kernel(
     here = (row < n) & (column < n) & (member < batch)[None, :, None]
     above = tl.load(matrix + first + row * n + column, mask=here, other=0.0).to(dtype)
     below = tl.load(matrix + first + column * n + row, mask=here, other=0.0).to(dtype)
-    found, basis = jacobi_eigh(above * 0.5 + below * 0.5, n, SWEEPS)
+    spectrum, basis = jacobi_eigh(above * 0.5 + below * 0.5, n, SWEEPS)
     basis *= column_signs(basis)[None, :, :]
     tl.store(vectors + first + row * n + column, basis, mask=here)
-    kept = (member < batch)[:, None] & (index < n)[None, :]
-    tl.store(values + member[:, None] * n + index[None, :], found, mask=kept)
+    stored = (member < batch)[:, None] & (index < n)[None, :]
+    tl.store(values + member[:, None] * n + index[None, :], spectrum, mask=stored)
 
 
 @triton.jit
@@ -75,7 +75,7 @@ def svd_kernel(
     here = (row < long) & (column < short) & present
     first = member[None, :, None] * long * short
     a = tl.load(matrix + first + row * row_stride + column * column_stride, mask=here, other=0.0)
-    u, found, v, rank = jacobi_svd(a.to(dtype), SWEEPS)
+    u, spectrum, v, rank = jacobi_svd(a.to(dtype), SWEEPS)
     u = completed(u, rank, long, short)
     signs = column_signs(u) if SIGN_TALL else column_signs(v)
     place = tall + first + row * tall_row + column * tall_column
@@ -84,5 +84,5 @@ def svd_kernel(
     place += lower * square_row + column * square_column
     inside = (lower < short) & (column < short) & present
     tl.store(place, v * signs[None, :, :], mask=inside)
-    kept = (member < batch)[:, None] & (index < short)[None, :]
-    tl.store(values + member[:, None] * short + index[None, :], found, mask=kept)
+    stored = (member < batch)[:, None] & (index < short)[None, :]
+    tl.store(values + member[:, None] * short + index[None, :], spectrum, mask=stored)

@@ -1,4 +1,4 @@
-"""The weighted mean of rows, one block of columns a program."""
+"""The weighted mean of rows, one block of columns per program."""
 
 import triton
 import triton.language as tl

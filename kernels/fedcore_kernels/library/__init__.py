@@ -1,6 +1,6 @@
 """The operations as ``torch.ops.fedcore.*``: for ``torch.compile``, autograd and CUDA graphs.
 
-One file a family: what an operation checks when it runs, shape and dtype of its results, and its
+One file per family: what an operation checks when it runs, shape and dtype of its results, and its
 gradient where it has one.
 """
 

@@ -30,7 +30,7 @@ def step_promise(dtype: torch.dtype, modules: int, rank: int, width: int) -> lis
 
 
 def check_gauge(previous: Tensor) -> None:
-    """Raise if a factor of ``previous`` (L, q, k) is all zero; not looked at during a capture.
+    """Raise if a factor of ``previous`` (L, q, k) is all zero; not checked during a capture.
 
     Raises:
         KernelInputError: naming the module.
@@ -55,8 +55,8 @@ def _nystrom(
 ) -> Step:
     check_gauge(previous)
     root = root_shares(weights, stack)
-    found: Step = run("nystrom_step", (stack, root, previous), eps_rel, align, on_rank_loss)
-    return found
+    step: Step = run("nystrom_step", (stack, root, previous), eps_rel, align, on_rank_loss)
+    return step
 
 
 def _nystrom_promise(
@@ -80,8 +80,8 @@ def _truncated(
         check_gauge(previous)
         before = previous
     root = root_shares(weights, stack)
-    found: Step = run("truncated_step", (stack, root, before), rank, eps_rel, align)
-    return found
+    step: Step = run("truncated_step", (stack, root, before), rank, eps_rel, align)
+    return step
 
 
 def _truncated_promise(

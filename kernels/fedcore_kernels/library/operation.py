@@ -2,9 +2,9 @@
 
 An operation has one *implementation* on tensors: the checks that read values, then the body that
 ``dispatch`` chooses. Called eagerly without a gradient it runs as it is, since the boundary of
-``torch.library`` costs some 25 to 60 microseconds a call. Under ``torch.compile``, and where a
+``torch.library`` costs some 25 to 60 microseconds per call. Under ``torch.compile``, and where a
 gradient is recorded, the same implementation runs behind ``torch.ops.fedcore.<name>``: opaque to
-the compiler, so that it reads values and the backend asked for when the compiled code runs.
+the compiler, so that it reads values and the requested backend when the compiled code runs.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from fedcore_kernels.errors import KernelInputError
 NAMESPACE = "fedcore"
 
 Promise = tuple[Sequence[int | None], torch.dtype]
-"""Shape and dtype of one result; ``None`` is a size that values decide, one and the same a call."""
+"""Shape and dtype of one result; ``None`` is a size that values decide, one per call."""
 
 
 def _keep_tensors(context: Any, inputs: tuple[Any, ...], _output: Any) -> None:
@@ -37,7 +37,7 @@ class Gradient:
     """How an operation is differentiated.
 
     ``backward`` is itself made of differentiable operations, and calls ours as
-    ``torch.ops.fedcore.<name>``, since nothing tells it that it is being compiled.
+    ``torch.ops.fedcore.<name>``, since it cannot see whether it is being compiled.
 
     Attributes:
         of: names of the arguments that have a gradient.
@@ -76,22 +76,22 @@ class _Operation:
 _operations: dict[str, _Operation] = {}
 
 
-def _keep_promise(found: Sequence[Tensor], promises: Sequence[Promise], inputs: Any) -> Any:
+def _keep_promise(results: Sequence[Tensor], promises: Sequence[Promise], inputs: Any) -> Any:
     """Results of the promised dtype, contiguous, sharing memory with nothing.
 
     A body may return views or one tensor twice, and a definition fp64; compiled code may not.
     """
     taken = {t.untyped_storage().data_ptr() for t in inputs if isinstance(t, Tensor)}
-    kept = []
-    for value, (shape, dtype) in zip(found, promises, strict=True):
+    outputs = []
+    for value, (shape, dtype) in zip(results, promises, strict=True):
         assert len(value.shape) == len(shape)
         assert all(n is None or n == m for n, m in zip(shape, value.shape, strict=True))
-        own = value.to(dtype).contiguous()
-        if own.untyped_storage().data_ptr() in taken:
-            own = own.clone()
-        taken.add(own.untyped_storage().data_ptr())
-        kept.append(own)
-    return kept[0] if len(kept) == 1 else tuple(kept)
+        output = value.to(dtype).contiguous()
+        if output.untyped_storage().data_ptr() in taken:
+            output = output.clone()
+        taken.add(output.untyped_storage().data_ptr())
+        outputs.append(output)
+    return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
 
 def define(
@@ -112,8 +112,8 @@ def define(
     name = schema.partition("(")[0]
 
     def kernel(*inputs: Any) -> Any:
-        found = implementation(*inputs)
-        several = found if isinstance(found, tuple) else (found,)
+        result = implementation(*inputs)
+        several = result if isinstance(result, tuple) else (result,)
         return _keep_promise(several, promise(*inputs), inputs)
 
     def fake(*inputs: Any) -> Any:
@@ -165,9 +165,9 @@ def without_gradient(name: str, **inputs: Any) -> None:
     if not torch.is_grad_enabled():
         return
     for argument, value in inputs.items():
-        found = {argument: value}
+        values = {argument: value}
         if isinstance(value, list | tuple):
-            found = {f"{argument}[{i}]": one for i, one in enumerate(value)}
-        for title, one in found.items():
+            values = {f"{argument}[{i}]": one for i, one in enumerate(value)}
+        for title, one in values.items():
             if _requires_gradient(one):
                 raise KernelInputError(f"{name} has no gradient; pass {title}.detach()")

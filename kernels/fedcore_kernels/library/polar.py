@@ -25,8 +25,8 @@ from fedcore_kernels.library.operation import Gradient, Promise, define
 
 
 def _polar(matrix: Tensor, cutoff: float, regularisation: float) -> tuple[Tensor, Tensor]:
-    found: tuple[Tensor, Tensor] = run("polar", (matrix,), cutoff, regularisation)
-    return found
+    result: tuple[Tensor, Tensor] = run("polar", (matrix,), cutoff, regularisation)
+    return result
 
 
 def _polar_promise(matrix: Tensor, cutoff: float, regularisation: float) -> list[Promise]:
@@ -34,8 +34,8 @@ def _polar_promise(matrix: Tensor, cutoff: float, regularisation: float) -> list
 
 
 def _procrustes(source: Tensor, target: Tensor, rotation_only: bool) -> Tensor:
-    found: Tensor = run("procrustes", (source, target), rotation_only)
-    return found
+    isometry: Tensor = run("procrustes", (source, target), rotation_only)
+    return isometry
 
 
 def _procrustes_promise(source: Tensor, target: Tensor, rotation_only: bool) -> list[Promise]:
@@ -59,15 +59,15 @@ def _through_isometry(matrix: Tensor, grad: Tensor, cutoff: float, rotation: boo
     sums = values[..., :, None] + values[..., None, :]
     # The skew part has no diagonal, and a rotation may have s = 0 there.
     sums = torch.where(torch.eye(min(p, q), dtype=torch.bool, device=matrix.device), 1.0, sums)
-    found = left @ ((inner - inner.mT) / sums) @ right
+    gradient = left @ ((inner - inner.mT) / sums) @ right
     if p > q:
         outside = grad - left @ (left.mT @ grad)
-        found = found + (outside @ right.mT / values[..., None, :]) @ right
+        gradient = gradient + (outside @ right.mT / values[..., None, :]) @ right
     elif p < q:
         outside = grad - (grad @ right.mT) @ right
-        found = found + left @ ((left.mT @ outside) / values[..., :, None])
+        gradient = gradient + left @ ((left.mT @ outside) / values[..., :, None])
     unique = (least > cutoff * values[..., 0]) & (least > 0)
-    return torch.where(unique[..., None, None], found, float("nan"))
+    return torch.where(unique[..., None, None], gradient, float("nan"))
 
 
 def _keep_polar(context: Any, inputs: tuple[Any, ...], _output: Any) -> None:
@@ -79,13 +79,13 @@ def _polar_backward(context: Any, grad: Tensor, _rank: Any) -> tuple[Tensor, Non
     (matrix,) = context.saved_tensors
     wide, lam = matrix.double(), context.regularisation
     if not lam:
-        found = _through_isometry(wide, grad.double(), context.cutoff, False)
-        return found.to(matrix.dtype), None, None
+        gradient = _through_isometry(wide, grad.double(), context.cutoff, False)
+        return gradient.to(matrix.dtype), None, None
     size = torch.linalg.matrix_norm(wide, keepdim=True)
     eye = torch.eye(wide.shape[-1], dtype=wide.dtype, device=wide.device)
-    found = _through_isometry(wide + lam * size * eye, grad.double(), context.cutoff, False)
-    trace = found.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
-    return (found + lam * trace * wide / size).to(matrix.dtype), None, None
+    gradient = _through_isometry(wide + lam * size * eye, grad.double(), context.cutoff, False)
+    trace = gradient.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
+    return (gradient + lam * trace * wide / size).to(matrix.dtype), None, None
 
 
 def _keep_procrustes(context: Any, inputs: tuple[Any, ...], _output: Any) -> None:
@@ -98,9 +98,9 @@ def _procrustes_backward(context: Any, grad: Tensor) -> tuple[Tensor, Tensor, No
     start, goal = source.double(), target.double()
     product = goal @ start.mT
     cutoff = max(product.shape[-2:]) * torch.finfo(product.dtype).eps
-    found = _through_isometry(product, grad.double(), cutoff, context.rotation_only)
-    to_source = (found.mT @ goal).sum_to_size(source.shape).to(source.dtype)
-    to_target = (found @ start).sum_to_size(target.shape).to(target.dtype)
+    gradient = _through_isometry(product, grad.double(), cutoff, context.rotation_only)
+    to_source = (gradient.mT @ goal).sum_to_size(source.shape).to(source.dtype)
+    to_target = (gradient @ start).sum_to_size(target.shape).to(target.dtype)
     return to_source, to_target, None
 
 

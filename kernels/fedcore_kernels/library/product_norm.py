@@ -18,8 +18,8 @@ from fedcore_kernels.library.operation import Gradient, Promise, define
 
 
 def _norm(left: Tensor, right: Tensor) -> Tensor:
-    found: Tensor = run("product_norm", (left, right))
-    return found
+    norm: Tensor = run("product_norm", (left, right))
+    return norm
 
 
 def _promise(left: Tensor, right: Tensor) -> list[Promise]:

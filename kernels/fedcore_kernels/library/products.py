@@ -23,8 +23,8 @@ def _svd(
     eps_rel: float,
 ) -> _Svd:
     sides = (left, right, root_shares(weights, left))
-    found: _Svd = run("product_svd", sides, rank, energy, balanced, eps_rel)
-    return found
+    result: _Svd = run("product_svd", sides, rank, energy, balanced, eps_rel)
+    return result
 
 
 def _svd_promise(
@@ -50,13 +50,13 @@ def _gram_promise(left: Tensor, *_: object) -> list[Promise]:
 
 
 def _gram(left: Tensor, right: Tensor) -> Tensor:
-    found: Tensor = run("product_gram", (left, right))
-    return found
+    grams: Tensor = run("product_gram", (left, right))
+    return grams
 
 
 def _pair_gram(left: Tensor, right: Tensor, weights: Tensor) -> Tensor:
-    found: Tensor = run("mean_pair_gram", (left, right, root_shares(weights, left)))
-    return found
+    grams: Tensor = run("mean_pair_gram", (left, right, root_shares(weights, left)))
+    return grams
 
 
 define(

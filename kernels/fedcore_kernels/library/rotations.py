@@ -10,8 +10,8 @@ from fedcore_kernels.library.operation import Promise, define
 
 
 def _rotation(matrix: Tensor, strength: float, eps_rel: float) -> tuple[Tensor, Tensor, Tensor]:
-    found: tuple[Tensor, Tensor, Tensor] = run("soft_rotation", (matrix,), strength, eps_rel)
-    return found
+    result: tuple[Tensor, Tensor, Tensor] = run("soft_rotation", (matrix,), strength, eps_rel)
+    return result
 
 
 def _rotation_promise(matrix: Tensor, strength: float, eps_rel: float) -> list[Promise]:

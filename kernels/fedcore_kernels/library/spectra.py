@@ -1,6 +1,6 @@
 """``fedcore::eigh_small`` and ``svd_small``, without gradients.
 
-The vectors of a repeated value are any basis of its space, and those of close values turn without
+The vectors of a repeated value are any basis of its space, and those of close values rotate without
 bound: what one differentiates is a function of the spaces, such as ``polar``.
 """
 
@@ -14,8 +14,8 @@ from fedcore_kernels.library.operation import Promise, define
 
 
 def _eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    found: tuple[Tensor, Tensor] = run("eigh_small", (matrix,))
-    return found
+    result: tuple[Tensor, Tensor] = run("eigh_small", (matrix,))
+    return result
 
 
 def _eigh_promise(matrix: Tensor) -> list[Promise]:
@@ -24,8 +24,8 @@ def _eigh_promise(matrix: Tensor) -> list[Promise]:
 
 
 def _svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    found: tuple[Tensor, Tensor, Tensor] = run("svd_small", (matrix,))
-    return found
+    result: tuple[Tensor, Tensor, Tensor] = run("svd_small", (matrix,))
+    return result
 
 
 def _svd_promise(matrix: Tensor) -> list[Promise]:

@@ -25,8 +25,8 @@ def _gram(stack: Tensor, weights: Tensor | None) -> Tensor:
         root = torch.ones(stack.shape[0], dtype=torch.float64, device=stack.device)
     else:
         root = root_shares(weights, stack)
-    found: Tensor = run("gram", (stack, root))
-    return found
+    grams: Tensor = run("gram", (stack, root))
+    return grams
 
 
 def _gram_promise(stack: Tensor, weights: Tensor | None) -> list[Promise]:
@@ -46,8 +46,8 @@ def _gram_backward(context: Any, grad: Tensor) -> tuple[Tensor, None]:
 
 
 def _cross_gram(stack: Tensor, reference: Tensor) -> Tensor:
-    found: Tensor = run("cross_gram", (stack, reference))
-    return found
+    products: Tensor = run("cross_gram", (stack, reference))
+    return products
 
 
 def _cross_gram_promise(stack: Tensor, reference: Tensor) -> list[Promise]:
@@ -70,8 +70,8 @@ def _cross_gram_backward(context: Any, grad: Tensor) -> tuple[Tensor | None, ...
 
 
 def _apply_cores(cores: Tensor, stack: Tensor) -> Tensor:
-    found: Tensor = run("apply_cores", (stack, cores))
-    return found
+    factors: Tensor = run("apply_cores", (stack, cores))
+    return factors
 
 
 def _apply_cores_promise(cores: Tensor, stack: Tensor) -> list[Promise]:

@@ -17,8 +17,8 @@ from fedcore_kernels.library.operation import Gradient, Promise, define
 
 
 def _mean(updates: Tensor, weights: Tensor) -> Tensor:
-    found: Tensor = run("weighted_mean", (updates, shares(weights, updates)))
-    return found
+    mean: Tensor = run("weighted_mean", (updates, shares(weights, updates)))
+    return mean
 
 
 def _promise(updates: Tensor, weights: Tensor) -> list[Promise]:

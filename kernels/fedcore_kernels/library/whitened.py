@@ -22,8 +22,8 @@ from fedcore_kernels.library.operation import Gradient, Promise, define
 
 
 def _basis(previous: Tensor) -> tuple[Tensor, Tensor]:
-    found: tuple[Tensor, Tensor] = run("whitened_basis", (previous,))
-    return found
+    result: tuple[Tensor, Tensor] = run("whitened_basis", (previous,))
+    return result
 
 
 def _basis_promise(previous: Tensor) -> list[Promise]:
@@ -32,8 +32,8 @@ def _basis_promise(previous: Tensor) -> list[Promise]:
 
 
 def _upload(factor: Tensor, basis: Tensor) -> Tensor:
-    found: Tensor = run("whitened_upload", (factor, basis))
-    return found
+    upload: Tensor = run("whitened_upload", (factor, basis))
+    return upload
 
 
 def _upload_promise(factor: Tensor, basis: Tensor) -> list[Promise]:
@@ -42,15 +42,15 @@ def _upload_promise(factor: Tensor, basis: Tensor) -> list[Promise]:
 
 def _upload_backward(context: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
     factor, basis = context.saved_tensors
-    own, rows, wide = factor.double(), basis.double(), grad.double()
-    through = wide @ own.mT
-    to_factor = (own @ rows.mT) @ wide + through.mT @ rows
-    return to_factor.to(factor.dtype), (through @ own).to(basis.dtype)
+    client, rows, wide = factor.double(), basis.double(), grad.double()
+    through = wide @ client.mT
+    to_factor = (client @ rows.mT) @ wide + through.mT @ rows
+    return to_factor.to(factor.dtype), (through @ client).to(basis.dtype)
 
 
 def _sum(stack: Tensor, weights: Tensor, basis: Tensor) -> Tensor:
-    found: Tensor = run("whitened_sum", (stack, root_shares(weights, stack), basis))
-    return found
+    total: Tensor = run("whitened_sum", (stack, root_shares(weights, stack), basis))
+    return total
 
 
 def _sum_promise(stack: Tensor, weights: Tensor, basis: Tensor) -> list[Promise]:
@@ -58,8 +58,8 @@ def _sum_promise(stack: Tensor, weights: Tensor, basis: Tensor) -> list[Promise]
 
 
 def _step(total: Tensor, mixing: Tensor, basis: Tensor, eps_rel: float) -> Step:
-    found: Step = run("whitened_step", (total, mixing, basis), eps_rel)
-    return found
+    step: Step = run("whitened_step", (total, mixing, basis), eps_rel)
+    return step
 
 
 def _step_promise(total: Tensor, mixing: Tensor, basis: Tensor, eps_rel: float) -> list[Promise]:

@@ -122,7 +122,7 @@ def test_states_are_written_and_gone_on_from(tmp_path):
         ("fedex", "fedex needs every upload"),
         ("local_only", "local_only exchanges nothing"),
         ("florg.whitened", "florg.whitened sends what its clients compute"),
-        ("florg.avg_a", "adapter is of family 'lora'; florg.avg_a needs 'gram'"),
+        ("florg.avg_a", "adapter: florg.avg_a is not for adapters of family 'lora'"),
     ],
 )
 def test_what_a_sum_is_not_enough_for_is_refused(method, message):

@@ -95,10 +95,10 @@ class HadamardObjective(PairObjective):
     def left_curvature(self, q: Tensor) -> Tensor:
         """``R(q)`` for ``q (1, S, N)``: (1, S, N, N)."""
         pairs = _row_pairs(torch.einsum("sn,nrc->src", q[0], self.inner))
-        found = torch.zeros(*q.shape, q.shape[-1], dtype=q.dtype, device=q.device)
+        curvature = torch.zeros(*q.shape, q.shape[-1], dtype=q.dtype, device=q.device)
         for where, energy in _blocks(self.base, self.rows):
-            found += _quadratic(self.outer[:, :, where], pairs @ energy.mT)
-        return found
+            curvature += _quadratic(self.outer[:, :, where], pairs @ energy.mT)
+        return curvature
 
     def right_curvature(self, p: Tensor) -> Tensor:
         """``T(p)`` for ``p (1, S, N)``: (1, S, N, N)."""
@@ -107,20 +107,20 @@ class HadamardObjective(PairObjective):
         for where, energy in _blocks(self.base, self.rows):
             columns += pairs[..., where] @ energy
         parts = zip(self.inner.split(self.rows, -1), columns.split(self.rows, -1), strict=True)
-        found = torch.zeros(*p.shape, p.shape[-1], dtype=p.dtype, device=p.device)
+        curvature = torch.zeros(*p.shape, p.shape[-1], dtype=p.dtype, device=p.device)
         for part, packed in parts:
-            found += _quadratic(part, packed)
-        return found
+            curvature += _quadratic(part, packed)
+        return curvature
 
     def error(self, p: Tensor, q: Tensor) -> Tensor:
         """``f`` for ``p, q (N,)`` from the entries, without the cancellation of its Gram form."""
         left = self.shares[:, None, None] * self.outer
         left = left - q[:, None, None] * torch.einsum("n,nro->ro", p, self.outer)
         left, right = left.flatten(0, 1), self.inner.flatten(0, 1)
-        found = torch.zeros((), dtype=left.dtype, device=left.device)
+        error = torch.zeros((), dtype=left.dtype, device=left.device)
         for where, energy in _blocks(self.base, self.rows):
-            found += (energy * (left[:, where].mT @ right).square()).sum()
-        return found
+            error += (energy * (left[:, where].mT @ right).square()).sum()
+        return error
 
 
 def hadamard_combination(
@@ -158,7 +158,7 @@ def hadamard_combination(
             finite, shares that are not positive or do not sum to 1, ``sweeps`` or ``rows`` below 1,
             ``tolerance`` outside [0, 1).
 
-    Cost: ``2 r (r + 1) d_out d_in`` flops a sweep and start, about ``2 d_out d_in (3 m + N^2)``
+    Cost: ``2 r (r + 1) d_out d_in`` flops per sweep and start, about ``2 d_out d_in (3 m + N^2)``
     once, with ``m = N r``; of memory ``rows d_in`` and ``r (r + 1) (d_out + d_in)`` numbers in fp64
     and a few copies of the stacks.
 
@@ -230,11 +230,11 @@ def _in_gauge_of(
 ) -> tuple[Tensor, Tensor]:
     """``(c p, q / c)`` with ``||A^||`` that of the coefficients ``reference``, ``p^T w >= 0``."""
     sizes = plain.traces[1][0]
-    wanted, found = reference @ sizes @ reference, q @ sizes @ q
+    wanted, current = reference @ sizes @ reference, q @ sizes @ q
     sign = -1.0 if float(p @ plain.shares) < 0 else 1.0
     # A zero factor has no scale to fix.
-    usable = bool(wanted > 0) and bool(found > 0)
-    scale = sign * (found / wanted).sqrt() if usable else torch.full_like(found, sign)
+    usable = bool(wanted > 0) and bool(current > 0)
+    scale = sign * (current / wanted).sqrt() if usable else torch.full_like(current, sign)
     return p * scale, q / scale
 
 

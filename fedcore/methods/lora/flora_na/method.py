@@ -138,14 +138,14 @@ def combination_reports(
             (fit.start_p, fit.start_q, fit.start_value),
         )
     )
-    own = product_svd(factors[0][None], factors[1][None], [1.0])
+    combined = product_svd(factors[0][None], factors[1][None], [1.0])
     floor = gap = torch.full_like(value, torch.nan)
     if certify:
         best = product_svd(left, right, shares, left.shape[2])
         floor, gap = best.tail.square(), best.gap
     columns = (
-        own.rank,
-        spread(own.values, own.rank),
+        combined.rank,
+        spread(combined.values, combined.rank),
         gap,
         value,
         floor,

@@ -28,7 +28,7 @@ class PairObjective:
     """``f`` of every module in terms of Gram blocks, all fp64.
 
     Attributes:
-        left, right: ``(L, N N, r r)`` the blocks ``S^l_ij`` and ``S^r_ij``, a row a pair.
+        left, right: ``(L, N N, r r)`` the blocks ``S^l_ij`` and ``S^r_ij``, one row per pair.
         shares: ``(N,)`` positive, summing to 1.
         cross: ``(L, N, N)`` ``H``, the inner products of M with ``left_i^T right_j``.
         gram: ``(L, N, N)`` the inner products of the clients' own products.
@@ -71,8 +71,8 @@ class PairObjective:
     def scale(self) -> Tensor:
         """``(sum_n w_n ||left_n^T right_n||_F)^2``, (L,): what M could be if nothing cancelled."""
         # The trace of a product of positive matrices; rounding can take it below zero.
-        own = self.gram.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()
-        return (own @ self.shares).square()
+        sizes = self.gram.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()
+        return (sizes @ self.shares).square()
 
     @property
     def traces(self) -> tuple[Tensor, Tensor]:

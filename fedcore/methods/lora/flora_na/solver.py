@@ -88,15 +88,15 @@ def starts(objective: PairObjective) -> tuple[Tensor, Tensor]:
     usable = values[:, :1] > 0
     p, q = torch.where(usable, p, means), torch.where(usable, q, means)
 
-    own = objective.gram.diagonal(dim1=-2, dim2=-1)
+    energy = objective.gram.diagonal(dim1=-2, dim2=-1)
     size = torch.stack([t.diagonal(dim1=-2, dim2=-1) for t in objective.traces]).prod(0)
-    exists = own > _ROUNDING * size
+    exists = energy > _ROUNDING * size
     hit = objective.cross.diagonal(dim1=-2, dim2=-1)
-    gain = torch.where(exists, hit * (hit / own), -1.0)
+    gain = torch.where(exists, hit * (hit / energy), -1.0)
     best = gain.argmax(-1, keepdim=True)
     single = torch.zeros_like(p).scatter(-1, best, 1.0)
     usable = exists.any(-1, keepdim=True)
-    alone = torch.where(usable, single * (hit / own).gather(-1, best), means)
+    alone = torch.where(usable, single * (hit / energy).gather(-1, best), means)
     single = torch.where(usable, single, means)
     return torch.stack([means, p, alone], 1), torch.stack([means, q, single], 1)
 
@@ -161,16 +161,16 @@ def nearest_combination(
     fit = alternate(objective, p, q, sweeps=sweeps, tolerance=tolerance, affine=affine)
     size = objective.scale
     first, last = _first_best(before, size), _first_best(fit.value, size)
-    found = Combination(
+    best = Combination(
         *(_pick(c, last) for c in (fit.p, fit.q, fit.value)),
         *(_pick(c, first) for c in (p, q, before)),
         *(_pick(c, last) for c in (fit.sweeps, fit.converged)),
     )
-    found = _without_target(objective, found, before[:, 0], affine)
+    best = _without_target(objective, best, before[:, 0], affine)
     if affine:
-        return found
-    p, q = _fix_gauge(objective, found.p, found.q)
-    return found._replace(p=p, q=q)
+        return best
+    p, q = _fix_gauge(objective, best.p, best.q)
+    return best._replace(p=p, q=q)
 
 
 def _sweep(
@@ -193,12 +193,12 @@ def _least_squares(curvature: Tensor, residual: Tensor, affine: bool) -> Tensor:
         # Rounding in the eigenvectors would let the sums drift over many sweeps.
         return _centred(_curved_part(centred, _centred(residual), largest))
     factor, failed = torch.linalg.cholesky_ex(curvature)
-    found = failed == 0
+    factored = failed == 0
     # What is left of a failed factor has no inverse.
     one = torch.eye(curvature.shape[-1], dtype=curvature.dtype, device=curvature.device)
-    inverse = torch.cholesky_inverse(torch.where(found[..., None, None], factor, one))
+    inverse = torch.cholesky_inverse(torch.where(factored[..., None, None], factor, one))
     condition = torch.linalg.matrix_norm(curvature) * torch.linalg.matrix_norm(inverse)
-    regular = found & (condition < _REGULAR)
+    regular = factored & (condition < _REGULAR)
     step = apply(inverse, residual)
     if not bool(regular.all()):
         step[~regular] = _curved_part(curvature[~regular], residual[~regular])
@@ -206,13 +206,13 @@ def _least_squares(curvature: Tensor, residual: Tensor, affine: bool) -> Tensor:
 
 
 def _curved_part(curvature: Tensor, residual: Tensor, largest: Tensor | None = None) -> Tensor:
-    """``curvature^+ residual`` by eigenvectors, flat ones left out; ``largest (..., 1)`` is their
-    own largest value unless given.
+    """``curvature^+ residual`` by eigenvectors, flat ones left out; ``largest (..., 1)`` is by
+    default the largest value of ``curvature``.
     """
     values, vectors = torch.linalg.eigh(curvature)
     largest = values[..., -1:] if largest is None else largest
-    kept = (values > CUTOFF * largest) & (values > 0)
-    inverse = torch.where(kept, 1 / values, 0.0)
+    curved = (values > CUTOFF * largest) & (values > 0)
+    inverse = torch.where(curved, 1 / values, 0.0)
     return apply(vectors, inverse * apply(vectors.mT, residual))
 
 

@@ -88,7 +88,7 @@ class CELoRA(Method):
     ``weight_by_examples`` multiplies column j by the reported weight of client j.
 
     Not exact: with bases of their own the mean of cores is not the mean of models, and it depends
-    on each client's gauge. Turning one client's bases, ``(B O, O^T R, A)``, leaves its model as it
+    on each client's gauge. Rotating one client's bases, ``(B O, O^T R, A)``, leaves its model as it
     is and ruins the average (error near 1), a defect that ``ce_lora.projected`` does not have.
     Needs equal ranks; padded cores have no meaning.
 
@@ -97,8 +97,8 @@ class CELoRA(Method):
     examples *is* those examples, hence ``min_per_component``. ``share_counts`` (off) also sends the
     label histogram; without it classes weigh the same.
 
-    Cost: ``r^2`` numbers a module each way; the statistics once, ``G (1 + 2 D)`` numbers for the G
-    components of a client. The server computes ``D^2`` anew each round, since ``median D^2`` is
+    Cost: ``r^2`` numbers per module each way; the statistics once, ``G (1 + 2 D)`` numbers for the
+    G components of a client. The server computes ``D^2`` anew each round, since ``median D^2`` is
     over the participants.
 
     Source: CE-LoRA, arXiv 2503.23869, for the clients; its server's rule is not public, and
@@ -122,7 +122,7 @@ class CELoRA(Method):
     family: ClassVar[Family] = "tri"
     capabilities: ClassVar[Capabilities] = Capabilities(personalised=True, wants_features=True)
     description: ClassVar[Description] = Description(
-        summary="cores mixed for each client by likeness of data and model",
+        summary="cores mixed for each client by similarity of data and model",
         paper="arXiv 2503.23869",
         exact="no: the mean of cores over private bases",
         uplink="r^2, and once the mixtures of the classes",

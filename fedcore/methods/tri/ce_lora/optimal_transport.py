@@ -20,7 +20,7 @@ from fedcore.errors import FedcoreError, missing_extra
 Array = NDArray[np.float64]
 
 SMALL = 3
-"""Problems of up to this many atoms a side are solved in batches, larger ones one by one."""
+"""Problems of up to this many atoms per side are solved in batches, larger ones one by one."""
 
 _BATCH = 2048
 """Problems whose intermediate values fit into a second-level cache."""
@@ -45,8 +45,8 @@ def transport_costs(first: Array, second: Array, costs: Array) -> Array:
         ``(P,)``, non-negative; off by some units in the last place of the largest cost.
 
     Raises:
-        FedcoreError: the solver did not finish (more than three atoms a side).
-        MissingExtraError: POT is not installed and a problem has more than three atoms a side.
+        FedcoreError: the solver did not finish (more than three atoms per side).
+        MissingExtraError: POT is not installed and a problem has more than three atoms per side.
 
     Example:
         >>> half = np.array([[0.5, 0.5]])

@@ -42,7 +42,7 @@ class CELoRAProjected(LinearMethod):
     clients' bases stay in the spans of the common ones, and what leaves the spans is lost.
 
     The traffic is that of :class:`.CELoRA`; unlike there one global model
-    results, sums are all the server needs, and nothing is told of the data. The mixes of CE-LoRA
+    results, sums are all the server needs, and nothing about the data is sent. The mixes of CE-LoRA
     would work on ``R^_n`` as well; they are left out because they need every upload.
 
     Needs ``A_0`` and ``B_0`` of full rank, which ``init`` gives: ``"xs"`` takes the leading
@@ -148,10 +148,10 @@ def _orthonormal(base: Tensor, factor: str, group: PairGroup) -> tuple[Tensor, T
     values = torch.linalg.svdvals(t)
     noise = torch.finfo(base.dtype).eps * max(base.shape[1:])
     rank = (values > noise * values[:, :1]).sum(-1)
-    for module, found in zip(group.modules, rank.tolist(), strict=True):
-        if found < group.rank:
+    for module, count in zip(group.modules, rank.tolist(), strict=True):
+        if count < group.rank:
             raise FedcoreError(
-                f"ce_lora.projected: {module}.{factor} of the broadcast has rank {found} of "
+                f"ce_lora.projected: {module}.{factor} of the broadcast has rank {count} of "
                 f"{group.rank}; the common bases need full rank, start the adapter from 'random' "
                 "or 'xs'"
             )

@@ -152,7 +152,7 @@ def cosine_similarity(moves: Sequence[Tensor]) -> Tensor:
 def cka_similarity(cores: Sequence[Tensor]) -> Tensor:
     """The mean over modules of linear CKA, ``||X_j^T X_i||^2 / (||X_i^T X_i|| ||X_j^T X_j||)``.
 
-    Warning: CKA of cores tells little. It does not see scale, sign and rotations from the right,
+    Warning: CKA of cores says little. It does not see scale, sign and rotations from the right,
     so that a client and its opposite count as equal, and near the identity it is saturated: two
     unrelated ``I + 0.1 noise`` of size 8 have 0.87 on average, unrelated 8 x 8 noise 0.49.
 
