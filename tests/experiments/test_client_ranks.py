@@ -10,18 +10,12 @@ from fedcore.errors import FedcoreError
 from fedcore.experiments.observer import Observer
 from fedcore.experiments.run import resume, start
 from fedcore.federation.state import latest_state, read_state
-from fedcore.methods.registry import default_methods
 from tests.experiments.jobs import tiny_recipe
 
 MIXED = {"adapter.rank": 4, "adapter.client_ranks": [4, 1, 2]}
-EXCHANGING = [m for m in default_methods() if m.capabilities.population == "clients"]
-BY_NAME = {m.name: m for m in EXCHANGING}
-ABLE = [m.name for m in EXCHANGING if m.capabilities.mixed_ranks]
-OPTIONS = {"robust_krum": {"method.faulty": 0}}
-UNABLE = [m.name for m in EXCHANGING if not m.capabilities.mixed_ranks and m.family != "none"]
 
 
-@pytest.mark.parametrize("method", ABLE)
+@pytest.mark.parametrize("method", ["ffa", "florg.whitened", "flora"])
 def test_lower_ranks_train_upload_and_count_as_such(method, home, tmp_path, monkeypatch):
     from fedcore.experiments import round as round_room
 
@@ -40,7 +34,7 @@ def test_lower_ranks_train_upload_and_count_as_such(method, home, tmp_path, monk
         return trained
 
     monkeypatch.setattr(round_room, "train_clients", recorded)
-    chosen = {"method.name": method, **OPTIONS.get(method, {})}
+    chosen = {"method.name": method}
     recipe = tiny_recipe(home, **MIXED, **chosen)
     mixed = start(recipe, tmp_path / "run")
     assert mixed["finished"]
@@ -53,7 +47,7 @@ def test_lower_ranks_train_upload_and_count_as_such(method, home, tmp_path, monk
                 assert not bool(cohort.layout.view(cohort.updates[n], slot)[rank:].any())
     full = start(tiny_recipe(home, **{"adapter.rank": 4}, **chosen), tmp_path / "full")
     # Statistics have the broadcast's shape whatever the rank.
-    share = 16 if BY_NAME[method].capabilities.uploads == "statistics" else 4 + 1 + 2 + 4
+    share = 16 if method == "florg.whitened" else 4 + 1 + 2 + 4
     assert mixed["bytes_up"]["adapter"] * 16 == full["bytes_up"]["adapter"] * share
 
 
@@ -76,7 +70,7 @@ def test_an_interrupted_run_of_mixed_ranks_ends_with_the_same_bits(method, home,
     assert torch.equal(whole.row, cut.row)
 
 
-@pytest.mark.parametrize("method", UNABLE)
+@pytest.mark.parametrize("method", ["fedit", "florg.avg_a", "fed_sb"])
 def test_methods_that_need_equal_ranks_say_so_before_anything_runs(method, home, tmp_path):
     recipe = tiny_recipe(home, **MIXED, **{"method.name": method})
     message = (

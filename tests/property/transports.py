@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fedcore.data.keyed_rows import Ranks, row_from_tensors, tensors_from_row
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -25,6 +24,7 @@ from fedcore.data.cohort import Cohort
 from fedcore.data.exchange import UploadFolder, read_broadcast, write_upload
 from fedcore.data.low_rank import LowRank, accumulated
 from fedcore.data.peft_files import WEIGHTS_FILE, write_adapter
+from fedcore.data.rows import Ranks, row_from_tensors, tensors_from_row
 from fedcore.data.validation import OnInvalid, digest
 from fedcore.federation.downloads import lower_rank_starts
 from fedcore.federation.server_round import OpenRound
