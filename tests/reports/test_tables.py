@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console, RenderableType
 
 from fedcore.reports.comparison import comparison_rows
-from fedcore.reports.document import Page, Section, render
+from fedcore.reports.document import Page, PageSection, render
 from fedcore.reports.formatting import DASH, duration, scientific, significant, with_half_width
 from fedcore.reports.grid import Column, Grid
 from fedcore.reports.reading import read_run
@@ -108,6 +108,6 @@ def test_html_escapes_every_cell():
     hostile = "<script>alert('1')</script>"
     grid = Grid(hostile, (Column(hostile), Column("b")), ((hostile, "2"),), hostile)
     parser = Cells()
-    parser.feed(render(Page("kind", "title", "outcome", [Section(tables=[grid])])))
+    parser.feed(render(Page("kind", "title", "outcome", [PageSection(tables=[grid])])))
     assert "script" not in parser.tags
     assert parser.cells[:3] == [hostile, "b", hostile]

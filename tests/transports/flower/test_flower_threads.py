@@ -19,7 +19,8 @@ from fedcore.transports.flower.messages import RECORD, ReplyInfo, to_arrays
 from fedcore.transports.flower.recipe_strategy import RecipeStrategy
 from tests.experiments.jobs import tiny_recipe
 from tests.experiments.messages import Messages
-from tests.transports.flower.grid import FakeGrid, recipe_nodes
+from tests.transports.flower.grid import FakeGrid
+from tests.transports.flower.recipe_nodes import recipe_nodes
 
 SMALL = {"rounds": 1, "clients": 2, "training.steps": 1}
 
