@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from fedcore.data.peft_files import read_adapter
+from fedcore.experiments import round as round_room
 from fedcore.experiments.observer import Observer
 from fedcore.experiments.run import resume, start
+from fedcore.federation.server_round import OpenRound
 from fedcore.federation.state import latest_state, read_state
 from tests.experiments.jobs import tiny_recipe
 
@@ -29,23 +31,22 @@ def slot_of(state, row, module, factor):
 @pytest.fixture
 def uploads(monkeypatch):
     """Every cohort that reaches a server half."""
-    from fedcore.experiments import round as round_room
-
     seen = []
-    genuine = round_room.train_clients
+    genuine = OpenRound.close
 
-    def recorded(*arguments):
-        trained = genuine(*arguments)
-        seen.append(trained.cohort)
-        return trained
+    def recorded(opened, *arguments, **named):
+        closed = genuine(opened, *arguments, **named)
+        seen.append(closed.cohort)
+        return closed
 
-    monkeypatch.setattr(round_room, "train_clients", recorded)
+    monkeypatch.setattr(OpenRound, "close", recorded)
     return seen
 
 
 @pytest.mark.parametrize(("method", "shared"), [("fedsa", {"A"}), ("ce_lora", {"R"})])
 def test_only_what_is_shared_leaves_a_client(method, shared, home, tmp_path, uploads):
     start(tiny_recipe(home, **{"method.name": method}), tmp_path / "run")
+    assert uploads
     for cohort in uploads:
         assert {slot.factor for slot in cohort.layout} == shared
     state = final(tmp_path / "run")
@@ -59,21 +60,18 @@ def test_only_what_is_shared_leaves_a_client(method, shared, home, tmp_path, upl
 
 
 def test_fedsa_clients_go_on_from_the_common_a_and_their_own_b(home, tmp_path, monkeypatch):
-    from fedcore.experiments import round as client_turns
-
     starts = {}
-    genuine = client_turns.client_row
+    genuine = round_room.train_one_client
 
-    def recorded(experiment, state, client):
-        row = genuine(experiment, state, client)
-        starts[state.round, client] = (state, row)
-        return row
+    def recorded(experiment, broadcast, round, client, row, memory, observer):
+        starts[round, client] = (broadcast, row.clone(), dict(memory))
+        return genuine(experiment, broadcast, round, client, row, memory, observer)
 
-    monkeypatch.setattr(client_turns, "client_row", recorded)
+    monkeypatch.setattr(round_room, "train_one_client", recorded)
     start(tiny_recipe(home, **{"method.name": "fedsa"}), tmp_path / "run")
     for client in ("client-00", "client-03"):
-        state, row = starts[1, client]
-        own = state.simulated_clients[client]["row"]
+        state, row, memory = starts[1, client]
+        own = memory["row"]
         for module in state.layout.modules:
             assert torch.equal(
                 slot_of(state, row, module, "A"), slot_of(state, state.row, module, "A")
