@@ -9,6 +9,10 @@ OLDER    := 3.7.1
 # One test process per core: every one of them computes on a single thread (tests/processes.py).
 PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
 
+# What `make check` runs: the rooms that everything stands on, and the rules of the house.
+QUICK := tests/data tests/federation tests/recipes tests/packaging/test_house.py tests/packaging/test_prose.py \
+  tests/packaging/test_walk.py tests/methods/test_laws.py tests/methods/test_linear_methods.py tests/merging/test_aggregate.py
+
 .PHONY: run check test test-all test-gpu lint bench docs clean
 
 run: $(VENV)/.examples
