@@ -41,6 +41,7 @@ from fedcore.data.peft_files import read_adapter, read_tensors, write_adapter
 from fedcore.data.tensor_file import TensorFile
 from fedcore.errors import FedcoreError
 from fedcore.experiments.run_folder import RunFolder
+from fedcore.federation.records import PartitionRecord
 from fedcore.federation.state import ServerState, read_state, write_state
 from fedcore.reports import page
 from fedcore.reports.document import Picture
@@ -50,6 +51,15 @@ from tests.reports.fake_run import write_fake_run
 
 LIKE = lora_state(0)
 LAYOUT = LIKE.layout()
+
+
+def _partition(number: int) -> PartitionRecord:
+    return PartitionRecord(
+        label_names=("news",),
+        client_ids=("site",),
+        class_counts=((number,),),
+        test_counts=((0,),),
+    )
 
 
 def _state(number: int) -> ServerState:
@@ -109,8 +119,8 @@ WRITERS = {
         lambda n, out: write_adapter(lora_state(n), out), lambda out: _number_of_adapter(out)
     ),
     "json": Writer(
-        lambda n, out: RunFolder(out).write_json("summary.json", {"finished": True, "n": n}),
-        lambda out: (RunFolder(out).summary() or {})["n"],
+        lambda n, out: RunFolder(out).write_json("partition.json", _partition(n)),
+        lambda out: json.loads((out / "partition.json").read_text())["class_counts"][0][0],
     ),
     "page": Writer(
         _write_page,

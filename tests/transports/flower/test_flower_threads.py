@@ -88,7 +88,7 @@ def test_a_clients_app_computes_on_the_recipes_threads(threads, home, monkeypatc
         return build_experiment(apps.parse_recipe(text), Observer())
 
     monkeypatch.setattr(apps, "train", train)
-    monkeypatch.setattr(apps, "_bench", build)
+    monkeypatch.setattr(apps, "_experiment", build)
     TaskIdentity.task_id = TaskIdentity.run_id = TaskIdentity.node_id = 1
     context = Context(
         run_id=1,
