@@ -249,7 +249,7 @@ def unfrozen() -> nn.Module:
         (gram_llama, "florg", lambda: gram(frame_seed=9), "has another frame than the broadcast"),
         (gram_llama, "florg", lambda: gram(init_seed=9), "gram_A0 is not the broadcast's"),
         (gram_llama, "florg", lambda: lora_bert(), "family 'lora', the broadcast's 'gram'"),
-        (lora_bert, "florg", lambda: lora_bert(), "florg.truncated is not for adapters of"),
+        (lora_bert, "florg", lambda: lora_bert(), "florg.truncated needs 'gram'"),
         (lora_bert, "fedit", lambda: lora(r=2), r"is \[2, 24\] in the model and \[3, 24\]"),
         (lora_bert, "fedit", lambda: lora(lora_alpha=3), "has scaling 1 in the model and 2"),
         (lora_bert, "fedit", lambda: lora(target_modules=["query"]), "value.A, which the model"),
