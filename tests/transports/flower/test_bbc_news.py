@@ -11,6 +11,7 @@ ROOT = Path(__file__).parents[3]
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.timeout(1200)
 def test_fedcore_run_on_flower_leaves_the_local_engines_adapter(tmp_path):
     for engine in ("flower", "local"):
