@@ -40,6 +40,7 @@ def _build():  # type: ignore[no-untyped-def]  # typer is optional and imported 
     app.command()(compare.compare)
     app.command()(aggregate.aggregate)
     app.command()(listing.methods)
+    app.command()(listing.adapters)
     app.command()(listing.recipes)
     app.command()(export.export)
     app.command("flower-app")(flower_app.flower_app)

@@ -46,6 +46,20 @@ def aggregate(
     compare: Annotated[
         bool, typer.Option("--compare/--no-compare", help="Errors of this and other methods.")
     ] = True,
+    keep_patterns: Annotated[
+        bool,
+        typer.Option(
+            "--keep-patterns",
+            help="Let modules keep ranks of their own, for readers that honour rank_pattern.",
+        ),
+    ] = False,
+    base: Annotated[
+        str | None,
+        typer.Option(
+            help="The base model's name, where adapters name one model differently; a folder with "
+            "its weights shows the error of merged DoRA weights."
+        ),
+    ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the adapter that is in the folder.")
     ] = False,
@@ -75,6 +89,8 @@ def aggregate(
             on_invalid="drop" if drop_invalid else "raise",
             dtype=dtype,
             compare=compare,
+            keep_patterns=keep_patterns,
+            base=base,
             overwrite=overwrite,
             progress=lambda done, total: bars.update(task, completed=done, total=total),
         )
@@ -112,6 +128,8 @@ def _show(console: Console, result: Aggregated, out: Path) -> None:
         say(f"left out {dropped.client_id}: {dropped.reason}")
     for flag in result.flags:
         say(f"note: {flag}")
+    if result.merged_error is not None:
+        say(f"error of the merged weights, relative to their change: {result.merged_error:.2e}")
     say(f"exact: {'yes' if result.exact else 'no'}")
     if result.residual is not None:
         say(f"adapter: {out}, to be added to {out / RESIDUAL_FOLDER}")

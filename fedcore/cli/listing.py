@@ -10,9 +10,11 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from fedcore.data.adapter_fields import FIELDS
 from fedcore.errors import FedcoreError
 from fedcore.methods import describe_methods
 from fedcore.recipes import load_recipe, shipped_recipes
+from fedcore.reports.adapters_table import adapters_markdown
 from fedcore.reports.methods_table import cell, methods_markdown
 
 _AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON array of flat objects.")]
@@ -43,6 +45,20 @@ def methods(json_: _AsJson = False, markdown: _AsMarkdown = False) -> None:
         traffic.add_row(*(row[key] for key in ("name", "uplink", "downlink", "server_cost")))
     console = Console()
     for table in (what, traits, traffic):
+        console.print(table)
+
+
+def adapters(markdown: _AsMarkdown = False) -> None:
+    """List the kinds of adapters and the configuration fields that are accepted, and why."""
+    if markdown:
+        print(adapters_markdown(), end="")
+        return
+    console = Console()
+    for kind, rules in FIELDS.items():
+        table = _table(kind, "field", "accepted", "why")
+        for field, rule in rules.items():
+            accepted = ", ".join(map(str, rule.accepted)) or rule.use
+            table.add_row(field, accepted, "; ".join(filter(None, (rule.why, rule.remedy))))
         console.print(table)
 
 

@@ -2,32 +2,25 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from math import sqrt
 from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fedcore.checks import count, flag, number
-from fedcore.data.peft_keys import CORE, parse_key
+from fedcore.data.adapter_kind import config_problem, kind
+from fedcore.data.declared import as_lora_config, declared_rank_and_scaling
+from fedcore.data.peft_keys import CORE
 from fedcore.data.rows import absorb_scalings, rank_and_width, row_dtype, tensor_in_row
+from fedcore.data.stored_form import NamedTensor, StoredForm, named_tensors, shaped, stacked_experts
 from fedcore.errors import FedcoreError
 from fedcore_kernels.layout import FactorLayout, FactorSlot
 
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 _PAIRS = {"lora": ("A", "B"), "gram": ("A",), "tri": ("A", "B", "R")}
-
-
-# No scaling in use is near it, and fp32 factors of ordinary size survive being multiplied by it.
-_LARGEST = 1e30
-
-# Matching such a pattern can take a time exponential in the length of the module's path.
-_NESTED_REPEAT = re.compile(r"[*+}][^()]*\)\s*[*+{]")
 
 
 def _frozen(mapping: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -48,7 +41,9 @@ class AdapterState:
             initial factor, stored frames).
         scaling: module path to ``alpha / r`` or ``alpha / sqrt(r)``.
         config: the adapter's configuration, as read from ``adapter_config.json``.
-        keys: tensor name (``module.factor`` or the dense name) to the key it was read under.
+        keys: tensor name (``module.factor`` or the dense name) to the key it is written under.
+        forms: tensor name to how a file holds it, of factors that stand in a file in another form
+            (convolutions, experts).
     """
 
     family: str
@@ -58,11 +53,12 @@ class AdapterState:
     scaling: Mapping[str, float] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)
     keys: Mapping[str, str] = field(default_factory=dict)
+    forms: Mapping[str, StoredForm] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         factors = {module: _frozen(named) for module, named in self.factors.items()}
         object.__setattr__(self, "factors", _frozen(factors))
-        for name in ("dense", "constants", "scaling", "config", "keys"):
+        for name in ("dense", "constants", "scaling", "config", "keys", "forms"):
             object.__setattr__(self, name, _frozen(getattr(self, name)))
 
     @classmethod
@@ -82,12 +78,22 @@ class AdapterState:
                 ``alpha_pattern``, ``use_rslora``, ...).
             name: what to call the adapter in errors, usually the client's id.
 
+        AdaLoRA is read as the plain LoRA that it is equal to, with the configuration of one; the
+        factors of a convolution are matrices here, and each expert of a parameter is a module.
+
         Raises:
-            FedcoreError: a factor without its partner, a core that is not square, a rank that the
-                configuration does not declare, tensors of more than two axes, an integer or complex
-                dtype, or no tensor.
+            FedcoreError: naming field or tensor: the configuration or a tensor is not on the list
+                of :mod:`fedcore.data.adapter_kind`; a factor without its partner, a core that is
+                not square, a rank that the configuration does not declare, factors of more than
+                two axes, an integer or complex dtype, or no tensor.
         """
-        state = cls.from_tensors(tensors, name=name)
+        problem = config_problem(config)
+        if problem:
+            raise FedcoreError(f"{name}: {problem}")
+        state = cls._of(tensors, named_tensors(tensors, config, name), name)
+        if kind(config) == "ADALORA":
+            config, scaling = as_lora_config(config, state.ranks, name)
+            return replace(state, scaling=scaling, config=config)
         scaling = {}
         for module in state.factors:
             rank = state.rank(module)
@@ -108,13 +114,15 @@ class AdapterState:
         Raises:
             FedcoreError: as :meth:`from_peft`, without what concerns the configuration.
         """
+        return cls._of(tensors, named_tensors(tensors, None, name), name)
+
+    @classmethod
+    def _of(
+        cls, tensors: Mapping[str, Tensor], named: Mapping[str, NamedTensor], name: str
+    ) -> AdapterState:
         factors: dict[str, dict[str, Tensor]] = {}
-        dense: dict[str, Tensor] = {}
-        constants: dict[str, Tensor] = {}
-        keys: dict[str, str] = {}
-        families: set[str] = set()
+        whole: dict[str, dict[str, Tensor]] = {"dense": {}, "constant": {}}
         for key, tensor in tensors.items():
-            meaning = parse_key(key)
             if tensor.dtype not in _DTYPES:
                 raise FedcoreError(
                     f"{name}: {key} has dtype {tensor.dtype}; a float dtype is needed: fp64, fp32, "
@@ -122,37 +130,40 @@ class AdapterState:
                 )
             if not tensor.numel():
                 raise FedcoreError(f"{name}: {key} has shape {tuple(tensor.shape)} and no value")
-            plain = meaning.role == "dense"
-            full_name = meaning.module if plain else f"{meaning.module}.{meaning.factor}"
-            if full_name in keys:
-                raise FedcoreError(f"{name}: {key} and {keys[full_name]} name the same tensor")
-            keys[full_name] = key
-            if plain:
-                dense[full_name] = tensor
-                continue
-            families.add(meaning.family)
-            if meaning.role == "constant":
-                constants[full_name] = tensor
+        for full_name, one in named.items():
+            tensor = one.form.read(tensors)
+            if one.role == "factor":
+                factors.setdefault(one.module, {})[one.factor] = tensor
             else:
-                if tensor.dim() != 2:
-                    shape = tuple(tensor.shape)
-                    raise FedcoreError(f"{name}: {key} has shape {shape}; a factor has two axes")
-                factors.setdefault(meaning.module, {})[meaning.factor] = tensor
+                # A copy of a frozen base weight is compared as every constant is, never averaged.
+                whole["dense" if one.role == "dense" else "constant"][full_name] = tensor
         if not tensors:
             raise FedcoreError(f"{name}: the adapter holds no tensor")
+        families = {one.family for one in named.values() if one.family}
         if len(families) > 1:
             raise FedcoreError(f"{name}: mixes adapter families {sorted(families)}")
         family = families.pop() if families else "none"
-        for module, named in factors.items():
-            _check_pair(name, family, module, named)
-        return cls(family, factors, dense, constants, keys=keys)
+        for module, pair in factors.items():
+            _check_pair(name, family, module, pair)
+        keys = {full_name: one.key for full_name, one in named.items()}
+        # AdaLoRA's form is left behind: what was read is written as plain LoRA.
+        forms = {n: one.form for n, one in named.items() if one.form.axes or one.form.experts}
+        return cls(family, factors, whole["dense"], whole["constant"], keys=keys, forms=forms)
 
     def to_peft(self) -> dict[str, Tensor]:
-        """The state dict under the keys it was read under."""
+        """The state dict under the keys it was read under, wrappers' names left out."""
         out = {}
+        experts: dict[str, list[Tensor]] = {}
         for module, named in self.factors.items():
             for factor, tensor in named.items():
-                out[self.keys[f"{module}.{factor}"]] = tensor
+                name = f"{module}.{factor}"
+                key, form = self.keys[name], self.forms.get(name)
+                if form is not None and form.experts:
+                    experts.setdefault(key, []).append(tensor)
+                    if len(experts[key]) == form.experts:
+                        out[key] = stacked_experts(factor, experts[key])
+                else:
+                    out[key] = tensor if form is None else shaped(form, tensor)
         for tensors in (self.constants, self.dense):
             for name, tensor in tensors.items():
                 out[self.keys[name]] = tensor
@@ -228,40 +239,6 @@ def adapter_from_row(row: Tensor, layout: FactorLayout, like: AdapterState) -> A
     unscaled = row.clone()
     absorb_scalings(unscaled, layout, like.family, like.scaling, inverse=True)
     return like.with_row(unscaled, layout)
-
-
-def declared_rank_and_scaling(config: Mapping[str, Any], module: str) -> tuple[int, float]:
-    """Rank and scaling that ``config`` declares for ``module`` (patterns as PEFT matches them).
-
-    ``alpha / r`` for plain LoRA, ``alpha / sqrt(r)`` with ``use_rslora``. A pattern's key is a
-    regular expression that must match the end of the module path.
-
-    Raises:
-        FedcoreError: ``r`` or ``lora_alpha`` is missing or not positive.
-    """
-    rank = _declared(config, "rank_pattern", module, "r")
-    alpha = _declared(config, "alpha_pattern", module, "lora_alpha")
-    owner = f"module {module} in the adapter's configuration"
-    rank = count(owner, "r", rank, least=1, most=_LARGEST)
-    alpha = number(owner, "lora_alpha", alpha, least=1 / _LARGEST, most=_LARGEST)
-    rooted = flag(owner, "use_rslora", config.get("use_rslora") or False)
-    return rank, alpha / sqrt(rank) if rooted else alpha / rank
-
-
-def _declared(config: Mapping[str, Any], patterns: str, module: str, default: str) -> Any:
-    """The value of the first of the ``patterns`` that matches ``module``, else of ``default``."""
-    declared = config.get(patterns) or {}
-    if not isinstance(declared, Mapping):
-        raise FedcoreError(f"{patterns} is {declared!r:.60}; a mapping of patterns is needed")
-    for pattern, value in declared.items():
-        if not isinstance(pattern, str) or _NESTED_REPEAT.search(pattern):
-            raise FedcoreError(f"{patterns} has {pattern!r:.60}, a repetition of repetitions")
-        try:
-            if re.match(rf"(.*\.)?({pattern})$", module):
-                return value
-        except (re.error, RecursionError, OverflowError) as error:
-            raise FedcoreError(f"{patterns} has {pattern!r:.60}: {error}") from None
-    return config.get(default)
 
 
 def _check_pair(name: str, family: str, module: str, named: Mapping[str, Tensor]) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fedcore.data.adapter_state import AdapterState
+from fedcore.data.compatibility import adapter_problem, mismatch, token_rows
 from fedcore.data.peft_files import read_adapter
 from fedcore.data.rows import absorb_scalings, widest_layout
 from fedcore.data.validation import (
@@ -118,17 +119,51 @@ class Cohort:
         *,
         on_invalid: OnInvalid = "raise",
     ) -> Cohort:
-        """Gather PEFT adapter folders (client id to folder) into a cohort."""
+        """Gather PEFT adapter folders (client id to folder) into a cohort.
+
+        Raises:
+            FedcoreError: naming the first client, with ``"raise"``, whose folder cannot be read, or
+                whose adapter cannot be averaged, by itself or with that of the first client.
+        """
         states: dict[str, AdapterState] = {}
         bad: list[Dropped] = []
         for client_id, folder in sorted(folders.items()):
             try:
-                states[client_id] = read_adapter(folder, name=f"client {client_id}")
+                state = read_adapter(folder, name=f"client {client_id}")
             except FedcoreError as error:
                 bad.append(Dropped(client_id, str(error)))
+                continue
+            first = min(states) if states else client_id
+            problem = _folder_problem(state, states.get(first, state), first)
+            if problem:
+                bad.append(Dropped(client_id, problem))
+            else:
+                states[client_id] = state
         enforce(bad, on_invalid, 0)
         cohort = cls.from_states(states, weights, on_invalid=on_invalid)
         return replace(cohort, dropped=tuple(sorted([*cohort.dropped, *bad])))
+
+
+def _folder_problem(state: AdapterState, first: AdapterState, whose: str) -> str | None:
+    """Why an adapter cannot stand in a row beside that of the client ``whose``."""
+    problem = adapter_problem(state)
+    if problem or state is first:
+        return problem
+    if state.family == first.family:
+        layout = widest_layout(first.layout(), [first.ranks, state.ranks])
+        problem = mismatch(state, first, f"client {whose}", layout, same_base=False)
+    if problem is None and token_rows(state) != token_rows(first):
+        problem = f"its trainable_token_indices are not those of client {whose}"
+    if problem is None:
+        names = sorted(state.constants.keys() | first.constants.keys())
+        constants = state.constants, first.constants
+        other = (name for name in names if not _equal(*(held.get(name) for held in constants)))
+        problem = next((f"{name} differs from that of client {whose}" for name in other), None)
+    return problem
+
+
+def _equal(one: Tensor | None, other: Tensor | None) -> bool:
+    return one is not None and other is not None and torch.equal(one, other)
 
 
 class CohortBuilder:

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedcore.data.adapter_state import AdapterState, declared_rank_and_scaling
+from fedcore.data.adapter_state import AdapterState
+from fedcore.data.declared import declared_rank_and_scaling
 from fedcore.data.folders import read_object, replace_folder, write_text
 from fedcore.data.low_rank import LowRank, packed, unpacked
 from fedcore.data.peft_files import (

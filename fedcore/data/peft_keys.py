@@ -3,7 +3,8 @@
 ``base_model.model.encoder.layer.0.query.lora_A.weight`` is factor ``A`` of module
 ``encoder.layer.0.query``. Files drop the adapter's name, live models carry it
 (``lora_A.default.weight``, ``classifier.modules_to_save.default.weight``,
-``lora_magnitude_vector.default.weight``); both are understood.
+``lora_magnitude_vector.default.weight``); both are understood, and so are the names that
+``torch.compile``, DDP, FSDP and activation checkpointing put around a module.
 Factors are recognised by their key, never by their shape: a layer may be as wide as the rank.
 """
 
@@ -14,7 +15,13 @@ from typing import Literal
 
 PREFIX = "base_model.model."
 
-Role = Literal["factor", "constant", "dense"]
+WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+"""Path components of ``torch.compile``, FSDP and activation checkpointing, which name no module."""
+
+DDP = "module."
+"""What ``DistributedDataParallel`` puts in front of every key."""
+
+Role = Literal["factor", "constant", "singular", "dense"]
 
 _FACTORS: dict[str, tuple[str, str]] = {
     "lora_A": ("lora", "A"),
@@ -28,8 +35,17 @@ _FACTORS: dict[str, tuple[str, str]] = {
 }
 _CONSTANTS = {"gram_A0": "gram", "gram_left": "gram", "gram_right": "gram"}
 
+SINGULAR = "lora_E"
+"""AdaLoRA's singular values, one per row of ``A``."""
+
 MAGNITUDE = "lora_magnitude_vector"
 """DoRA's magnitudes, a dense tensor of the module; files end their key here."""
+
+LORA_BIAS = "lora_B.bias"
+"""The end of the name of a bias that is trained beside ``B`` and scaled as the update is."""
+
+TOKEN_ROWS = "token_adapter.trainable_tokens_delta"
+"""The end of the name of rows of an embedding, of the tokens that the configuration lists."""
 
 TRANSPOSED_FACTORS = frozenset({"B"})
 """Factors that a flat row holds transposed, so that every factor is ``rank x width``."""
@@ -48,19 +64,43 @@ class KeyMeaning:
     factor: str
 
 
+def unwrapped(key: str) -> str:
+    """``key`` without the components that wrappers put into it."""
+    if key.startswith(DDP + PREFIX):
+        key = key.removeprefix(DDP)
+    if not any(wrapper in key for wrapper in WRAPPERS):
+        return key
+    return ".".join(part for part in key.split(".") if part not in WRAPPERS)
+
+
+def ends_with(name: str, end: str) -> bool:
+    """Whether the path ``name`` is ``end`` or ends with it, component by component."""
+    return name == end or name.endswith(f".{end}")
+
+
 def parse_key(key: str) -> KeyMeaning:
-    """What ``key`` names; anything that is neither a factor nor a constant is a dense tensor."""
-    path = key.removeprefix(PREFIX)
+    """What ``key`` names; anything that is neither a factor nor a constant is a dense tensor.
+
+    Live models have many more parameters than an adapter; what a *file* may hold is said by
+    :mod:`fedcore.data.adapter_kind`.
+    """
+    path = unwrapped(key).removeprefix(PREFIX)
     parts = path.split(".")
     for i in range(len(parts) - 1, max(len(parts) - 4, -1), -1):
-        tag = parts[i]
+        tag, module = parts[i], ".".join(parts[:i])
         if tag in _FACTORS:
+            if tag == "lora_B" and parts[-1] == "bias":
+                return KeyMeaning("dense", "", f"{module}.{LORA_BIAS}", "")
             family, factor = _FACTORS[tag]
-            return KeyMeaning("factor", family, ".".join(parts[:i]), factor)
+            return KeyMeaning("factor", family, module, factor)
         if tag in _CONSTANTS:
-            return KeyMeaning("constant", _CONSTANTS[tag], ".".join(parts[:i]), tag)
+            return KeyMeaning("constant", _CONSTANTS[tag], module, tag)
+        if tag == SINGULAR:
+            return KeyMeaning("singular", "lora", module, tag)
     if MAGNITUDE in parts[-3:]:
         path = ".".join(parts[: parts.index(MAGNITUDE, -3) + 1])
+    elif "trainable_tokens_delta" in parts[-2:]:
+        path = ".".join(parts[: parts.index("trainable_tokens_delta", -2) + 1])
     elif "modules_to_save" in parts:
         i = parts.index("modules_to_save")
         path = ".".join(parts[:i] + parts[i + 2 :])

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from fedcore.data.peft_keys import CORE, TRANSPOSED_FACTORS, parse_key
+from fedcore.data.peft_keys import CORE, LORA_BIAS, TRANSPOSED_FACTORS, ends_with, parse_key
 from fedcore.errors import FedcoreError
 from fedcore_kernels.layout import FactorLayout
 
@@ -189,3 +189,8 @@ def absorb_scalings(
                 view.mul_(scale)
         elif scales[0] != 1.0:
             group.view(row).mul_(scales[0])
+    for slot in layout.dense_slots:
+        # A bias beside B is a part of the update and scaled as all of it is.
+        if ends_with(slot.name, LORA_BIAS):
+            scale = scaling[slot.name.removesuffix(f".{LORA_BIAS}")]
+            layout.view(row, slot).mul_(1 / scale if inverse else scale)

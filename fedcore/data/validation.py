@@ -73,6 +73,22 @@ def check_state(state: AdapterState, layout: FactorLayout, *, mixed_ranks: bool)
     return None
 
 
+def check_rounds(adapter: AdapterState, what: str) -> None:
+    """Refuse an adapter whose tensors stand in a live model in another form than in a row.
+
+    Args:
+        what: the argument that holds the adapter; it begins the message.
+
+    Raises:
+        FedcoreError: naming the first such module.
+    """
+    for name in adapter.forms:
+        raise FedcoreError(
+            f"{what}: {name} is of a convolution or of experts (target_parameters), whose adapters "
+            "can be merged (fedcore aggregate) and not trained in rounds; adapt linear layers"
+        )
+
+
 def digest(row: Tensor, layout: FactorLayout, constants: Iterable[Tensor] = ()) -> str:
     """A hash of the bytes of ``row``'s tensors and of ``constants``, to compare frozen parts."""
     total = sha256()

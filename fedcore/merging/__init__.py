@@ -3,8 +3,8 @@
 from typing import Any
 
 from fedcore.merging.api import aggregate
-from fedcore.merging.plan import methods_for_merging
 from fedcore.merging.result import Aggregated, MethodError
+from fedcore.merging.usable import methods_for_merging
 
 __all__ = ["Aggregated", "MethodError", "aggregate", "methods_for_merging"]
 

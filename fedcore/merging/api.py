@@ -5,19 +5,22 @@ What a caller may pass is brought into one form here: adapters and weights by na
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from fedcore.checks import is_number
+from fedcore.data.compatibility import magnitudes
 from fedcore.data.peft_files import DEFAULT_BUDGET
 from fedcore.data.validation import OnInvalid, check_weight, enforce
 from fedcore.errors import FedcoreError, unknown_name
 from fedcore.merging.error_table import error_tally
+from fedcore.merging.groups import DEFAULT_GROUP_BYTES
 from fedcore.merging.merge import Progress, merge
-from fedcore.merging.plan import DEFAULT_GROUP_BYTES, Job, check_usable, open_sources, plan_job
+from fedcore.merging.merged_error import base_files, merged_error
+from fedcore.merging.plan import Job, open_sources, plan_job
 from fedcore.merging.result import (
     Aggregated,
     MethodError,
@@ -25,7 +28,8 @@ from fedcore.merging.result import (
     check_output,
     write_folder,
 )
-from fedcore.merging.sources import Adapter, magnitudes, open_source
+from fedcore.merging.sources import Adapter, open_source
+from fedcore.merging.usable import check_usable
 from fedcore.methods import create_method
 
 Adapters = Sequence[Adapter] | Mapping[str, Adapter]
@@ -124,11 +128,24 @@ def _parsed_dtype(dtype: Any) -> torch.dtype | None:
 
 def _exact(job: Job, errors: tuple[MethodError, ...]) -> bool:
     """Whether the mean of the products is kept up to the rounding of the coarsest dtype."""
-    if magnitudes(job.first.outline):
+    if magnitudes(job.first.outline) or not job.common_tokens:
         return False
     coarsest = max(torch.finfo(dtype).eps for dtype in job.dtypes.values())
     measured = errors[0].error if errors else float("nan")
     return job.method.capabilities.always_exact or measured <= 4 * coarsest
+
+
+def _notes(job: Job) -> Iterator[str]:
+    """What a user should know of this kind of adapters, whatever the method."""
+    if magnitudes(job.first.outline):
+        yield (
+            "DoRA normalises base weight and update together, so no average of their parts is the "
+            "average of the models; the error of the products says nothing of it and is not shown "
+            "(with base, a folder of the base model, that of the merged weights is measured)"
+        )
+    for name in job.tokens:
+        if not job.common_tokens:
+            yield f"{name}: adapters train different tokens; each row is the mean of those that do"
 
 
 def aggregate(
@@ -143,6 +160,9 @@ def aggregate(
     on_invalid: OnInvalid = "raise",
     dtype: str | torch.dtype | None = None,
     compare: bool = True,
+    keep_patterns: bool = False,
+    base: str | Path | None = None,
+    same_base: bool = False,
     overwrite: bool = False,
     budget: int = DEFAULT_BUDGET,
     group_bytes: int = DEFAULT_GROUP_BYTES,
@@ -172,6 +192,13 @@ def aggregate(
         on_invalid: ``"raise"`` names the first bad adapter, ``"drop"`` leaves bad ones out.
         dtype: ``fp64``, ``fp32``, ``fp16`` or ``bf16``; that of the first adapter by default.
         compare: find the error of the method and of its alternatives too.
+        keep_patterns: let modules keep ranks of their own, by ``rank_pattern``, which PEFT and
+            vLLM honour; otherwise all get the largest, with zeros, since llama.cpp scales by
+            alpha over a tensor's own rank.
+        base: the base model's name in the result; adapters that name it otherwise are of the same
+            model then. Where it is a folder with the model's weights, the error of merged DoRA
+            weights is measured on them.
+        same_base: the adapters are of one base model, whatever they call it.
         overwrite: replace the adapter in ``out``.
         budget: refuse weight files of more bytes.
         group_bytes: of one group's tensors of all adapters.
@@ -203,7 +230,8 @@ def aggregate(
     if out is not None:
         inputs = [Path(one) for one in named.values() if isinstance(one, str | Path)]
         check_output(Path(out), inputs, overwrite)
-    sources, dropped = open_sources(named, counts, on_invalid, budget)
+    same_base = same_base or base is not None
+    sources, dropped = open_sources(named, counts, on_invalid, budget, same_base)
     job = plan_job(
         chosen,
         sources,
@@ -212,10 +240,15 @@ def aggregate(
         rank=rank,
         dtype=result_dtype,
         group_bytes=group_bytes,
+        base=None if base is None else str(base),
+        same_base=same_base,
+        patterns=keep_patterns,
     )
     tally = error_tally(job) if compare else None
     merged = merge(job, None if tally is None else tally.add, progress)
     adapter, residual = adapters_of(job, merged)
+    files = base_files(base) if magnitudes(job.first.outline) else []
+    measured = merged_error(job, adapter, files) if files else None
     errors = () if tally is None else tally.rows()
     if out is not None:
         write_folder(Path(out), adapter, residual)
@@ -224,6 +257,7 @@ def aggregate(
         residual,
         errors,
         tuple(sorted(dropped)),
-        tuple(merged.flags),
+        (*_notes(job), *merged.flags),
         _exact(job, errors),
+        measured,
     )

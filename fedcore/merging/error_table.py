@@ -19,11 +19,13 @@ import torch
 from torch import Tensor
 
 from fedcore.data.cohort import Cohort
+from fedcore.data.compatibility import magnitudes
 from fedcore.data.low_rank import LowRank
 from fedcore.errors import FedcoreError
 from fedcore.merging.merge import run_method
-from fedcore.merging.plan import Job, check_usable, methods_for_merging
+from fedcore.merging.plan import Job
 from fedcore.merging.result import Merged, MethodError
+from fedcore.merging.usable import check_usable, methods_for_merging
 from fedcore.methods.base import FACTORS, Broadcast, Method
 from fedcore.methods.shared.factor_pairs import pair_groups
 from fedcore_kernels import cross_gram, product_gram
@@ -47,8 +49,21 @@ class _Sums:
     worst: float = -1.0
     worst_module: str = ""
     rank: int = 0
-    bytes: int = 0
+    sizes: dict[int, _Size] = field(default_factory=dict)
     refused: str = ""
+
+
+@dataclass
+class _Size:
+    """Of one adapter that would be written, summed over modules."""
+
+    rank: int = 0
+    bytes_per_rank: int = 0
+    bytes: int = 0
+
+    def written(self, patterns: bool) -> int:
+        """Bytes of the tensors, which all have the largest rank unless modules keep their own."""
+        return self.bytes if patterns else self.rank * self.bytes_per_rank
 
 
 def _stacks(layout: FactorLayout, rows: Tensor) -> list[tuple[tuple[str, ...], Tensor, Tensor]]:
@@ -161,6 +176,9 @@ class ErrorTally:
         units: module to what a written Gram factor is multiplied by to absorb its scaling; empty
             for other adapters, which are written at scale 1.
         offsets: module to a factor, scaling absorbed, whose Gram the models subtract.
+        patterns: whether modules keep ranks of their own.
+        normalised: whether the models normalise base weight and update together (DoRA): the error
+            of the products is then not that of any weight, and none is given.
     """
 
     chosen: str
@@ -169,6 +187,8 @@ class ErrorTally:
     dense_bytes: int
     units: Mapping[str, float]
     offsets: Mapping[str, Tensor]
+    patterns: bool
+    normalised: bool
     _target: float = 0.0
     _sums: dict[str, _Sums] = field(default_factory=dict)
 
@@ -190,20 +210,22 @@ class ErrorTally:
 
     def rows(self) -> tuple[MethodError, ...]:
         """The chosen method first, then the others by error, then those that refused."""
-        rows = [
-            MethodError(
-                method=name,
-                chosen=name == self.chosen,
-                error=nan if sums.refused or self._target <= 0 else sqrt(sums.lost / self._target),
-                worst=nan if sums.refused or sums.worst < 0 else sums.worst,
-                worst_module=sums.worst_module,
-                rank=sums.rank,
-                bytes=sums.bytes + self.dense_bytes,
-                refused=sums.refused,
-            )
-            for name, sums in self._sums.items()
-        ]
+        rows = [self._row(name, sums) for name, sums in self._sums.items()]
         return tuple(sorted(rows, key=lambda row: (not row.chosen, bool(row.refused), row.error)))
+
+    def _row(self, name: str, sums: _Sums) -> MethodError:
+        known = not (sums.refused or self.normalised)
+        sizes = (size.written(self.patterns) for size in sums.sizes.values())
+        return MethodError(
+            method=name,
+            chosen=name == self.chosen,
+            error=sqrt(sums.lost / self._target) if known and self._target > 0 else nan,
+            worst=sums.worst if known and sums.worst >= 0 else nan,
+            worst_module=sums.worst_module if known else "",
+            rank=sums.rank,
+            bytes=self.dense_bytes + sum(sizes),
+            refused=sums.refused,
+        )
 
     def _judge(self, name: str, products: _Products, pairs: _Pairs) -> None:
         sums = self._sums.setdefault(name, _Sums())
@@ -214,7 +236,11 @@ class ErrorTally:
                 sums.worst, sums.worst_module = sqrt(lost / target), module
             parts = pairs[module]
             sums.rank = max(sums.rank, sum(part.rank for part in parts))
-            sums.bytes += sum(self._bytes(module, part) for part in parts)
+            for k, part in enumerate(parts):
+                size = sums.sizes.setdefault(k, _Size())
+                size.rank = max(size.rank, part.rank)
+                size.bytes += self._bytes(module, part)
+                size.bytes_per_rank += self._bytes(module, part) // max(part.rank, 1)
 
     def _pairs(self, method: Method, cohort: Cohort, previous: Broadcast) -> _Pairs:
         result = run_method(method, cohort, previous)
@@ -257,4 +283,6 @@ def error_tally(job: Job) -> ErrorTally:
         sum(tensor.numel() * job.dtypes[name].itemsize for name, tensor in dense.items()),
         job.units,
         offsets,
+        job.patterns,
+        bool(magnitudes(job.first.outline)),
     )

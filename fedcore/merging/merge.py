@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fedcore.data.cohort import Cohort
+from fedcore.data.compatibility import token_rows
 from fedcore.data.low_rank import LowRank
 from fedcore.data.rows import tensor_in_row
 from fedcore.errors import FedcoreError
@@ -105,6 +106,32 @@ def _collect(merged: Merged, job: Job, result: Aggregate, previous: Broadcast) -
         ).clone(memory_format=torch.contiguous_format)
 
 
+def _token_mean(job: Job, name: str, weights: Tensor) -> Tensor:
+    """Rows ``(tokens, d)`` of an embedding, each the mean of the adapters that train its token.
+
+    An adapter that does not train a token holds nothing of its row, which is the base model's.
+
+    Raises:
+        FedcoreError: naming the adapter whose values are not finite; or nobody who trains a token
+            has a weight.
+    """
+    tokens = job.tokens[name]
+    place = {token: i for i, token in enumerate(tokens)}
+    width = job.first.outline.dense[name].shape[1]
+    total = torch.zeros(len(tokens), width, dtype=torch.float64)
+    share = torch.zeros(len(tokens), dtype=torch.float64)
+    for source, weight in zip(job.sources, weights.tolist(), strict=True):
+        mine = token_rows(source.outline)[name]
+        values = source.dense(name, 0, len(mine) * width).view(len(mine), width)
+        places = torch.tensor([place[token] for token in mine])
+        total.index_add_(0, places, values.double() * weight)
+        share.index_add_(0, places, torch.full((len(mine),), weight, dtype=torch.float64))
+    if bool((share <= 0).any()):
+        lost = tokens[int((share <= 0).nonzero()[0])]
+        raise FedcoreError(f"{name}: no adapter of positive weight trains the token {lost}")
+    return _written(job, name, total / share[:, None])
+
+
 def run_method(method: Method, cohort: Cohort, previous: Broadcast) -> Aggregate:
     """``method`` on whole uploads, of which it sees what its clients would send.
 
@@ -157,6 +184,8 @@ def merge(job: Job, observe: Observe | None, progress: Progress | None) -> Merge
         rows = rows if bool(weighted.all()) else rows[weighted]
         means.setdefault(part.name, []).append(weighted_mean(rows, weights[weighted]))
         step()
+    for name in job.tokens:
+        merged.dense[name] = _token_mean(job, name, weights)
     for name, pieces in means.items():
         mean = torch.cat(pieces) if len(pieces) > 1 else pieces[0]
         shape = job.first.outline.dense[name].shape

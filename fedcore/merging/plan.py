@@ -7,50 +7,44 @@ into groups and the dense tensors into parts, so that one group of all adapters 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import Field, dataclass, fields
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
 from math import sqrt
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from fedcore.checks import count
-from fedcore.data.rows import widest_layout
+from fedcore.data.adapter_kind import not_additive
+from fedcore.data.compatibility import adapter_problem, mismatch, token_rows
+from fedcore.data.rows import rank_and_width
 from fedcore.data.validation import Dropped, OnInvalid
 from fedcore.errors import FedcoreError
+from fedcore.merging.groups import (
+    DEFAULT_GROUP_BYTES,
+    DensePart,
+    groups_of,
+    parts_of,
+    widest,
+    work_dtype,
+)
 from fedcore.merging.sources import (
     Adapter,
     Source,
-    adapter_problem,
     check_same_constants,
-    mismatch,
     open_source,
 )
+from fedcore.merging.usable import methods_for_merging, names_of
 from fedcore.methods.base import Method
 from fedcore.methods.requirements import (
     ANY_RANK,
     MIXED_RANKS,
-    NO_PREVIOUS,
     NO_ROUNDS,
-    methods_meeting,
     of_family,
     refuse,
 )
 from fedcore_kernels.layout import FactorLayout
-
-DEFAULT_GROUP_BYTES = 64 << 20
-"""Bytes of one group's rows, all adapters together."""
-
-
-@dataclass(frozen=True)
-class DensePart:
-    """Elements ``start`` to ``stop`` of a dense tensor, in row-major order."""
-
-    name: str
-    start: int
-    stop: int
 
 
 @dataclass(frozen=True)
@@ -67,6 +61,9 @@ class Job:
         ranks: module to the rank of the result, for methods that choose it.
         groups: the factors of the modules that are aggregated together.
         parts: the dense tensors, in pieces that are averaged together.
+        tokens: name of each tensor of embedding rows to the tokens of the result, in order.
+        base: the base model's name in the result, where the caller gave one.
+        patterns: whether modules keep ranks of their own in the result.
         work_dtype: fp32, or fp64 if any tensor is.
         dtypes: full name of every tensor of the result to its dtype.
     """
@@ -80,8 +77,20 @@ class Job:
     ranks: Mapping[str, int]
     groups: tuple[FactorLayout, ...]
     parts: tuple[DensePart, ...]
+    tokens: Mapping[str, tuple[int, ...]]
+    base: str | None
+    patterns: bool
     work_dtype: torch.dtype
     dtypes: Mapping[str, torch.dtype]
+
+    @cached_property
+    def common_tokens(self) -> bool:
+        """Whether all adapters train rows of the same tokens."""
+        wanted = {name: len(tokens) for name, tokens in self.tokens.items()}
+        return all(
+            {name: len(tokens) for name, tokens in token_rows(source.outline).items()} == wanted
+            for source in self.sources
+        )
 
     @cached_property
     def offset(self) -> bool:
@@ -106,61 +115,43 @@ class Job:
         return {module: sqrt(scaling) for module, scaling in self.scaling.items()}
 
 
-def _work_dtype(sources: Sequence[Source]) -> torch.dtype:
-    wide = any(source.outline.dtype == torch.float64 for source in sources)
-    return torch.float64 if wide else torch.float32
-
-
-def _widest(sources: Sequence[Source], rank: int | None = None) -> FactorLayout:
-    """The tensors of the first source at the largest rank of any, and at ``rank`` if larger."""
-    ranks = [source.ranks for source in sources]
-    if rank is not None:
-        ranks.append(dict.fromkeys(ranks[0], rank))
-    return widest_layout(sources[0].outline.layout(), ranks)
-
-
-def _groups(layout: FactorLayout, row_bytes: int, group_bytes: int) -> Iterator[FactorLayout]:
-    """The modules of ``layout`` in the order of their names, which is the order of files.
-
-    Args:
-        row_bytes: of one element of all adapters.
-        group_bytes: of all adapters' rows of a group, which holds one module at least.
-    """
-    slots: dict[str, list[str]] = {module: [] for module in layout.modules}
-    sizes = dict.fromkeys(slots, 0)
-    for slot in layout.factor_slots:
-        slots[slot.module].append(slot.name)
-        sizes[slot.module] += slot.numel * row_bytes
-    names: list[str] = []
-    used = 0
-    for module, size in sizes.items():
-        if names and used + size > group_bytes:
-            yield layout.part(names)
-            names, used = [], 0
-        names += slots[module]
-        used += size
-    if names:
-        yield layout.part(names)
-
-
-def _parts(layout: FactorLayout, row_bytes: int, group_bytes: int) -> Iterator[DensePart]:
-    """The dense tensors of ``layout``, in pieces of which one of each adapter fits the budget."""
-    length = max(1, group_bytes // row_bytes)
-    for slot in layout.dense_slots:
-        for start in range(0, slot.numel, length):
-            yield DensePart(slot.name, start, min(start + length, slot.numel))
-
-
 def _value_problem(source: Source, dtype: torch.dtype) -> str | None:
     """Read every value of a source once; what is wrong with the first bad one, if any."""
     layout = source.outline.layout()
     try:
-        for group in _groups(layout, dtype.itemsize, DEFAULT_GROUP_BYTES):
+        for group in groups_of(layout, dtype.itemsize, DEFAULT_GROUP_BYTES):
             source.fill_row(group, torch.zeros(group.size, dtype=dtype))
-        for part in _parts(layout, dtype.itemsize, DEFAULT_GROUP_BYTES):
+        for part in parts_of(layout, dtype.itemsize, DEFAULT_GROUP_BYTES):
             source.dense(part.name, part.start, part.stop)
     except FedcoreError as error:
         return str(error).removeprefix(f"{source.name}: ")
+    return None
+
+
+def _united_tokens(sources: Sequence[Source]) -> dict[str, tuple[int, ...]]:
+    """Name of each tensor of embedding rows to the tokens that any adapter trains, in order."""
+    united: dict[str, set[int]] = {}
+    for source in sources:
+        for name, tokens in token_rows(source.outline).items():
+            united.setdefault(name, set()).update(tokens)
+    return {name: tuple(sorted(tokens)) for name, tokens in united.items()}
+
+
+def _rank_problem(source: Source, least: Mapping[str, int]) -> str | None:
+    """A rank that no product of its shape can have and that all other rows would be padded to.
+
+    Args:
+        least: module to the smallest rank of any adapter.
+    """
+    for module, named in source.outline.factors.items():
+        rank = source.ranks[module]
+        width = min(rank_and_width(factor, tensor)[1] for factor, tensor in named.items())
+        if rank > least.get(module, rank) and rank > width:
+            return (
+                f"module {module} has rank {rank}, where its product has {width} at most and other "
+                f"adapters have rank {least[module]}; bring it down (fedcore aggregate of this "
+                f"adapter alone, with --rank {width}) before it is merged"
+            )
     return None
 
 
@@ -196,6 +187,14 @@ def _ranks(
     return chosen
 
 
+def _check_additive(host: Method, first: Source) -> None:
+    problem = not_additive(first.outline.config)
+    if problem and host.capabilities.updates_base and not host.capabilities.restarts:
+        raise FedcoreError(
+            f"{host.name} leaves a residual beside the adapter, and {problem}; use another method"
+        )
+
+
 def _result_dtypes(first: Source, dtype: torch.dtype | None) -> dict[str, torch.dtype]:
     outline = first.outline
     dtypes = {
@@ -207,74 +206,10 @@ def _result_dtypes(first: Source, dtype: torch.dtype | None) -> dict[str, torch.
     return dtypes if dtype is None else dict.fromkeys(dtypes, dtype)
 
 
-def methods_for_merging(family: str | None = None, *, previous: bool = True) -> list[type[Method]]:
-    """Methods that need no training history, of one adapter ``family`` if given.
-
-    Args:
-        previous: whether the adapter that all clients started from is there.
-    """
-    needs = [NO_ROUNDS]
-    if family is not None:
-        needs.append(of_family(family))
-    if not previous:
-        needs.append(NO_PREVIOUS)
-    return [type(method) for method in methods_meeting(needs)]
-
-
-def check_usable(method: Method, previous: bool, align: bool | None) -> Method:
-    """The method as it runs on adapters alone.
-
-    Args:
-        previous: whether the adapter that all clients started from is there.
-        align: what the caller said of the option ``align``, if anything.
-
-    Returns:
-        ``method``, without the alignment to a previous adapter where there is none.
-
-    Raises:
-        FedcoreError: naming the methods that can be used instead.
-    """
-    refuse(method, (NO_ROUNDS,), "adapters that were trained elsewhere")
-    if not previous:
-        needs = (NO_ROUNDS, NO_PREVIOUS, of_family(method.family))
-        refuse(method, needs, "adapters without previous", "pass previous")
-    if method.capabilities.history == "alignment" and not previous and _aligns(method):
-        if align:
-            raise FedcoreError(
-                f"{method.name}: align is true without an adapter to align to; pass previous"
-            )
-        options = {field.name: getattr(method, field.name) for field in _fields(method)}
-        return type(method)(**{**options, "align": False})
-    return method
-
-
-def names_of(methods: list[type[Method]]) -> str:
-    """The names, separated by commas."""
-    return ", ".join(method.name for method in methods)
-
-
-def _aligns(method: Method) -> bool:
-    return any(field.name == "align" and vars(method)[field.name] for field in _fields(method))
-
-
-def _fields(method: Method) -> tuple[Field[Any], ...]:
-    # Every subclass is a dataclass; the abstract base is not.
-    return fields(method)  # type: ignore[arg-type]
-
-
-def open_sources(
-    adapters: Mapping[str, Adapter],
-    weights: Mapping[str, float],
-    on_invalid: OnInvalid,
-    budget: int,
-) -> tuple[list[Source], list[Dropped]]:
-    """Adapters of positive weight that can be averaged, in the order given, and the others.
-
-    With ``on_invalid = "drop"`` every value is read once here; otherwise only headers.
-
-    Raises:
-        FedcoreError: naming the first bad adapter, or that no adapter of positive weight is left.
-    """
+def _opened(
+    adapters: Mapping[str, Adapter], on_invalid: OnInvalid, budget: int
+) -> tuple[list[Source], dict[str, str]]:
+    """Adapters that are fit by themselves, and what is wrong with the others, by name."""
     sources: list[Source] = []
     problems: dict[str, str] = {}
     for name, adapter in adapters.items():
@@ -292,18 +227,51 @@ def open_sources(
                 raise
             problems[name] = str(error).removeprefix(f"{name}: ")
     if on_invalid == "drop":
-        dtype = _work_dtype(sources)
+        dtype = work_dtype(sources)
         checked = {source.name: _value_problem(source, dtype) for source in sources}
         problems |= {name: problem for name, problem in checked.items() if problem}
-        sources = [source for source in sources if source.name not in problems]
-    layout = _widest(sources) if sources else FactorLayout(())
-    for source in sources[1:]:
-        known = source.outline is sources[0].outline
-        problem = None if known else mismatch(source.outline, sources[0], layout)
-        if problem and on_invalid == "raise":
-            raise FedcoreError(f"{source.name}: {problem}")
+    return [source for source in sources if source.name not in problems], problems
+
+
+def _misfits(sources: Sequence[Source], same_base: bool) -> Iterator[tuple[str, str]]:
+    """The adapters that do not fit the first, or the ranks of all, with the reason."""
+    layout = widest(sources) if sources else FactorLayout(())
+    least: dict[str, int] = {}
+    for source in sources:
+        for module, rank in source.ranks.items():
+            least[module] = min(rank, least.get(module, rank))
+    for source in sources:
+        problem = _rank_problem(source, least)
+        if problem is None and source.outline is not sources[0].outline:
+            problem = mismatch(
+                source.outline, sources[0].outline, sources[0].name, layout, same_base=same_base
+            )
         if problem:
-            problems[source.name] = problem
+            yield source.name, problem
+
+
+def open_sources(
+    adapters: Mapping[str, Adapter],
+    weights: Mapping[str, float],
+    on_invalid: OnInvalid,
+    budget: int,
+    same_base: bool,
+) -> tuple[list[Source], list[Dropped]]:
+    """Adapters of positive weight that can be averaged, in the order given, and the others.
+
+    With ``on_invalid = "drop"`` every value is read once here; otherwise only headers.
+
+    Args:
+        same_base: whether the caller vouches for the base models to be one.
+
+    Raises:
+        FedcoreError: naming the first bad adapter, or that no adapter of positive weight is left.
+    """
+    sources, problems = _opened(adapters, on_invalid, budget)
+    for name, problem in _misfits(sources, same_base):
+        if on_invalid == "raise":
+            raise FedcoreError(f"{name}: {problem}")
+        problems[name] = problem
     fitting = [source for source in sources if source.name not in problems]
     weighted = [source for source in fitting if weights[source.name] > 0]
     weightless = {s.name: "its weight is zero" for s in fitting if not weights[s.name] > 0}
@@ -323,12 +291,18 @@ def plan_job(
     rank: int | None,
     dtype: torch.dtype | None,
     group_bytes: int,
+    base: str | None,
+    same_base: bool,
+    patterns: bool,
 ) -> Job:
     """What is to be done, group by group.
 
     Args:
         rank: of the result, where the caller chose one.
         dtype: of the result; that of the first adapter if None.
+        base: the base model's name in the result, if the caller gave one.
+        same_base: whether the caller vouches for the base models to be one.
+        patterns: whether modules may have ranks of their own in the result.
 
     Raises:
         FedcoreError: adapters of another family than the method's, of mixed ranks where it needs
@@ -349,12 +323,14 @@ def plan_job(
     every = [*sources, *([] if previous is None else [previous])]
     check_same_constants(every)
     ranks = _ranks(host, sources, previous, rank)
-    layout = _widest(every, max(ranks.values(), default=None))
+    layout = widest(every, max(ranks.values(), default=None))
     if previous is not None:
-        problem = mismatch(previous.outline, first, layout)
+        problem = mismatch(previous.outline, first.outline, first.name, layout, same_base=same_base)
         if problem:
             raise FedcoreError(f"{previous.name}: {problem}")
-    work_dtype = _work_dtype(every)
+    _check_additive(host, first)
+    dtype_of_rows = work_dtype(every)
+    tokens = _united_tokens(sources)
     ordered = sorted(sources, key=lambda source: source.name)
     return Job(
         method=method,
@@ -364,8 +340,11 @@ def plan_job(
         weights=torch.tensor([weights[s.name] for s in ordered], dtype=torch.float64),
         previous=previous,
         ranks=ranks,
-        groups=tuple(_groups(layout, len(every) * work_dtype.itemsize, group_bytes)),
-        parts=tuple(_parts(layout, len(sources) * work_dtype.itemsize, group_bytes)),
-        work_dtype=work_dtype,
+        groups=tuple(groups_of(layout, len(every) * dtype_of_rows.itemsize, group_bytes)),
+        parts=tuple(parts_of(layout, len(sources) * dtype_of_rows.itemsize, group_bytes, tokens)),
+        tokens=tokens,
+        base=base,
+        patterns=patterns or family != "lora",
+        work_dtype=dtype_of_rows,
         dtypes=_result_dtypes(first, dtype),
     )

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from fedcore.data.cohort import Cohort
 from fedcore.errors import FedcoreError
-from fedcore.merging.plan import DensePart, Job
+from fedcore.merging.groups import DensePart
+from fedcore.merging.plan import Job
 from fedcore_kernels.layout import FactorLayout
 
 

@@ -6,26 +6,32 @@ The first adapter of a job gives the configuration; ranks and alphas are the res
 from __future__ import annotations
 
 import re
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+from torch.nn.functional import pad
 
+from fedcore.data.adapter_kind import kind
 from fedcore.data.adapter_state import AdapterState
+from fedcore.data.declared import declaration
 from fedcore.data.folders import is_free, replace_folder, writing
 from fedcore.data.low_rank import LowRank
 from fedcore.data.peft_files import CONFIG_FILE, write_adapter
-from fedcore.data.peft_keys import PREFIX
+from fedcore.data.peft_keys import LORA_BIAS, MAGNITUDE, PREFIX, TOKEN_ROWS, ends_with
+from fedcore.data.rows import rank_and_width
+from fedcore.data.stored_form import expert_module
 from fedcore.data.validation import Dropped
 from fedcore.errors import FedcoreError
 from fedcore.merging.plan import Job
-from fedcore.merging.sources import magnitudes
 
 RESIDUAL_FOLDER = "residual"
 """Where a second adapter stands in the folder of the first."""
+
+Factors = dict[str, dict[str, Tensor]]
+"""Module to factor to tensor, in PEFT's orientation."""
 
 
 @dataclass
@@ -35,7 +41,7 @@ class Merged:
     ``factors`` absorb all scaling; ``residual`` is an update of scale 1 beside them.
     """
 
-    factors: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    factors: Factors = field(default_factory=dict)
     residual: dict[str, LowRank] = field(default_factory=dict)
     dense: dict[str, Tensor] = field(default_factory=dict)
     flags: list[str] = field(default_factory=list)
@@ -77,7 +83,10 @@ class Aggregated:
         dropped: adapters that were left out, with reasons.
         flags: what a user should know of the result.
         exact: whether the mean of the products is kept up to the rounding of the written dtype;
-            never with DoRA, whose normalisation no average passes through.
+            never with DoRA, whose normalisation no average passes through, nor where adapters
+            train rows of different tokens.
+        merged_error: of DoRA adapters whose base model is at hand, the distance of the merged
+            weights from the mean of the adapters' merged weights, relative to the mean's change.
     """
 
     adapter: AdapterState
@@ -86,9 +95,10 @@ class Aggregated:
     dropped: tuple[Dropped, ...]
     flags: tuple[str, ...]
     exact: bool
+    merged_error: float | None = None
 
 
-def _lora_factors(residual: Mapping[str, LowRank]) -> dict[str, dict[str, Tensor]]:
+def _lora_factors(residual: Mapping[str, LowRank]) -> Factors:
     return {
         module: {"A": part.inner.contiguous(), "B": part.outer.T.contiguous()}
         for module, part in residual.items()
@@ -102,80 +112,115 @@ def _tag(key: str) -> str:
     return f"{parts[at]}.weight" if parts[-1] == "weight" else parts[at]
 
 
-def _commonest(values: Mapping[str, Any]) -> Any:
-    return max(Counter(values.values()).items(), key=lambda item: (item[1], item[0]))[0]
+def _at_one_rank(factors: Factors, ranks: Mapping[str, int]) -> Factors:
+    """The factors with rows and columns of zeros up to ``ranks``, which change no product."""
+    padded: Factors = {}
+    for module, named in factors.items():
+        padded[module] = {}
+        for factor, tensor in named.items():
+            missing = ranks[module] - rank_and_width(factor, tensor)[0]
+            sides = (0, missing) if factor == "B" else (0, 0, 0, missing)
+            padded[module][factor] = pad(tensor, sides) if missing else tensor
+    return padded
 
 
-def _exceptions(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
-    # PEFT matches a pattern against the end of a path; the anchor makes it the whole path.
-    return {f"^{re.escape(m)}": v for m, v in sorted(values.items()) if v != default}
+def _written_ranks(job: Job, factors: Factors) -> dict[str, int]:
+    """Module to the rank it is written with.
+
+    Servers that pass over patterns scale by alpha over a tensor's own rank: all modules have one
+    unless patterns are wanted, and all experts of a parameter stand in one tensor in any case.
+    """
+    ranks = {
+        module: rank_and_width(*next(iter(named.items())))[0] for module, named in factors.items()
+    }
+    if not job.patterns:
+        return dict.fromkeys(ranks, max(ranks.values()))
+    largest: dict[str, int] = {}
+    for module, rank in ranks.items():
+        owner = expert_module(module)
+        largest[owner] = max(largest.get(owner, 0), rank)
+    return {module: largest[expert_module(module)] for module in ranks}
 
 
-def _number(value: float) -> float | int:
-    return int(value) if value == int(value) else value
+def _saved_modules(dense: Iterable[str]) -> list[str]:
+    """The modules that are saved whole, of an adapter whose configuration does not list them."""
+    ends = (MAGNITUDE, LORA_BIAS, TOKEN_ROWS)
+    whole = [name for name in dense if not any(ends_with(name, end) for end in ends)]
+    return sorted({name.rpartition(".")[0] or name for name in whole})
+
+
+def _tokens_field(job: Job) -> Any:
+    """``trainable_token_indices`` of the result, in the form that the first adapter has it."""
+    listed = job.first.outline.config.get("trainable_token_indices")
+    if not isinstance(listed, Mapping):
+        return list(next(iter(job.tokens.values()))) if job.tokens else listed
+    return {
+        key: next(
+            (
+                list(tokens)
+                for name, tokens in job.tokens.items()
+                if ends_with(name.removesuffix(f".{TOKEN_ROWS}"), str(key))
+            ),
+            listed[key],
+        )
+        for key in listed
+    }
 
 
 def _config(
-    job: Job, ranks: Mapping[str, int], scaling: Mapping[str, float], plain: bool
+    job: Job, adapter: AdapterState, scaling: Mapping[str, float], plain: bool
 ) -> dict[str, Any]:
-    """The first adapter's fields with the ranks of the result, and ``alpha = scaling * rank``."""
+    """The first adapter's fields with what the result declares, and all that PEFT needs."""
     config = dict(job.first.outline.config)
     named = (s.outline.config.get("base_model_name_or_path") for s in (job.first, *job.sources))
-    base = next((name for name in named if name), None)
+    base = job.base or next((name for name in named if name), None)
     if base:
         config["base_model_name_or_path"] = base
-    alphas = {module: _number(scaling[module] * rank) for module, rank in ranks.items()}
-    # The commonest value is the default: fewest exceptions, and the same answer in any order.
-    rank, alpha = (_commonest(values) for values in (ranks, alphas))
     config |= {
+        "peft_type": kind(config),
         "inference_mode": True,
-        "r": rank,
-        "lora_alpha": alpha,
-        "rank_pattern": _exceptions(ranks, rank),
-        "alpha_pattern": _exceptions(alphas, alpha),
-        "use_rslora": False,
+        **declaration(adapter.ranks, scaling),
     }
+    if config.get("target_modules") is None and not config.get("target_parameters"):
+        config["target_modules"] = sorted(adapter.factors)
+    if "modules_to_save" not in config and not plain:
+        config["modules_to_save"] = _saved_modules(adapter.dense) or None
     if "init_lora_weights" in config:
         config["init_lora_weights"] = True
+    if job.tokens:
+        config["trainable_token_indices"] = _tokens_field(job)
     if plain:
         # What the first adapter saves whole stands there once.
-        config["modules_to_save"] = None
-        config["bias"] = "none"
+        config |= {"modules_to_save": None, "bias": "none"}
+        config |= {
+            field: None if field == "trainable_token_indices" else False
+            for field in ("trainable_token_indices", "lora_bias")
+            if config.get(field)
+        }
     return config
 
 
 def _adapter(
-    job: Job,
-    factors: Mapping[str, Mapping[str, Tensor]],
-    dense: Mapping[str, Tensor],
-    plain: bool = False,
+    job: Job, factors: Factors, dense: Mapping[str, Tensor], plain: bool = False
 ) -> AdapterState:
     first = job.first.outline
     scaling = {module: job.scaling[module] for module in factors}
+    factors = _at_one_rank(factors, _written_ranks(job, factors))
     keys = {name: f"{PREFIX}{name}" for name in dense}
     for module, named in factors.items():
         for factor in named:
             tag = _tag(first.keys[f"{module}.{factor}"])
-            keys[f"{module}.{factor}"] = f"{PREFIX}{module}.{tag}"
+            keys[f"{module}.{factor}"] = f"{PREFIX}{expert_module(module)}.{tag}"
     constants = {}
     if first.constants and not plain:
         constants = job.first.constants()
         keys |= {name: f"{PREFIX}{name}" for name in constants}
-    adapter = AdapterState(first.family, factors, dense, constants, scaling, {}, keys)
-    return replace(adapter, config=_config(job, adapter.ranks, scaling, plain))
+    adapter = AdapterState(first.family, factors, dense, constants, scaling, {}, keys, first.forms)
+    return replace(adapter, config=_config(job, adapter, scaling, plain))
 
 
 def adapters_of(job: Job, merged: Merged) -> tuple[AdapterState, AdapterState | None]:
-    """The adapter and, where factors and a residual stand beside each other, the second one.
-
-    Raises:
-        FedcoreError: a residual would have to stand beside a DoRA adapter.
-    """
-    if merged.factors and merged.residual and magnitudes(job.first.outline):
-        raise FedcoreError(
-            f"{job.method.name} leaves a residual, which cannot stand beside a DoRA adapter: its "
-            "normalisation takes the sum of both; use another method"
-        )
+    """The adapter and, where factors and a residual stand beside each other, the second one."""
     factors, residual = merged.factors, _lora_factors(merged.residual)
     if not factors:
         return _adapter(job, residual, merged.dense), None

@@ -20,10 +20,11 @@ from torch import Tensor
 
 from fedcore.data.adapter_state import AdapterState
 from fedcore.data.peft_files import open_adapter
-from fedcore.data.peft_keys import MAGNITUDE
+from fedcore.data.peft_keys import LORA_BIAS, ends_with
 from fedcore.data.rows import absorb_scalings, tensor_in_row
+from fedcore.data.stored_form import StoredForm, named_tensors
 from fedcore.data.tensor_file import TensorFile
-from fedcore.data.validation import check_row, check_state
+from fedcore.data.validation import check_row
 from fedcore.errors import FedcoreError
 from fedcore_kernels.layout import FactorLayout
 
@@ -33,25 +34,8 @@ Adapter = (
 """One adapter as :func:`fedcore.aggregate` takes it: a PEFT folder, a state, a PEFT state dict
 with its configuration under ``"config"``, or a pair of tensors or arrays and configuration."""
 
-_SAME_FIELDS: Mapping[str, Any] = {
-    "peft_type": None,
-    "task_type": None,
-    "fan_in_fan_out": False,
-    "use_dora": False,
-    "bias": "none",
-    "alora_invocation_tokens": None,
-    "layer_replication": None,
-    "use_qalora": False,
-    "frame": None,
-    "frame_seed": None,
-    "frame_ids": None,
-    "module_shapes": None,
-    "offset": None,
-}
-"""Fields that change what the tensors mean, with the value that a missing one stands for."""
-
-_PLAIN_STARTS = (None, True, False, "gaussian", "orthogonal", "eva")
-"""Values of ``init_lora_weights`` that leave the base weights as they are."""
+_PIECE = 1 << 22
+"""Elements of a constant that are compared at a time."""
 
 
 class _Store(Protocol):
@@ -79,12 +63,14 @@ def _outline(
     name: str,
     shapes: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
     config: Mapping[str, Any],
-) -> AdapterState:
+) -> tuple[AdapterState, dict[str, StoredForm]]:
+    """An adapter without values, and how each of its tensors stands in the store."""
     empty = {
         key: torch.empty(shape, dtype=dtype, device="meta")
         for key, (shape, dtype) in shapes.items()
     }
-    return AdapterState.from_peft(empty, config, name=name)
+    outline = AdapterState.from_peft(empty, config, name=name)
+    return outline, {n: one.form for n, one in named_tensors(empty, config, name).items()}
 
 
 def _mapping(name: str, value: Any) -> dict[str, Any]:
@@ -110,17 +96,6 @@ def _tensor(name: str, key: str, value: Any) -> Tensor:
     return torch.from_numpy(native if shared else native.copy(order="C"))
 
 
-def _target_problem(state: AdapterState) -> str | None:
-    targets = state.config.get("target_modules")
-    if not isinstance(targets, list | tuple | set | frozenset):
-        return None
-    for module in state.factors:
-        # PEFT takes a name as the whole path or as its end.
-        if not any(module == name or module.endswith(f".{name}") for name in targets):
-            return f"module {module} is adapted and not among target_modules, so PEFT drops it"
-    return None
-
-
 @dataclass(frozen=True)
 class Source:
     """One adapter that is read in parts.
@@ -133,6 +108,7 @@ class Source:
     name: str
     outline: AdapterState
     _store: _Store
+    _forms: Mapping[str, StoredForm]
 
     @cached_property
     def ranks(self) -> dict[str, int]:
@@ -145,20 +121,30 @@ class Source:
         Raises:
             FedcoreError: the file cannot be read, or has changed since it was opened.
         """
-        keys = {self.outline.keys[name]: name for name in names}
-        return {keys[key]: tensor for key, tensor in self._store.read(keys).items()}
+        forms = {name: self._forms[name] for name in names}
+        # Many experts share one tensor of the file.
+        keys = dict.fromkeys(key for form in forms.values() for key in form.keys)
+        stored = self._store.read(keys)
+        return {name: form.read(stored) for name, form in forms.items()}
+
+    def constant(self, name: str, start: int, stop: int) -> Tensor:
+        """Elements ``start`` to ``stop`` of a tensor that never changes, in row-major order."""
+        stop = min(stop, self.outline.constants[name].numel())
+        return self._store.read_flat(self._forms[name].keys[0], start, stop)
 
     def constants(self) -> dict[str, Tensor]:
         """The values of the tensors that never change."""
         return self.read(self.outline.constants)
 
     def dense(self, name: str, start: int, stop: int) -> Tensor:
-        """Elements ``start`` to ``stop`` of a dense tensor, in row-major order.
+        """Elements ``start`` to ``stop`` of a dense tensor, in row-major order, scaling absorbed.
 
         Raises:
             FedcoreError: as :meth:`read`, or one of them is not finite.
         """
-        values = self._store.read_flat(self.outline.keys[name], start, stop)
+        values = self._store.read_flat(self._forms[name].keys[0], start, stop)
+        if ends_with(name, LORA_BIAS):
+            values = values * self.outline.scaling[name.removesuffix(f".{LORA_BIAS}")]
         bad = ~torch.isfinite(values)
         if bool(bad.any()):
             raise FedcoreError(
@@ -205,9 +191,10 @@ def open_source(name: str, adapter: Adapter, budget: int, like: Source | None = 
         if like is not None and isinstance(like._store, TensorFile):
             known, outline = like._store.tensors, like.outline
             if known == file.tensors and outline.config == config:
-                return Source(name, outline, file)
+                return Source(name, outline, file, like._forms)
         shapes = {key: (stored.shape, stored.dtype) for key, stored in file.tensors.items()}
-        return Source(name, _outline(name, shapes, config), file)
+        outline, forms = _outline(name, shapes, config)
+        return Source(name, outline, file, forms)
     if isinstance(adapter, AdapterState):
         tensors: Mapping[str, Any] = adapter.to_peft()
         config = dict(adapter.config)
@@ -223,84 +210,30 @@ def open_source(name: str, adapter: Adapter, budget: int, like: Source | None = 
         )
     in_memory = {key: _tensor(name, key, value) for key, value in _mapping(name, tensors).items()}
     shapes = {key: (tuple(tensor.shape), tensor.dtype) for key, tensor in in_memory.items()}
-    return Source(name, _outline(name, shapes, config), _InMemory(in_memory))
-
-
-def magnitudes(state: AdapterState) -> list[str]:
-    """The dense tensors that are DoRA's magnitude vectors."""
-    return [name for name in state.dense if MAGNITUDE in name.split(".")]
-
-
-def adapter_problem(state: AdapterState) -> str | None:
-    """What makes one adapter unfit for averaging, whatever the others are."""
-    config = state.config
-    if not state.factors:
-        return "it holds no low-rank factor"
-    start = config.get("init_lora_weights")
-    if start not in _PLAIN_STARTS:
-        return (
-            f"init_lora_weights is {start!r:.60}, which changes the base weights; convert the "
-            "adapter first (save_pretrained with path_initial_model_for_weight_conversion)"
-        )
-    for field in ("lora_bias", "target_parameters"):
-        if config.get(field):
-            return f"{field} is {config[field]!r:.60}, which is not supported"
-    if bool(config.get("use_dora")) != bool(magnitudes(state)):
-        return (
-            f"use_dora is {config.get('use_dora')!r:.60} and {len(magnitudes(state))} tensors "
-            "are magnitude vectors"
-        )
-    for module, named in state.factors.items():
-        kinds = {"lora_embedding_" in state.keys[f"{module}.{factor}"] for factor in named}
-        if len(kinds) > 1:
-            return f"module {module} has one factor of an embedding and one of a linear layer"
-    return _target_problem(state)
-
-
-def mismatch(state: AdapterState, first: Source, layout: FactorLayout) -> str | None:
-    """The first way in which an adapter does not fit ``first``, if any.
-
-    Args:
-        layout: the tensors of ``first`` at the largest rank of any adapter.
-    """
-    config, expected = state.config, first.outline.config
-    if state.family != first.outline.family:
-        return f"it is of family {state.family!r}, {first.name} of {first.outline.family!r}"
-    mine, theirs = len(magnitudes(state)), len(magnitudes(first.outline))
-    if bool(mine) != bool(theirs):
-        return f"it holds {mine} DoRA magnitude vectors, {first.name} holds {theirs}"
-    base, named = config.get("base_model_name_or_path"), expected.get("base_model_name_or_path")
-    if base and named and base != named:
-        return f"base_model_name_or_path is {base!r:.80}, that of {first.name} is {named!r:.80}"
-    for field, default in _SAME_FIELDS.items():
-        one, other = config.get(field) or default, expected.get(field) or default
-        if one != other:
-            return f"{field} is {one!r:.60}, that of {first.name} is {other!r:.60}"
-    problem = check_state(state, layout, mixed_ranks=True)
-    if problem:
-        return problem
-    offset = state.family == "gram" and config.get("offset", True)
-    if offset and state.scaling != first.outline.scaling:
-        return f"its scaling differs from that of {first.name}; the offset is common to all"
-    return None
+    outline, forms = _outline(name, shapes, config)
+    return Source(name, outline, _InMemory(in_memory), forms)
 
 
 def check_same_constants(sources: Sequence[Source]) -> None:
-    """Compare the tensors that never change, bit by bit.
+    """Compare the tensors that never change, bit by bit and piece by piece.
 
     Raises:
         FedcoreError: naming the adapter and the first tensor that differs.
     """
     first, *others = sources
-    if not first.outline.constants and not any(s.outline.constants for s in others):
-        return
-    expected = first.constants()
+    expected = first.outline.constants
     for source in others:
-        constants = source.constants()
-        for name in sorted(expected.keys() | constants.keys()):
-            both = name in expected and name in constants
-            if not both or not torch.equal(expected[name], constants[name]):
+        for name in sorted(expected.keys() | source.outline.constants.keys()):
+            if not _same_constant(name, source, first):
                 raise FedcoreError(
-                    f"{source.name}: {name} differs from that of {first.name}; factors are "
+                    f"{source.name}: {name} differs from that of {first.name}; adapters are "
                     "relative to it and must not be mixed"
                 )
+
+
+def _same_constant(name: str, source: Source, first: Source) -> bool:
+    one, other = (s.outline.constants.get(name) for s in (source, first))
+    if one is None or other is None or one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    pieces = [(start, start + _PIECE) for start in range(0, one.numel(), _PIECE)]
+    return all(torch.equal(source.constant(name, *p), first.constant(name, *p)) for p in pieces)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
+from fedcore.data.adapter_kind import not_additive
 from fedcore.errors import FedcoreError
 from fedcore.methods.base import Method
 from fedcore.methods.registry import default_methods
@@ -116,14 +118,27 @@ sum shows the server their mean alone; use one of florg.whitened, florg.avg_a
     raise FedcoreError(f"{where}: {method.name}{host} {lack}; {remedy}")
 
 
-def check_family(method: Method, family: str, what: str) -> None:
-    """Refuse a start that ``method`` cannot aggregate.
+def check_start(
+    method: Method,
+    family: str,
+    dense: Iterable[str],
+    what: str,
+    config: Mapping[str, Any] | None = None,
+) -> None:
+    """Refuse a start that ``method`` cannot aggregate, before any client has trained.
 
     Args:
         family: of the adapter that a federation starts from.
+        dense: names of its tensors that travel whole.
         what: the argument that holds the adapter; it begins the message.
+        config: the adapter's, where it is known.
 
     Raises:
-        FedcoreError: the adapter is of another family; with the methods for its family.
+        FedcoreError: the adapter is of another family, with the methods for its family; or the
+            method adds an update beside adapters that do not add.
     """
     refuse(method, (EXCHANGES, of_family(family)), what)
+    problem = not_additive(config or {}, dense)
+    if problem and method.capabilities.updates_base:
+        needs = (EXCHANGES, of_family(family), KEEPS_BASE)
+        refuse(method, needs, f"{what}: {problem}")

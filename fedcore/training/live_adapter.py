@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from fedcore.data.adapter_kind import kind
 from fedcore.data.adapter_state import AdapterState
+from fedcore.data.validation import check_rounds
 from fedcore.errors import FedcoreError, missing_extra
 
 ADAPTER_NAME = "default"
@@ -37,4 +39,11 @@ def live_adapter(model: nn.Module, name: str = "the model's adapter") -> Adapter
         for key, tensor in get_peft_model_state_dict(model).items()
     }
     config = {**configs[ADAPTER_NAME].to_dict(), "inference_mode": True}
-    return AdapterState.from_peft(tensors, config, name=name)
+    if kind(config) == "ADALORA":
+        raise FedcoreError(
+            f"{name}: AdaLoRA keeps singular values beside its factors and drops some while it "
+            "trains, which no row holds; train LORA, or merge such adapters (fedcore aggregate)"
+        )
+    adapter = AdapterState.from_peft(tensors, config, name=name)
+    check_rounds(adapter, name)
+    return adapter

@@ -17,14 +17,14 @@ from fedcore.data.exchange import (
     write_broadcast,
 )
 from fedcore.data.peft_files import read_adapter
-from fedcore.data.validation import OnInvalid
+from fedcore.data.validation import OnInvalid, check_rounds
 from fedcore.errors import FedcoreError
 from fedcore.federation.server_round import OpenRound
 from fedcore.federation.state import ServerState, latest_state, read_state, write_state
 from fedcore.methods import create_method
 from fedcore.methods.base import Method
 from fedcore.methods.registry import options_of
-from fedcore.methods.requirements import ONE_BROADCAST, check_family, refuse
+from fedcore.methods.requirements import ONE_BROADCAST, check_start, refuse
 
 Weighting = Literal["examples", "uniform"]
 
@@ -67,7 +67,8 @@ class FileServer:
             raise FedcoreError(f"{path} holds a federation; open it, or pass another folder")
         refuse(chosen, ONE_BROADCAST, "a server of folders")
         adapter = start if isinstance(start, AdapterState) else read_adapter(start)
-        check_family(chosen, adapter.family, "start")
+        check_start(chosen, adapter.family, adapter.dense, "start", adapter.config)
+        check_rounds(adapter, "start")
         layout = adapter.layout()
         state = ServerState(round=0, layout=layout, row=adapter.to_row(layout))
         served = BroadcastFolder(adapter, 0, chosen.name, options_of(chosen))

@@ -17,12 +17,12 @@ from fedcore.checks import is_number
 from fedcore.data.adapter_state import AdapterState
 from fedcore.data.peft_files import read_adapter, write_adapter
 from fedcore.data.rows import row_from_tensors, tensors_from_row
-from fedcore.data.validation import OnInvalid
+from fedcore.data.validation import OnInvalid, check_rounds
 from fedcore.errors import FedcoreError, missing_extra
 from fedcore.federation.server_round import OpenRound
 from fedcore.federation.state import ServerState, newest_or, save
 from fedcore.methods import create_method
-from fedcore.methods.requirements import KEEPS_BASE, ONE_BROADCAST, check_family, refuse
+from fedcore.methods.requirements import KEEPS_BASE, ONE_BROADCAST, check_start, refuse
 
 try:
     from nvflare.app_common.abstract.fl_model import FLModel, ParamsType
@@ -84,7 +84,10 @@ class FedLoRAAggregator(ModelAggregator):  # type: ignore[misc,unused-ignore]
         needs = (*ONE_BROADCAST, KEEPS_BASE)
         refuse(self._method, needs, "a job of NVFlare", "take another engine")
         self._start = read_adapter(adapter)
-        check_family(self._method, self._start.family, "adapter")
+        check_start(
+            self._method, self._start.family, self._start.dense, "adapter", self._start.config
+        )
+        check_rounds(self._start, "adapter")
         self._state = _begin(self._start, checkpoints)
         self._received: dict[str, tuple[Tensor | None, float, str, Mapping[str, float]]] = {}
 

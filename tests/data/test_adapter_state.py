@@ -4,7 +4,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from fedcore.data.adapter_state import AdapterState, declared_rank_and_scaling
+from fedcore.data.adapter_state import AdapterState
+from fedcore.data.declared import declared_rank_and_scaling
 from fedcore.data.peft_files import read_adapter, write_adapter
 from fedcore.errors import FedcoreError
 from tests.property.adapters import lora_state, lora_tensors

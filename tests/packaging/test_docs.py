@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from fedcore.methods import METHODS, describe_methods
+from fedcore.reports.adapters_table import adapters_markdown
 from fedcore.reports.methods_table import methods_markdown
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "methods.md"
@@ -30,6 +31,13 @@ def test_the_table_is_what_the_methods_say_of_themselves(page):
     table = page.split(BEGIN)[1].split(END)[0]
     fresh = methods_markdown(describe_methods())
     assert table.strip() == fresh.strip(), "put the output of `fedcore methods --markdown` there"
+
+
+def test_the_table_of_adapters_is_what_the_gate_does():
+    text = (PAGE.parent / "adapters.md").read_text(encoding="utf-8")
+    table = text.split("<!-- adapters table -->")[1].split("<!-- end of adapters table -->")[0]
+    wanted = adapters_markdown()
+    assert table.strip() == wanted.strip(), "put the output of `fedcore adapters --markdown` there"
 
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)

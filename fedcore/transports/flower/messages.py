@@ -14,6 +14,7 @@ from torch import Tensor
 from fedcore.data.adapter_state import AdapterState
 from fedcore.data.low_rank import packed
 from fedcore.data.rows import Ranks, row_from_tensors, slot_name, tensors_from_row
+from fedcore.data.validation import check_rounds
 from fedcore.errors import FedcoreError
 from fedcore.federation.downloads import Download
 from fedcore.federation.state import ServerState, personal_of, statistics_of
@@ -200,6 +201,7 @@ class KeyMap:
                 factor without its partner, or a factor that is not a matrix.
         """
         adapter = AdapterState.from_tensors(tensors)
+        check_rounds(adapter, "the adapter")
         layout = adapter.layout()
         key_map = cls(layout, adapter.keys, adapter.family, adapter.constants)
         row = adapter.to_row(layout)

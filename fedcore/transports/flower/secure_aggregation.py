@@ -45,7 +45,7 @@ from fedcore.errors import FedcoreError
 from fedcore.federation.server_round import OpenRound
 from fedcore.federation.state import ServerState, begin, save
 from fedcore.methods import Method, create_method
-from fedcore.methods.requirements import SECURE_SUM, SENDS_FACTORS, check_family, refuse
+from fedcore.methods.requirements import SECURE_SUM, SENDS_FACTORS, check_start, refuse
 from fedcore.transports.flower.messages import KeyMap
 
 _KEYS, _SENDS, _ROUND = "fedcore.keys", "fedcore.sends", "fedcore.round"
@@ -83,7 +83,7 @@ class SecureFedLoRA(FedAvg):
         otherwise = "take round.secure_sum of a recipe"
         refuse(self.method, (*SECURE_SUM, SENDS_FACTORS), "Flower's secure aggregation", otherwise)
         self.key_map, row = KeyMap.of(adapter)
-        check_family(self.method, self.key_map.family, "adapter")
+        check_start(self.method, self.key_map.family, self.key_map.layout.by_name, "adapter")
         self._folder = Path(checkpoint_dir) if checkpoint_dir is not None else None
         fresh = ServerState(round=0, layout=self.key_map.layout, row=row)
         self.state = begin(self._folder, resume, fresh)

@@ -26,7 +26,7 @@ from fedcore.federation.server_round import ClosedRound, OpenRound
 from fedcore.federation.state import ServerState, begin, save
 from fedcore.methods import create_method
 from fedcore.methods.base import Method
-from fedcore.methods.requirements import EXCHANGES, check_family, refuse
+from fedcore.methods.requirements import EXCHANGES, check_start, refuse
 from fedcore.transports.flower.messages import (
     KeyMap,
     broadcast_content,
@@ -199,7 +199,7 @@ class FedLoRA(FedAvg):
         self, initial: ArrayRecord, checkpoint_dir: str | Path | None, resume: bool
     ) -> None:
         key_map, row = KeyMap.of(from_arrays(initial))
-        check_family(self.method, key_map.family, "initial_arrays")
+        check_start(self.method, key_map.family, key_map.layout.by_name, "initial_arrays")
         folder = Path(checkpoint_dir) if checkpoint_dir is not None else None
         state = begin(folder, resume, ServerState(round=0, layout=key_map.layout, row=row))
         self._key_map, self._folder, self._state = key_map, folder, state

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fedcore.data.adapter_state import declared_rank_and_scaling
+from fedcore.data.declared import declared_rank_and_scaling
 from fedcore.data.seeding import derive_seed
 from fedcore.tuners.gram.config import GramConfig
 from fedcore.tuners.gram.factors import GramConstants, GramFactors

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fedcore.data.adapter_state import declared_rank_and_scaling
+from fedcore.data.declared import declared_rank_and_scaling
 from fedcore.errors import FedcoreError
 from fedcore.tuners.shared.additive_layer import AdditiveLayer
 from fedcore.tuners.tri.config import TriConfig
