@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Literal
 
-Use = Literal["any", "read", "same", "union", "limited", "refused"]
+Use = Literal["any", "read", "same", "union", "dropped", "limited", "refused"]
 """How a field is treated: it does not matter to the tensors; it is read (ranks, scalings, names);
-all adapters need the same; differing values are united; only some values are accepted; or only the
-default is."""
+all adapters need the same; differing values are united; it is left out of what is merged; only some
+values are accepted; or only the default is."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,9 @@ _LORA: Mapping[str, FieldRule] = {
     "eva_config": _any("draws the start of A; the base weights stay"),
     "corda_config": _refused("CorDA changes the base weights", _CONVERT),
     "lora_ga_config": _refused("LoRA-GA changes the base weights", _CONVERT),
-    "velora_config": _any("compresses activations in training; the update is s B A"),
+    "velora_config": FieldRule(
+        "dropped", None, "compresses activations in training, by vectors that no result needs"
+    ),
     "monteclora_config": _refused("samples the factors anew in every forward pass"),
     "runtime_config": _any("where factors live while the model runs"),
     "use_bdlora": _refused("makes one factor block-diagonal, stored as blocks"),

@@ -14,6 +14,7 @@ from fedcore.data.peft_keys import (
     LORA_BIAS,
     MAGNITUDE,
     TOKEN_ROWS,
+    TRAINING_ONLY,
     ends_with,
     parse_key,
 )
@@ -102,11 +103,27 @@ def config_problem(config: Mapping[str, Any]) -> str | None:
             return f"{field} is set, which is not supported: {rule.why}; {rule.remedy}"
         elif rule.use == "limited" and not _one_of(value, rule.accepted):
             return f"{field} is {value!r:.60}: {rule.why}; {rule.remedy}"
-    return _combination_problem(config)
+    return _form_problem(config) or _combination_problem(config)
 
 
 def _one_of(value: Any, accepted: tuple[Any, ...]) -> bool:
     return any(value is one or (isinstance(one, str) and value == one) for one in accepted)
+
+
+def _form_problem(config: Mapping[str, Any]) -> str | None:
+    """A field that is read here, in another form than PEFT writes it."""
+    for field in ("target_modules", "modules_to_save", "target_parameters"):
+        value = config.get(field)
+        if value is None or (isinstance(value, str) and field == "target_modules"):
+            continue
+        listed = isinstance(value, list | tuple | set | frozenset)
+        if not listed or not all(isinstance(name, str) for name in value):
+            return f"{field} is {value!r:.60}; a list of names is needed"
+    for field in ("task_type", "bias", "base_model_name_or_path"):
+        value = _plain(config.get(field))
+        if value is not None and not isinstance(value, str):
+            return f"{field} is {value!r:.60}; a name is needed"
+    return None
 
 
 def _combination_problem(config: Mapping[str, Any]) -> str | None:
@@ -152,9 +169,12 @@ def meaning_problem(config: Mapping[str, Any], other: Mapping[str, Any], whose: 
         whose: the other adapter, in an error.
     """
     one, two = meaning_of(config), meaning_of(other)
-    for field in [*one, *(name for name in two if name not in one)]:
+    for field in ["peft_type", *one, *(name for name in two if name not in one)]:
         if one.get(field) != two.get(field):
-            mine, theirs = one.get(field, "not set"), two.get(field, "not set")
+            mine, theirs = (
+                meaning.get(field, FIELDS[meaning["peft_type"]][field].default)
+                for meaning in (one, two)
+            )
             return f"{field} is {mine!r:.60}, that of {whose} is {theirs!r:.60}"
     return None
 
@@ -172,8 +192,9 @@ def not_additive(config: Mapping[str, Any], tensors: Iterable[str] = ()) -> str 
     return None
 
 
-Tensors = Literal["factor", "constant", "singular", "dense", "frozen"]
-"""What a tensor of a file is to an average; ``"frozen"`` is a copy of a base weight."""
+Tensors = Literal["factor", "constant", "singular", "dense", "frozen", "unused"]
+"""What a tensor of a file is to an average: ``"frozen"`` is a copy of a base weight, ``"unused"``
+is of no use outside the training that wrote it."""
 
 
 def role_of(key: str, config: Mapping[str, Any] | None) -> Tensors:
@@ -194,34 +215,38 @@ def role_of(key: str, config: Mapping[str, Any] | None) -> Tensors:
         return "singular"
     if meaning.role != "dense":
         return meaning.role
-    for end, field in _FIELD_OF_TENSOR:
+    for end, field in FIELD_OF_TENSOR:
         if ends_with(path, end):
             if config is not None and not config.get(field):
                 raise FedcoreError(
                     f"{key} belongs to {field}, which its configuration does not set"
                 )
             return "dense"
+    if TRAINING_ONLY in path.split(".")[-2:] and config is not None and config.get("velora_config"):
+        return "unused"
     # Checked by the path's own components: a head may be called anything else.
     if any(part.startswith(_FOREIGN_TAGS) for part in path.split(".")[-3:]):
         raise FedcoreError(
             f"{key} is a parameter of an adapter that is not known; accepted are low-rank factors, "
             "DoRA magnitudes, biases, token rows, and modules saved whole"
         )
-    if config is None or _saved_whole(path, config):
-        return "dense"
-    if _is_embedding_copy(path):
+    if config is not None and _is_embedding_copy(path) and not _saved_whole(path, config):
         return "frozen"
+    # PEFT always writes the field; a configuration without it was made by hand.
+    if config is None or "modules_to_save" not in config or _saved_whole(path, config):
+        return "dense"
     raise FedcoreError(
         f"{key} is neither a factor nor of a module in modules_to_save; list its module there, or "
         "leave the tensor out"
     )
 
 
-_FIELD_OF_TENSOR = (
+FIELD_OF_TENSOR = (
     (MAGNITUDE, "use_dora"),
     (LORA_BIAS, "lora_bias"),
     (TOKEN_ROWS, "trainable_token_indices"),
 )
+"""Ends of the names of dense tensors that belong to adapters, and the field that asks for each."""
 
 
 def _saved_whole(path: str, config: Mapping[str, Any]) -> bool:
@@ -229,7 +254,7 @@ def _saved_whole(path: str, config: Mapping[str, Any]) -> bool:
     if path.rpartition(".")[2] == "bias" and (config.get("bias") or "none") != "none":
         return True
     saved = config.get("modules_to_save") or ()
-    names = [*(saved if not isinstance(saved, str) else (saved,))]
+    names = [*saved]
     names += _HEADS.get(str(_plain(config.get("task_type"))), ())
     parts = path.split(".")
     modules = [".".join(parts[:i]) for i in range(1, len(parts) + 1)]

@@ -14,7 +14,7 @@ from fedcore.data.adapter_kind import config_problem, kind
 from fedcore.data.declared import as_lora_config, declared_rank_and_scaling
 from fedcore.data.peft_keys import CORE
 from fedcore.data.rows import absorb_scalings, rank_and_width, row_dtype, tensor_in_row
-from fedcore.data.stored_form import NamedTensor, StoredForm, named_tensors, shaped, stacked_experts
+from fedcore.data.stored_form import NamedTensor, StoredForm, name_tensors, shaped, stacked_experts
 from fedcore.errors import FedcoreError
 from fedcore_kernels.layout import FactorLayout, FactorSlot
 
@@ -90,7 +90,7 @@ class AdapterState:
         problem = config_problem(config)
         if problem:
             raise FedcoreError(f"{name}: {problem}")
-        state = cls._of(tensors, named_tensors(tensors, config, name), name)
+        state = cls._of(tensors, name_tensors(tensors, config, name), name)
         if kind(config) == "ADALORA":
             config, scaling = as_lora_config(config, state.ranks, name)
             return replace(state, scaling=scaling, config=config)
@@ -114,7 +114,7 @@ class AdapterState:
         Raises:
             FedcoreError: as :meth:`from_peft`, without what concerns the configuration.
         """
-        return cls._of(tensors, named_tensors(tensors, None, name), name)
+        return cls._of(tensors, name_tensors(tensors, None, name), name)
 
     @classmethod
     def _of(

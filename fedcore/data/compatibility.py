@@ -9,7 +9,12 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from fedcore.data.adapter_kind import EMBEDDINGS, meaning_problem, token_indices
+from fedcore.data.adapter_kind import (
+    EMBEDDINGS,
+    FIELD_OF_TENSOR,
+    meaning_problem,
+    token_indices,
+)
 from fedcore.data.adapter_state import AdapterState
 from fedcore.data.peft_keys import MAGNITUDE, TOKEN_ROWS, ends_with
 from fedcore.data.validation import check_state
@@ -24,7 +29,8 @@ def _target_problem(state: AdapterState) -> str | None:
     # PEFT adapts both of a tied pair where one of them is a target.
     tied = bool(state.config.get("ensure_weight_tying")) and set(EMBEDDINGS) & set(targets)
     for module in state.factors:
-        if any(form.experts for form in (state.forms.get(f"{module}.A"),) if form is not None):
+        form = state.forms.get(f"{module}.A")
+        if form is not None and form.experts:
             continue
         # PEFT takes a name as the whole path or as its end.
         if any(ends_with(module, str(name)) for name in targets):
@@ -44,11 +50,10 @@ def adapter_problem(state: AdapterState) -> str | None:
     config = state.config
     if not state.factors:
         return "it holds no low-rank factor"
-    if bool(config.get("use_dora")) != bool(magnitudes(state)):
-        return (
-            f"use_dora is {config.get('use_dora')!r:.60} and {len(magnitudes(state))} tensors "
-            "are magnitude vectors"
-        )
+    for end, field in FIELD_OF_TENSOR:
+        tensors = [name for name in state.dense if ends_with(name, end)]
+        if bool(config.get(field)) != bool(tensors):
+            return f"{field} is {config.get(field)!r:.60} and {len(tensors)} tensors are {end}"
     for module, named in state.factors.items():
         kinds = {"lora_embedding_" in state.keys[f"{module}.{factor}"] for factor in named}
         if len(kinds) > 1:

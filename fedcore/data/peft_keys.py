@@ -47,6 +47,9 @@ LORA_BIAS = "lora_B.bias"
 TOKEN_ROWS = "token_adapter.trainable_tokens_delta"
 """The end of the name of rows of an embedding, of the tokens that the configuration lists."""
 
+TRAINING_ONLY = "lora_velora_embed"
+"""VeLoRA's vectors, which only training uses."""
+
 TRANSPOSED_FACTORS = frozenset({"B"})
 """Factors that a flat row holds transposed, so that every factor is ``rank x width``."""
 

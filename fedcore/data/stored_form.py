@@ -101,7 +101,7 @@ class NamedTensor:
         return f"{self.module}.{self.factor}" if self.factor else self.module
 
 
-def named_tensors(
+def name_tensors(
     tensors: Mapping[str, Tensor], config: Mapping[str, Any] | None, name: str
 ) -> dict[str, NamedTensor]:
     """Every tensor of an adapter by its name, in the order of the file.
@@ -122,13 +122,14 @@ def named_tensors(
     try:
         for key, tensor in tensors.items():
             role = role_of(key, config)
-            if role == "singular":
+            if role in ("singular", "unused"):
                 continue
             for named in _parts(key, role, tensor, config, singular):
                 if named.name in found:
                     raise FedcoreError(f"{key} and {taken[named.name]} name the same tensor")
                 found[named.name], taken[named.name] = named, key
         _check_singular(found, singular, tensors)
+        _check_kernels(found)
     except FedcoreError as error:
         raise FedcoreError(f"{name}: {error}") from None
     return found
@@ -203,6 +204,13 @@ def _check_singular(
         rank, shape = tensors[factor.form.keys[0]].shape[0], tuple(tensors[key].shape)
         if shape != (rank, 1):
             raise FedcoreError(f"{key} has shape {shape}, expected {(rank, 1)}")
+
+
+def _check_kernels(found: Mapping[str, NamedTensor]) -> None:
+    for named in found.values():
+        partner = found.get(f"{named.module}.{'B' if named.factor == 'A' else 'A'}")
+        if named.form.axes and (partner is None or not partner.form.axes):
+            raise FedcoreError(f"{named.key} has the axes of a convolution, its partner has not")
 
 
 def _check_wrapped(tensors: Mapping[str, Tensor], name: str) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor
 from torch.nn.functional import pad
 
+from fedcore.data.adapter_fields import FIELDS
 from fedcore.data.adapter_kind import kind
 from fedcore.data.adapter_state import AdapterState
 from fedcore.data.declared import declaration
@@ -187,6 +188,11 @@ def _config(
         config["modules_to_save"] = _saved_modules(adapter.dense) or None
     if "init_lora_weights" in config:
         config["init_lora_weights"] = True
+    config |= {
+        field: None
+        for field, rule in FIELDS[kind(config)].items()
+        if rule.use == "dropped" and config.get(field)
+    }
     if job.tokens:
         config["trainable_token_indices"] = _tokens_field(job)
     if plain:

@@ -22,7 +22,7 @@ from fedcore.data.adapter_state import AdapterState
 from fedcore.data.peft_files import open_adapter
 from fedcore.data.peft_keys import LORA_BIAS, ends_with
 from fedcore.data.rows import absorb_scalings, tensor_in_row
-from fedcore.data.stored_form import StoredForm, named_tensors
+from fedcore.data.stored_form import StoredForm, name_tensors
 from fedcore.data.tensor_file import TensorFile
 from fedcore.data.validation import check_row
 from fedcore.errors import FedcoreError
@@ -70,7 +70,7 @@ def _outline(
         for key, (shape, dtype) in shapes.items()
     }
     outline = AdapterState.from_peft(empty, config, name=name)
-    return outline, {n: one.form for n, one in named_tensors(empty, config, name).items()}
+    return outline, {n: one.form for n, one in name_tensors(empty, config, name).items()}
 
 
 def _mapping(name: str, value: Any) -> dict[str, Any]:

@@ -10,6 +10,7 @@ _TREATED = {
     "read": "any value, read",
     "same": "the same in all adapters",
     "union": "any value, united",
+    "dropped": "any value, left out of the result",
     "refused": "refused",
 }
 

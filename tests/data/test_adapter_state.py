@@ -80,7 +80,8 @@ def test_scaling_follows_patterns_and_rslora():
     ("change", "message"),
     [
         (lambda t: t.pop("base_model.model.encoder.layer.0.query.lora_B.weight"), "lacks factor B"),
-        (lambda t: t.update({"x.lora_A.weight": torch.zeros(2, 3, 4)}), "two axes"),
+        (lambda t: t.update({"x.lora_A.weight": torch.zeros(2, 3, 4)}), "of a convolution"),
+        (lambda t: t.update({"x.lora_A.weight": torch.zeros(2)}), "two axes"),
         (lambda t: t.update({"n": torch.zeros(2, dtype=torch.int8)}), "int8"),
         (lambda t: t.clear(), "holds no tensor"),
         (lambda t: t.update({"x.gram_A": torch.zeros(2, 3)}), "mixes adapter families"),

@@ -76,10 +76,11 @@ BAD = [
     (_config(rank_pattern={"(a+)+": 2}), "a repetition of repetitions"),
     (_config(base_model_name_or_path="other"), "is 'other', that of .*a is 'tiny'"),
     (_config(fan_in_fan_out=True), "fan_in_fan_out is True, that of"),
-    (_config(task_type="CAUSAL_LM"), "task_type is 'CAUSAL_LM', that of"),
-    (_config(init_lora_weights="pissa_niter_4"), "which changes the base weights"),
-    (_config(lora_bias=True), "lora_bias is True, which is not supported"),
-    (_config(use_dora=True), "use_dora is True and 0 tensors are magnitude vectors"),
+    (_config(init_lora_weights="pissa_niter_4"), "PiSSA.* change the base weights"),
+    (_config(lora_bias=True), "lora_bias is True and 0 tensors are lora_B.bias"),
+    (_config(use_dora=True), "use_dora is True and 0 tensors are lora_magnitude_vector"),
+    (_config(trainable_token_indices=[1]), r"trainable_token_indices is \[1\] and 0 tensors"),
+    (_config(kasa_config={"beta": 1}), "kasa_config is set, which is not supported"),
     (_config(target_modules=["q"]), "block.0.v is adapted and not among target_modules"),
 ]
 
@@ -191,7 +192,7 @@ def test_gram_adapters_of_other_frames_or_starts_are_not_mixed():
     tensors = other.to_peft()
     start = torch.ones(3, 12)
     key = "base_model.model.layer.0.query.gram_A0"
-    with pytest.raises(FedcoreError, match=r"b: frame_seed is 7, that of a is None"):
+    with pytest.raises(FedcoreError, match=r"b: frame_seed is 7, that of a is 0"):
         aggregate(
             {"a": one, "b": (tensors, {**other.config, "frame_seed": 7})}, method="florg.avg_a"
         )
