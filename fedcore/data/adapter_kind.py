@@ -230,7 +230,9 @@ def role_of(key: str, config: Mapping[str, Any] | None) -> Tensors:
             f"{key} is a parameter of an adapter that is not known; accepted are low-rank factors, "
             "DoRA magnitudes, biases, token rows, and modules saved whole"
         )
-    if config is not None and _is_embedding_copy(path) and not _saved_whole(path, config):
+    wrapped = path.endswith(".base_layer.weight")
+    copied = is_embedding_copy(path) and config is not None and not _saved_whole(path, config)
+    if copied or (wrapped and config is None):
         return "frozen"
     # PEFT always writes the field; a configuration without it was made by hand.
     if config is None or "modules_to_save" not in config or _saved_whole(path, config):
@@ -255,6 +257,8 @@ def _saved_whole(path: str, config: Mapping[str, Any]) -> bool:
         return True
     saved = config.get("modules_to_save") or ()
     names = [*saved]
+    if config.get("ensure_weight_tying") and set(names) & set(EMBEDDINGS):
+        names += EMBEDDINGS
     names += _HEADS.get(str(_plain(config.get("task_type"))), ())
     parts = path.split(".")
     modules = [".".join(parts[:i]) for i in range(1, len(parts) + 1)]
@@ -262,7 +266,8 @@ def _saved_whole(path: str, config: Mapping[str, Any]) -> bool:
     return any(module.endswith(str(name)) for module in modules for name in names)
 
 
-def _is_embedding_copy(path: str) -> bool:
+def is_embedding_copy(path: str) -> bool:
+    """Whether PEFT writes this frozen base weight beside an adapter on embeddings."""
     module, _, name = path.rpartition(".")
     wrapped = module.removesuffix(".base_layer")
     return name == "weight" and wrapped.rpartition(".")[2] in EMBEDDINGS

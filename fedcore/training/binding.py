@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from fedcore.data.adapter_kind import is_embedding_copy
 from fedcore.data.peft_keys import parse_key
 from fedcore.data.rows import rank_and_width, row_dtype, tensor_in_row
 from fedcore.errors import FedcoreError
@@ -24,7 +25,8 @@ class ModelBinding:
     Attributes:
         layout: every factor of the adapter, trained or not, and every trained dense tensor.
         parameters: slot name to the model's parameter.
-        constants: name to buffer that no client may change (initial factors, stored frames).
+        constants: name to tensor that no client may change (initial factors, stored frames, frozen
+            embeddings that PEFT saves beside their adapter).
     """
 
     layout: FactorLayout
@@ -41,11 +43,15 @@ class ModelBinding:
             FedcoreError: nothing trains.
         """
         factors, dense, parameters = [], [], {}
+        constants: dict[str, Tensor] = {}
         if not any(parameter.requires_grad for parameter in model.parameters()):
             raise FedcoreError("the model has no trained parameter to federate")
-        for key, parameter in model.named_parameters():
+        # A tied parameter stands under both of its names, as in the file that PEFT writes.
+        for key, parameter in model.named_parameters(remove_duplicate=False):
             meaning = parse_key(key)
             if meaning.role != "factor" and not parameter.requires_grad:
+                if is_embedding_copy(meaning.module):
+                    constants[meaning.module] = parameter
                 continue
             if meaning.role == "factor":
                 size = rank_and_width(meaning.factor, parameter)
@@ -54,7 +60,6 @@ class ModelBinding:
             else:
                 dense.append((meaning.module, tuple(parameter.shape)))
                 parameters[meaning.module] = parameter
-        constants = {}
         for key, buffer in model.named_buffers():
             meaning = parse_key(key)
             if meaning.role == "constant":

@@ -132,8 +132,7 @@ def _check_constants(binding: ModelBinding, own: AdapterState, theirs: AdapterSt
         if frames.get(module) != frame:
             raise FedcoreError(f"module {module} has another frame than the broadcast's; {advice}")
     for name, value in theirs.constants.items():
-        # Frozen copies of base weights are parameters of the model, and in what it would save.
-        constant = binding.constants.get(name, own.constants.get(name))
+        constant = binding.constants.get(name)
         if constant is None or not torch.equal(constant.cpu().float(), value.float()):
             raise FedcoreError(f"{name} is not the broadcast's; {advice}")
     for name in own.constants:

@@ -11,7 +11,6 @@ import warnings
 import pytest
 import torch
 from peft import LoraConfig, PeftModel
-from peft.tuners.lora import config as peft_config
 from safetensors.torch import save_file
 
 from fedcore import FedcoreError, aggregate
@@ -19,6 +18,8 @@ from fedcore.data import Cohort
 from fedcore.data.adapter_fields import FIELDS
 from fedcore.transports.folders import FileServer
 from tests.property.kinds import (
+    CASES,
+    MERGED,
     adalora,
     base_model,
     lora,
@@ -28,64 +29,6 @@ from tests.property.kinds import (
 )
 from tests.reference.merged import config_of, stored_tensors
 
-MERGED = {
-    "task_type": [("llama", lora(task_type="CAUSAL_LM"))],
-    "r": [("llama", lora(r=5))],
-    "lora_alpha": [("llama", lora(lora_alpha=1))],
-    "target_modules": [
-        ("llama", lora(target_modules="all-linear")),
-        ("llama", lora(target_modules=r".*layers\.1\..*(q|v)_proj")),
-        ("llama", lora(target_modules=["embed_tokens", "q_proj"])),
-        ("llama", lora(target_modules=["lm_head", "q_proj"])),
-        ("conv", lora(target_modules=["first", "second", "last"])),
-        ("gpt2", lora(target_modules=["c_attn"])),
-    ],
-    "exclude_modules": [
-        ("llama", lora(target_modules="all-linear", exclude_modules=["down_proj"]))
-    ],
-    "lora_dropout": [("llama", lora(lora_dropout=0.3))],
-    "fan_in_fan_out": [("gpt2", lora(target_modules=["c_attn"], fan_in_fan_out=True))],
-    "bias": [("qwen2", lora(bias="all")), ("qwen2", lora(bias="lora_only"))],
-    "use_rslora": [("llama", lora(use_rslora=True))],
-    "modules_to_save": [
-        ("llama", lora(modules_to_save=["lm_head", "input_layernorm"])),
-        ("bert", lora(target_modules=["query"], task_type="SEQ_CLS")),
-    ],
-    "init_lora_weights": [
-        ("llama", lora(init_lora_weights=start)) for start in ("gaussian", "orthogonal", False)
-    ],
-    "layers_to_transform": [("llama", lora(layers_to_transform=[1]))],
-    "layers_pattern": [("llama", lora(layers_to_transform=[0], layers_pattern="layers"))],
-    "rank_pattern": [
-        ("llama", lora(rank_pattern={"q_proj": 4})),
-        ("llama", lora(rank_pattern={r"^model.layers.0.self_attn.q_proj": 4})),
-    ],
-    "alpha_pattern": [("llama", lora(alpha_pattern={"v_proj": 9}))],
-    "trainable_token_indices": [
-        ("llama", lora(trainable_token_indices=[7, 3])),
-        ("llama", lora(trainable_token_indices={"embed_tokens": [4, 1, 9]})),
-        ("tied", lora(trainable_token_indices=[7, 3])),
-    ],
-    "use_dora": [("llama", lora(use_dora=True))],
-    "velora_config": [("llama", lora(velora_config=peft_config.VeloraConfig()))],
-    "lora_bias": [("qwen2", lora(lora_bias=True))],
-    "target_parameters": [
-        (
-            "mixtral",
-            lora(target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]),
-        ),
-        ("mixtral", lora(target_modules=[], target_parameters=["mlp.experts.down_proj"])),
-    ],
-    "ensure_weight_tying": [
-        ("tied", lora(modules_to_save=["embed_tokens"], ensure_weight_tying=True)),
-    ],
-    "layer_replication": [("llama", lora(layer_replication=[[0, 2], [1, 2]]))],
-    "runtime_config": [("llama", lora())],
-    "megatron_core": [("llama", lora(megatron_core="another.core"))],
-}
-"""Field to configurations that use it; one adapter of each comes back as it was."""
-
-CHANGED_BASE = "changes the base weights"
 REFUSED = {
     "init_lora_weights": {"init_lora_weights": "pissa_niter_4"},
     "megatron_config": {"megatron_config": {"tensor_model_parallel_size": 2}},
@@ -113,8 +56,6 @@ UNTOUCHED = {
     "alora_invocation_tokens",
 }
 """Fields that tests of their own cover, or that no tensor of a file depends on."""
-
-CASES = [(field, *case) for field, cases in MERGED.items() for case in cases]
 
 
 def test_every_field_of_the_installed_peft_is_on_the_list_and_tested():
@@ -210,8 +151,13 @@ def mean_of_merged(model, folders, weights):
             ),
         ),
         ("llama", lora(target_modules=["embed_tokens"]), lora(target_modules=["embed_tokens"])),
+        (
+            "tied",
+            lora(modules_to_save=["embed_tokens"], ensure_weight_tying=True),
+            lora(modules_to_save=["embed_tokens"], ensure_weight_tying=True),
+        ),
     ],
-    ids=["adalora", "adalora-lora", "lora_bias", "conv", "experts", "embedding"],
+    ids=["adalora", "adalora-lora", "lora_bias", "conv", "experts", "embedding", "tied"],
 )
 def test_the_mean_of_two_is_the_mean_of_what_peft_merges(tmp_path, model, one, two):
     folders = saved_pair(tmp_path, model, one, two)
@@ -267,11 +213,6 @@ def test_token_rows_are_united_and_each_is_the_mean_of_those_that_train_it(tmp_p
     ("model", "one", "two"),
     [
         ("llama", lora(use_dora=True), lora()),
-        (
-            "gpt2",
-            lora(target_modules=["c_attn"], fan_in_fan_out=True),
-            lora(target_modules=["c_attn"]),
-        ),
         ("llama", lora(alora_invocation_tokens=[3, 4]), lora(alora_invocation_tokens=[5])),
         ("qwen2", lora(bias="all"), lora(bias="lora_only")),
         (

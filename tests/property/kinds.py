@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from peft import AdaLoraConfig, LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft.tuners.lora import config as peft_config
 from torch import Tensor, nn
 from transformers import (
     BertConfig,
@@ -130,3 +131,64 @@ def lora(**fields: Any) -> LoraConfig:
 def adalora(**fields: Any) -> AdaLoraConfig:
     known = {"init_r": 3, "target_r": 2, "lora_alpha": 6, "total_step": 10}
     return AdaLoraConfig(**{**known, "target_modules": ["q_proj", "v_proj"], **fields})
+
+
+MERGED = {
+    "task_type": [("llama", lora(task_type="CAUSAL_LM"))],
+    "r": [("llama", lora(r=5))],
+    "lora_alpha": [("llama", lora(lora_alpha=1))],
+    "target_modules": [
+        ("llama", lora(target_modules="all-linear")),
+        ("llama", lora(target_modules=r".*layers\.1\..*(q|v)_proj")),
+        ("llama", lora(target_modules=["embed_tokens", "q_proj"])),
+        ("llama", lora(target_modules=["lm_head", "q_proj"])),
+        ("conv", lora(target_modules=["first", "second", "last"])),
+        ("gpt2", lora(target_modules=["c_attn"])),
+    ],
+    "exclude_modules": [
+        ("llama", lora(target_modules="all-linear", exclude_modules=["down_proj"]))
+    ],
+    "lora_dropout": [("llama", lora(lora_dropout=0.3))],
+    "fan_in_fan_out": [("gpt2", lora(target_modules=["c_attn"], fan_in_fan_out=True))],
+    "bias": [("qwen2", lora(bias="all")), ("qwen2", lora(bias="lora_only"))],
+    "use_rslora": [("llama", lora(use_rslora=True))],
+    "modules_to_save": [
+        ("llama", lora(modules_to_save=["lm_head", "input_layernorm"])),
+        ("bert", lora(target_modules=["query"], task_type="SEQ_CLS")),
+    ],
+    "init_lora_weights": [
+        ("llama", lora(init_lora_weights=start)) for start in ("gaussian", "orthogonal", False)
+    ],
+    "layers_to_transform": [("llama", lora(layers_to_transform=[1]))],
+    "layers_pattern": [("llama", lora(layers_to_transform=[0], layers_pattern="layers"))],
+    "rank_pattern": [
+        ("llama", lora(rank_pattern={"q_proj": 4})),
+        ("llama", lora(rank_pattern={r"^model.layers.0.self_attn.q_proj": 4})),
+    ],
+    "alpha_pattern": [("llama", lora(alpha_pattern={"v_proj": 9}))],
+    "trainable_token_indices": [
+        ("llama", lora(trainable_token_indices=[7, 3])),
+        ("llama", lora(trainable_token_indices={"embed_tokens": [4, 1, 9]})),
+        ("tied", lora(trainable_token_indices=[7, 3])),
+    ],
+    "use_dora": [("llama", lora(use_dora=True))],
+    "velora_config": [("llama", lora(velora_config=peft_config.VeloraConfig()))],
+    "lora_bias": [("qwen2", lora(lora_bias=True))],
+    "target_parameters": [
+        (
+            "mixtral",
+            lora(target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]),
+        ),
+        ("mixtral", lora(target_modules=[], target_parameters=["mlp.experts.down_proj"])),
+    ],
+    "ensure_weight_tying": [
+        ("tied", lora(modules_to_save=["embed_tokens"], ensure_weight_tying=True)),
+        ("tied", lora(target_modules=["embed_tokens", "q_proj"], ensure_weight_tying=True)),
+    ],
+    "layer_replication": [("llama", lora(layer_replication=[[0, 2], [1, 2]]))],
+    "runtime_config": [("llama", lora())],
+    "megatron_core": [("llama", lora(megatron_core="another.core"))],
+}
+"""Field to configurations that use it; one adapter of each comes back as it was."""
+
+CASES = [(field, *case) for field, cases in MERGED.items() for case in cases]
