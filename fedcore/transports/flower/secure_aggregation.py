@@ -42,8 +42,9 @@ from torch import Tensor
 
 from fedcore.data.rows import slot_name
 from fedcore.errors import FedcoreError
+from fedcore.federation.checkpoints import begin, save
 from fedcore.federation.server_round import OpenRound
-from fedcore.federation.state import ServerState, begin, save
+from fedcore.federation.state import ServerState
 from fedcore.methods import Method, create_method
 from fedcore.methods.requirements import SECURE_SUM, SENDS_FACTORS, check_family, refuse
 from fedcore.transports.flower.messages import KeyMap

@@ -21,9 +21,10 @@ from fedcore.data.rows import Ranks, tensors_from_row
 from fedcore.data.seeding import derive_seed
 from fedcore.data.validation import OnInvalid, digest
 from fedcore.errors import FedcoreError
+from fedcore.federation.checkpoints import begin, save
 from fedcore.federation.downloads import download
 from fedcore.federation.server_round import ClosedRound, OpenRound
-from fedcore.federation.state import ServerState, begin, save
+from fedcore.federation.state import ServerState
 from fedcore.methods import create_method
 from fedcore.methods.base import Method
 from fedcore.methods.requirements import EXCHANGES, check_family, refuse
