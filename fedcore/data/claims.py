@@ -16,7 +16,7 @@ _SHOWN = 80
 
 
 @contextmanager
-def claimed(folder: Path) -> Iterator[None]:
+def claimed(folder: Path | None) -> Iterator[None]:
     """Work in ``folder`` alone, until the block ends or the process dies.
 
     The claim is a lock on ``folder/.lock``, which says whose it is and is deleted in the end. The
@@ -24,11 +24,14 @@ def claimed(folder: Path) -> Iterator[None]:
     where a file system has no locks nobody is kept out.
 
     Args:
-        folder: made where it is missing.
+        folder: made where it is missing; None claims nothing.
 
     Raises:
         FedcoreError: another process or thread has claimed it, or it cannot be written.
     """
+    if folder is None:
+        yield
+        return
     file = folder / LOCK_FILE
     with writing(file):
         folder.mkdir(parents=True, exist_ok=True)

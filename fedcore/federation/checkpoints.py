@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 
@@ -45,7 +46,10 @@ def newest_or(fresh: ServerState, folder: Path | None) -> ServerState:
     Raises:
         FedcoreError: the state is damaged, or of another adapter than ``fresh``.
     """
-    state = None if folder is None else read_newest(folder)
+    if folder is None:
+        return fresh
+    with offering_newest_good(folder, lambda round: f"delete the later ones in {folder}"):
+        state = read_newest(folder)
     if state is None:
         return fresh
     if state.layout != fresh.layout:
@@ -56,27 +60,34 @@ def newest_or(fresh: ServerState, folder: Path | None) -> ServerState:
     return state
 
 
-def read_newest(folder: Path, offer: Callable[[int], str] | None = None) -> ServerState | None:
+def read_newest(folder: Path) -> ServerState | None:
     """The newest state below ``folder``; None where there is none.
 
-    Args:
-        offer: from the newest round whose state is good to what a user does to continue from it,
-            where later ones are damaged; by default they are to be deleted.
-
     Raises:
-        FedcoreError: the newest state is damaged: what is wrong with it, and the newest one that is
-            not.
+        FedcoreError: it is damaged, or was and is gone.
     """
     states = state_folders(folder)
+    _check_complete(folder, states)
+    return read_state(states[max(states)]) if states else None
+
+
+@contextmanager
+def offering_newest_good(folder: Path, offer: Callable[[int], str]) -> Iterator[None]:
+    """Errors inside also say which of the states in ``folder`` one can continue from.
+
+    Args:
+        offer: from that state's round to what a user does to continue from it.
+
+    Raises:
+        FedcoreError: in place of one without the offer.
+    """
     try:
-        _check_complete(folder, states)
-        return read_state(states[max(states)]) if states else None
+        yield
     except FedcoreError as error:
-        good = newest_good(states)
+        good = newest_good(state_folders(folder))
         if good is None:
             raise
-        remedy = offer(good) if offer else f"delete the later ones in {folder} to resume from it"
-        message = f"{error}; the newest good state is that of round {good}: {remedy}"
+        message = f"{error}; the newest good state is that of round {good}: {offer(good)}"
         raise FedcoreError(message) from error
 
 

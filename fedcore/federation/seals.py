@@ -33,7 +33,7 @@ def digest_of_file(file: Path) -> str:
 
 def digest_of_content(content: Any) -> str:
     """The SHA-256 of JSON values, the same for equal numbers and in any order of keys."""
-    text = json.dumps(_plain(content), sort_keys=True, separators=(",", ":"))
+    text = json.dumps(_plain(content), sort_keys=True, separators=(",", ":"), default=str)
     return sha256(text.encode()).hexdigest()
 
 
