@@ -97,10 +97,11 @@ def resume(
         watcher.message(f"{path} is finished already")
         return finished
     with claimed(path):
-        recipe = folder.recipe()
         state = folder.state(from_round)
         if state is not None:
             check_recipe_kept(state.origin, folder)
+        recipe = folder.recipe()
+        if state is not None:
             check_continued(recipe, validated(Round, state.record, f"the newest record of {path}"))
         with recipe_threads(recipe):
             _say_what_changed(folder, watcher, begun=state is not None)

@@ -82,8 +82,16 @@ class RunFolder:
         return self.path / "state"
 
     def recipe(self) -> Recipe:
-        """The resolved recipe of the run."""
-        return load_recipe(self.path / "recipe.toml")
+        """The resolved recipe of the run.
+
+        Raises:
+            FedcoreError: the file cannot be read, or does not hold one.
+        """
+        file = self.path / "recipe.toml"
+        try:
+            return load_recipe(file)
+        except FedcoreError as error:
+            raise FedcoreError(str(error) if str(file) in str(error) else f"{file}: {error}") from error
 
     def recipe_digest(self) -> str:
         """The hash of what ``recipe.toml`` says."""

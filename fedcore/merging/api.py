@@ -172,7 +172,7 @@ def aggregate(
         on_invalid: ``"raise"`` names the first bad adapter, ``"drop"`` leaves bad ones out.
         dtype: ``fp64``, ``fp32``, ``fp16`` or ``bf16``; that of the first adapter by default.
         compare: find the error of the method and of its alternatives too.
-        overwrite: replace the adapter in ``out``.
+        overwrite: replace the adapter in ``out``, a folder that holds nothing else.
         budget: refuse weight files of more bytes.
         group_bytes: of one group's tensors of all adapters.
         progress: called with the number of parts done and of all, in both passes if there are two.
