@@ -106,7 +106,7 @@ def check_continued(recipe: Recipe, last: Round) -> None:
         if last.done and (was is None) != (now is None):
             change = "lacks" if now is None else "has"
             raise FedcoreError(
-                f"the recipe {change} {key}, and the {last.done} rounds so far were run "
+                f"the recipe {change} {key}, and the rounds so far were run "
                 f"{'without' if was is None else 'with'} it: no epsilon covers both; restore it"
             )
 
