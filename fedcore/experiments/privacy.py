@@ -101,7 +101,11 @@ def check_continued(recipe: Recipe, last: Round) -> None:
     privacy = recipe.privacy
     for key, was, now in (
         ("privacy.noise_multiplier", last.privacy, privacy.noise_multiplier),
-        ("privacy.central.noise_multiplier", last.central_privacy, privacy.central.noise_multiplier),
+        (
+            "privacy.central.noise_multiplier",
+            last.central_privacy,
+            privacy.central.noise_multiplier,
+        ),
     ):
         if last.done and (was is None) != (now is None):
             change = "lacks" if now is None else "has"
@@ -139,8 +143,8 @@ def privacy_record(
         new = total - sum(kind.steps for kind in earlier)
         if new < 0:
             raise FedcoreError(
-                f"{client} has made {total} noisy steps, fewer than were recorded before: its state "
-                "is of an earlier round"
+                f"{client} has made {total} noisy steps, fewer than were recorded before: its "
+                "state is of an earlier round"
             )
         history[client] = _continued(earlier, _steps(recipe, held[client], new) if new else None)
     epsilons = {spent: _epsilon(recipe, spent) for spent in set(history.values())}
@@ -179,9 +183,7 @@ def _steps(recipe: Recipe, examples: int, count: int) -> NoisySteps:
     return NoisySteps(noise_multiplier=noise, sampling_rate=rate, steps=count)
 
 
-def _continued(
-    earlier: tuple[NoisySteps, ...], new: NoisySteps | None
-) -> tuple[NoisySteps, ...]:
+def _continued(earlier: tuple[NoisySteps, ...], new: NoisySteps | None) -> tuple[NoisySteps, ...]:
     """``earlier`` and ``new``, as one where they are of one kind."""
     if new is None:
         return earlier
@@ -292,7 +294,8 @@ def _recorded_rounds(before: CentralPrivacySpent | None) -> tuple[NoisySteps, ..
         return () if before is None else before.history
     # Version 0.1 kept the number of the rounds alone.
     noise, rate = before.noise_multiplier, before.sampling_rate
-    assert noise is not None and rate is not None, "a private round has noise"
+    assert noise is not None, "a private round has noise"
+    assert rate is not None, "a private round has a rate"
     return (NoisySteps(noise_multiplier=noise, sampling_rate=rate, steps=before.rounds),)
 
 
@@ -300,9 +303,7 @@ def _rounds(recipe: Recipe, count: int) -> NoisySteps:
     """So many rounds by the recipe."""
     noise = recipe.privacy.central.noise_multiplier
     assert noise is not None, "the caller has looked"
-    return NoisySteps(
-        noise_multiplier=noise, sampling_rate=recipe.round.participation, steps=count
-    )
+    return NoisySteps(noise_multiplier=noise, sampling_rate=recipe.round.participation, steps=count)
 
 
 def _stream(recipe: Recipe, purpose: str, round: int) -> KeyedStream:
@@ -324,8 +325,8 @@ def aggregate_securely(
         min_cohort: the fewest clients of a sum.
 
     Raises:
-        FedcoreError: fewer clients, whose sum would hide too little; weights that are not whole numbers;
-            a method that needs more than the mean.
+        FedcoreError: fewer clients, whose sum would hide too little; weights that are not whole
+            numbers; a method that needs more than the mean.
     """
     if not len(cohort):
         return method.aggregate(cohort, previous)

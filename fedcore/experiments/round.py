@@ -150,7 +150,9 @@ def run_round(experiment: Experiment, state: ServerState, observer: Observer) ->
     modules: list[ModuleDiagnosis] = []
     # A personalised method has no common product that could miss the mean.
     if recipe.evaluation.diagnostics and not method.capabilities.personalised:
-        used = closed.cohort if trained.factors is None or not len(closed.cohort) else trained.factors
+        used = (
+            closed.cohort if trained.factors is None or not len(closed.cohort) else trained.factors
+        )
         factors = method.completed(used, opened.previous)
         modules = diagnose(
             factors, closed.result, opened.previous, method.family, experiment.offset

@@ -11,8 +11,8 @@ from fedcore.checks import is_integer
 from fedcore.data.folders import append_line, delete_folder, is_free, write_text, writing
 from fedcore.errors import FedcoreError
 from fedcore.federation.checkpoints import offering_newest_good, read_newest, save
-from fedcore.federation.record_files import read_record, validated
-from fedcore.federation.records import Environment, Record, Round, Summary
+from fedcore.federation.record_files import read_record
+from fedcore.federation.records import Environment, Record, Summary
 from fedcore.federation.seals import SEAL
 from fedcore.federation.state import (
     ServerState,
@@ -91,7 +91,9 @@ class RunFolder:
         try:
             return load_recipe(file)
         except FedcoreError as error:
-            raise FedcoreError(str(error) if str(file) in str(error) else f"{file}: {error}") from error
+            raise FedcoreError(
+                str(error) if str(file) in str(error) else f"{file}: {error}"
+            ) from error
 
     def recipe_digest(self) -> str:
         """The hash of what ``recipe.toml`` says."""
@@ -173,7 +175,8 @@ class RunFolder:
         Raises:
             FedcoreError: one cannot be deleted.
         """
-        later = {r: path for path in self.states.glob("round-*") if (r := round_of(path) or 0) > round}
+        numbered = ((round_of(path) or 0, path) for path in self.states.glob("round-*"))
+        later = {number: path for number, path in numbered if number > round}
         for path in dict(sorted(later.items(), reverse=True)).values():
             delete_folder(path)
 

@@ -141,7 +141,7 @@ class ModuleRound(Record):
 
 
 class NoisySteps(Record):
-    """Steps that all sample and add noise alike, as :mod:`fedcore.privacy.accounting` counts them."""
+    """Steps that sample and add noise alike, as :mod:`fedcore.privacy.accounting` counts them."""
 
     noise_multiplier: Annotated[float, Strict()]
     sampling_rate: Annotated[float, Strict()]

@@ -18,7 +18,7 @@ from fedcore.data.folders import open_regular
 from fedcore.errors import FedcoreError
 
 FILES, ORIGIN, SEAL = "files", "origin", "seal"
-"""Fields of ``state.json``: hashes by file name, what the run began from, and that of all others."""
+"""Fields of ``state.json``: hashes by file name, what the run began from, and that over all."""
 
 
 def digest_of_file(file: Path) -> str:

@@ -212,7 +212,7 @@ def read_about(folder: Path) -> dict[str, Any]:
     file = folder / "state.json"
     try:
         # A loss that diverged is a measured value: it may be NaN.
-        about = read_object(file, "state", _FIELDS, limit=OWN_LIMIT, finite=False)
+        about = read_object(file, "state.json", _FIELDS, limit=OWN_LIMIT, finite=False)
         check_seal(about)
         if round_of(folder) not in (None, about["round"]):
             raise FedcoreError(f"state.json is of round {about['round']}: it was exchanged")

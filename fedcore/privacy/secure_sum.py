@@ -54,8 +54,8 @@ class SecureSum:
     so that the mean is ``step sum w_n q(x_n) / sum w_n``: unbiased and less than a step
     (``2 clip / levels``, 3.8e-6 by default) from the mean of the clipped uploads, whatever the
     weights and the number of clients. Weights are whole numbers from 1, which a fixed point holds
-    exactly; the server learns their sum. A client without weight takes no part: beside it the sum of
-    two would be the upload of one.
+    exactly; the server learns their sum. A client without weight takes no part: beside it the sum
+    of two would be the upload of one.
 
     **What the server can see.** An upload that carries no mask is small where a masked one is
     uniform, and is refused; a sum whose weight or numbers no valid uploads add up to is refused as
@@ -180,7 +180,7 @@ class SecureSum:
         """The mean, once every client has reported.
 
         Raises:
-            FedcoreError: naming the clients that did not report; or no valid uploads add up to this.
+            FedcoreError: naming the clients that did not report; or no valid uploads give this sum.
         """
         missing = [client for client in self._order if client not in self._reported]
         if missing:

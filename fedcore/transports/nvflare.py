@@ -19,8 +19,8 @@ from fedcore.data.peft_files import read_adapter, write_adapter
 from fedcore.data.rows import row_from_tensors, tensors_from_row
 from fedcore.data.validation import OnInvalid
 from fedcore.errors import FedcoreError, missing_extra
-from fedcore.federation.server_round import OpenRound
 from fedcore.federation.checkpoints import newest_or, save
+from fedcore.federation.server_round import OpenRound
 from fedcore.federation.state import ServerState
 from fedcore.methods import create_method
 from fedcore.methods.requirements import KEEPS_BASE, ONE_BROADCAST, check_family, refuse

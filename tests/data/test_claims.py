@@ -80,9 +80,13 @@ def test_a_thread_is_refused_too_and_an_error_releases(tmp_path: Path) -> None:
         thread.join()
         return messages.pop()
 
-    with pytest.raises(ZeroDivisionError), claimed(tmp_path):
-        assert f"in use by process {os.getpid()} " in in_a_thread()
-        raise ZeroDivisionError
+    def fail() -> None:
+        with claimed(tmp_path):
+            assert f"in use by process {os.getpid()} " in in_a_thread()
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
     assert in_a_thread() == "claimed"
 
 
@@ -134,7 +138,9 @@ def test_a_claim_that_cannot_be_made_is_one_clear_line(
 
     with monkeypatch.context() as patch:
         patch.setattr(os, call, fail)
-        refused = pytest.raises(FedcoreError, match=rf"cannot write .*\.lock: {os.strerror(number)}; ")
+        refused = pytest.raises(
+            FedcoreError, match=rf"cannot write .*\.lock: {os.strerror(number)}; "
+        )
         with refused, claimed(tmp_path):
             raise AssertionError("nothing was claimed")
     with claimed(tmp_path):

@@ -62,7 +62,7 @@ def edited(run: Path, old: str, new: str) -> None:
 def test_a_recipe_edited_between_rounds_is_refused(kind: str, home: Path, tmp_path: Path) -> None:
     run = stopped(kind, home, tmp_path / "run")
     edited(run, "noise_multiplier = 0.6", "noise_multiplier = 6.0")
-    with pytest.raises(FedcoreError, match="recipe.toml was edited after the run began; restore"):
+    with pytest.raises(FedcoreError, match=r"recipe.toml was edited after the run began; restore"):
         resume(run)
 
 
@@ -149,9 +149,7 @@ def test_rounds_of_any_recipes_compose(home: Path, rounds: list[tuple[float, flo
 
 @settings(max_examples=30)
 @given(st.lists(st.tuples(noises, st.integers(0, 3), st.sampled_from([2, 8, 64])), max_size=6))
-def test_steps_of_any_recipes_compose(
-    home: Path, rounds: list[tuple[float, int, int]]
-) -> None:
+def test_steps_of_any_recipes_compose(home: Path, rounds: list[tuple[float, int, int]]) -> None:
     recipe = tiny_recipe(home, **KINDS["clients"])
     before: PrivacySpent | None = None
     spent: list[Spending] = []

@@ -87,7 +87,7 @@ def test_a_flipped_bit_is_refused_by_the_name_of_its_file(
 
 
 DAMAGE: dict[str, Callable[[Path], object]] = {
-    "truncated": lambda file: file.write_bytes(file.read_bytes()[:-1]),
+    "truncated": lambda file: file.write_bytes(file.read_bytes()[:-2]),
     "lengthened": lambda file: file.write_bytes(file.read_bytes() + b"\0"),
     "emptied": lambda file: file.write_bytes(b""),
     "deleted": lambda file: file.unlink(),
@@ -171,7 +171,9 @@ def test_states_of_the_first_version_read_and_do_not_follow_sealed_ones(tmp_path
     assert newest_or(make(0), tmp_path).origin == make(2).origin
     save(make(3), tmp_path)
     strip(tmp_path / "round-0003")
-    with pytest.raises(FedcoreError, match=r"round-0003: state.json has lost its hashes; the newest"):
+    with pytest.raises(
+        FedcoreError, match=r"round-0003: state.json has lost its hashes; the newest"
+    ):
         newest_or(make(0), tmp_path)
 
 
@@ -210,7 +212,9 @@ def test_a_pruned_state_can_be_read_and_not_continued_from(tmp_path: Path) -> No
         write_state(make(round), tmp_path)
     prune_clients(tmp_path, 2)
     pruned = tmp_path / "round-0001"
-    with pytest.raises(FedcoreError, match=r"clients.safetensors is missing, which only the newest 2"):
+    with pytest.raises(
+        FedcoreError, match=r"clients.safetensors is missing, which only the newest 2"
+    ):
         read_state(pruned)
     again = read_state(pruned, clients=False)
     assert torch.equal(again.row, make(1).row)
@@ -231,7 +235,9 @@ def test_states_after_a_damaged_record_are_not_offered(tmp_path: Path) -> None:
 def test_what_another_process_has_continued_is_not_overwritten(tmp_path: Path) -> None:
     mine = begin(tmp_path, False, make(0))
     save(make(1, seed=5), tmp_path)
-    with pytest.raises(FedcoreError, match=r"holds the state of round 1 already, which something else"):
+    with pytest.raises(
+        FedcoreError, match=r"holds the state of round 1 already, which something else"
+    ):
         save(make(mine.round + 1), tmp_path)
     assert torch.equal(newest_or(make(0), tmp_path).row, make(1, seed=5).row)
     with pytest.raises(FedcoreError, match="holds states already; pass resume=True"):

@@ -199,7 +199,7 @@ def test_fewer_clients_than_the_smallest_cohort_are_refused():
     with pytest.raises(FedcoreError, match="from min_cohort = 5 clients up"):
         secure(FLAT, rows, [1] * 4, min_cohort=5)
     for least in (1, 0, -1, 2.0, True):
-        with pytest.raises(FedcoreError, match="min_cohort is .*; pass an integer of 2 or more"):
+        with pytest.raises(FedcoreError, match=r"min_cohort is .*; pass an integer of 2 or more"):
             SecureSum(FLAT, ["a", "b"], 0, 0, min_cohort=least)
 
 

@@ -57,9 +57,7 @@ def resume(
         FedcoreError: as the local engine.
         MissingExtraError: Ray is not installed.
     """
-    return local.resume(
-        path, observer, cache, rounds=simulated_rounds, from_round=from_round
-    )
+    return local.resume(path, observer, cache, rounds=simulated_rounds, from_round=from_round)
 
 
 def simulated_rounds(

@@ -140,8 +140,9 @@ def test_a_sum_of_too_few_clients_is_skipped_and_flagged(examples, tmp_path):
     parameters, _ = strategy.aggregate_fit(1, replies, [])
     assert strategy.state.round == 1
     assert torch.equal(strategy.state.row, before.row)
-    assert "1 of the clients in the sum have weight, fewer than min_cohort = 2" in (
-        strategy.state.record["flags"][0]
+    assert (
+        "1 of the clients in the sum have weight, fewer than min_cohort = 2"
+        in (strategy.state.record["flags"][0])
     )
     assert strategy.state.record["uploads"] == len(examples)
     assert read_state(latest_state(tmp_path)).round == 1
