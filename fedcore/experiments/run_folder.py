@@ -11,8 +11,8 @@ from fedcore.checks import is_integer
 from fedcore.data.folders import append_line, delete_folder, is_free, write_text, writing
 from fedcore.errors import FedcoreError
 from fedcore.federation.checkpoints import offering_newest_good, read_newest, save
-from fedcore.federation.record_files import read_record
-from fedcore.federation.records import Environment, Record, Summary
+from fedcore.federation.record_files import read_record, validated
+from fedcore.federation.records import Environment, Record, Round, Summary
 from fedcore.federation.seals import SEAL
 from fedcore.federation.state import (
     ServerState,
@@ -179,6 +179,19 @@ class RunFolder:
         later = {number: path for number, path in numbered if number > round}
         for path in dict(sorted(later.items(), reverse=True)).values():
             delete_folder(path)
+
+    def rewind_metrics(self, state: ServerState) -> list[Round]:
+        """Make ``metrics.jsonl`` say exactly what the saved states say, and return its records.
+
+        A run can be killed between saving a state and writing its line; the states are the truth.
+        """
+        written = self._records(state.round)
+        lines = [json.dumps(values, sort_keys=True, allow_nan=False) for values in written]
+        write_text("".join(line + "\n" for line in lines), self.path / "metrics.jsonl")
+        return [
+            validated(Round, values, f"the record of {self.states / f'round-{done:04d}'}")
+            for done, values in enumerate(written)
+        ]
 
     def summary(self) -> dict[str, Any] | None:
         """The summary of a finished run; None while it is not."""

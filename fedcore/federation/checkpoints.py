@@ -94,10 +94,12 @@ def offering_newest_good(folder: Path, offer: Callable[[int], str]) -> Iterator[
 def newest_good(states: Mapping[int, Path]) -> int | None:
     """The latest of ``states``, round to folder, that can be continued from; None of none.
 
-    Its records are good, too: what ``state.json`` says in all earlier states.
+    The records before it are good, too: what ``state.json`` says in all earlier states.
     """
-    recorded = []
+    recorded: list[int] = []
     for round, path in states.items():
+        if recorded and round != recorded[-1] + 1:
+            break
         try:
             read_about(path)
         except FedcoreError:

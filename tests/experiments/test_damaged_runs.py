@@ -22,6 +22,7 @@ from tests.experiments.jobs import tiny_recipe
 SETTINGS: dict[str, Any] = {
     "method.name": "fedex",  # Its state has a residual, and with kept moments clients' tensors too.
     "optimiser.state": "keep",
+    "optimiser.rate": 0.002,
     "rounds": 4,
     "clients": 3,
     "training.steps": 1,
@@ -150,12 +151,18 @@ def test_a_damaged_file_is_refused_by_name_and_nothing_is_changed(
     offer = f"the newest good state is that of round {good}: continue from it with fedcore run"
     assert f"{offer} --resume {run} --from-round {good}" in str(caught.value)
     # What it offers works, and ends with the bits of a run that nothing happened to.
-    if good:
+    if good and kind == "flipped":
         resume(run, from_round=good)
         assert results(run) == results(job.whole)
 
 
-@pytest.mark.parametrize("kind", list(KINDS))
+@pytest.mark.parametrize(
+    "kind",
+    [
+        kind if kind in ("flipped", "edited") else pytest.param(kind, marks=pytest.mark.exhaustive)
+        for kind in KINDS
+    ],
+)
 @pytest.mark.parametrize("what", ["texts.csv", "model/model.safetensors"])
 def test_other_data_or_another_model_are_refused_by_name(
     kind: str, what: str, job: Job, run: Path, tmp_path: Path
