@@ -36,7 +36,8 @@ _DEPTH = 32
 # NAME_MAX is 255 bytes; a temporary name needs 15 of them beside the name of its place.
 _NAME_BYTES = 200
 _TEMPORARY = r"\.[0-9a-f]+\.(?:new|old|tmp)"
-_LEFTOVER = re.compile(rf"\..+{_TEMPORARY}")
+_LEFTOVER = re.compile(rf"\.(.+){_TEMPORARY}")
+_HASHED = re.compile(r"[0-9a-f]{64}")
 
 _REMEDIES = {
     errno.ENOSPC: "free space on that disk, or write to another",
@@ -197,6 +198,25 @@ def delete_folder(folder: Path) -> None:
         with _temporary(place.parent, place.name, ".new") as temporary:
             os.rename(place, temporary / "done")
             _sync_folder(place.parent)
+
+
+def sweep(folder: Path) -> None:
+    """Undo and delete what dead processes left of all writes in ``folder``, whatever they wrote.
+
+    Raises:
+        FedcoreError: the folder cannot be read.
+    """
+    with writing(folder):
+        if not folder.is_dir():
+            return
+        with locked(folder) as alone:
+            names = {
+                match[1] for path in folder.iterdir() if (match := _LEFTOVER.fullmatch(path.name))
+            }
+            for name in names if alone else ():
+                # A name that was too long is a hash of it; its place is known to its next write.
+                if not _HASHED.fullmatch(name):
+                    _sweep(folder, name, folder / name)
 
 
 def is_free(folder: Path) -> bool:

@@ -97,6 +97,7 @@ def resume(
         watcher.message(f"{path} is finished already")
         return finished
     with claimed(path):
+        folder.sweep()
         state = folder.state(from_round)
         if state is not None:
             check_recipe_kept(state.origin, folder)

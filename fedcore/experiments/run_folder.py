@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fedcore.checks import is_integer
-from fedcore.data.folders import append_line, delete_folder, is_free, write_text, writing
+from fedcore.data.folders import append_line, delete_folder, is_free, sweep, write_text, writing
 from fedcore.errors import FedcoreError
 from fedcore.federation.checkpoints import offering_newest_good, read_newest, save
 from fedcore.federation.record_files import read_record, validated
@@ -75,6 +75,11 @@ class RunFolder:
         """
         with writing(path):
             return (path / "recipe.toml").is_file()
+
+    def sweep(self) -> None:
+        """Delete what killed processes left; only one that has claimed the folder may."""
+        sweep(self.path)
+        sweep(self.states)
 
     @property
     def states(self) -> Path:

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from fedcore.data.locks import LOCK_FILE
 from fedcore.errors import FedcoreError
 from fedcore.experiments.run import resume, start
 from fedcore.experiments.run_folder import RunFolder
@@ -118,7 +119,8 @@ def test_a_run_that_is_killed_twice_ends_with_the_same_bits(
         in_a_child(lambda: resume(run, cache=CACHE), run, max(3, (total - at) // 2))
         resume(run, cache=CACHE)
     assert results(run) == results(whole)
-    assert [path.name for path in run.rglob(".*")] == []
+    # Killed when all was done but the release, nobody has worked in the folder since.
+    assert {path.name for path in run.rglob(".*")} <= ({LOCK_FILE} if fraction == 1 else set())
     assert read_newest(run / "state").round == 2
 
 
