@@ -127,7 +127,7 @@ def test_a_round_records_what_was_used(home: Path, tmp_path: Path) -> None:
 noises = st.sampled_from([0.4, 0.8, 1.5, 5.0])
 
 
-@settings(max_examples=30)
+@settings(max_examples=12)
 @given(st.lists(st.tuples(noises, st.sampled_from([0.1, 0.5, 1.0])), min_size=1, max_size=6))
 def test_rounds_of_any_recipes_compose(home: Path, rounds: list[tuple[float, float]]) -> None:
     recipe = tiny_recipe(home, **KINDS["server"])
@@ -147,7 +147,7 @@ def test_rounds_of_any_recipes_compose(home: Path, rounds: list[tuple[float, flo
         before = CentralPrivacySpent.model_validate(json.loads(json.dumps(now.plain())))
 
 
-@settings(max_examples=30)
+@settings(max_examples=12)
 @given(st.lists(st.tuples(noises, st.integers(0, 3), st.sampled_from([2, 8, 64])), max_size=6))
 def test_steps_of_any_recipes_compose(home: Path, rounds: list[tuple[float, int, int]]) -> None:
     recipe = tiny_recipe(home, **KINDS["clients"])
