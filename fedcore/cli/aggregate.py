@@ -61,7 +61,7 @@ def aggregate(
         ),
     ] = None,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace the adapter that is in the folder.")
+        bool, typer.Option("--overwrite", help="Replace an adapter in a folder of nothing else.")
     ] = False,
 ) -> None:
     """Aggregate PEFT adapters into one that PEFT loads; nothing is written unless all succeeds."""

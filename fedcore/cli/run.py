@@ -33,11 +33,17 @@ def run(
     resume_: Annotated[
         Path | None, typer.Option("--resume", help="Continue the run in this folder.")
     ] = None,
+    from_round: Annotated[
+        int | None,
+        typer.Option(min=0, help="Resume after so many rounds and discard those after them."),
+    ] = None,
 ) -> None:
     """Run a federated fine-tuning job, or continue one that was interrupted."""
     console = Console(stderr=True)
     if (recipe is None) == (resume_ is None):
         raise FedcoreError("pass a recipe, or --resume with a run's folder")
+    if from_round is not None and resume_ is None:
+        raise FedcoreError("--from-round needs --resume with a run's folder")
     if resume_ is not None:
         given: dict[str, Any] = {"--method": method, "--rounds": rounds, "--seed": seed}
         given |= {"--engine": engine, "--out": out, "--set": set_}
@@ -58,11 +64,11 @@ def run(
     with ProgressDisplay(console, measure=measure_of(chosen.task)) as display:
         try:
             if resume_ is not None:
-                chosen_engine.resume(folder, display)
+                chosen_engine.resume(folder, display, from_round=from_round)
             else:
                 chosen_engine.start(chosen, folder, display)
         except KeyboardInterrupt:
-            if (folder / "recipe.toml").exists():
+            if RunFolder.is_there(folder):
                 display.message(f"interrupted; continue with: fedcore run --resume {folder}")
             raise typer.Exit(130) from None
     _show(folder)

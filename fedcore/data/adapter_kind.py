@@ -185,7 +185,8 @@ def not_additive(config: Mapping[str, Any], tensors: Iterable[str] = ()) -> str 
     Args:
         tensors: names of the adapter's tensors, which show DoRA where no configuration does.
     """
-    if config.get("use_dora") or any(ends_with(name, MAGNITUDE) for name in tensors):
+    names = list(tensors)
+    if config.get("use_dora") or any(MAGNITUDE in name.split(".") for name in names):
         return "DoRA normalises base weight and update together, so that a second one does not add"
     if config.get("alora_invocation_tokens"):
         return "aLoRA acts from its invocation tokens on, and a second one on every token"

@@ -24,12 +24,8 @@ from pathlib import Path
 from secrets import token_hex
 from typing import Any
 
+from fedcore.data.locks import LOCK_FILE, lock, locked, unlock
 from fedcore.errors import FedcoreError
-
-try:
-    import fcntl
-except ImportError:  # Windows, where folders cannot be locked and nothing is swept.
-    fcntl = None  # type: ignore[assignment]
 
 OWN_LIMIT = 1 << 30
 """Bytes of a JSON file that this package wrote itself, whose size grows with the clients."""
@@ -40,11 +36,15 @@ _DEPTH = 32
 # NAME_MAX is 255 bytes; a temporary name needs 15 of them beside the name of its place.
 _NAME_BYTES = 200
 _TEMPORARY = r"\.[0-9a-f]+\.(?:new|old|tmp)"
-_LEFTOVER = re.compile(rf"\..+{_TEMPORARY}")
+_LEFTOVER = re.compile(rf"\.(.+){_TEMPORARY}")
+_HASHED = re.compile(r"[0-9a-f]{64}")
 
 _REMEDIES = {
     errno.ENOSPC: "free space on that disk, or write to another",
     errno.EDQUOT: "free space on that disk, or write to another",
+    errno.EFBIG: "raise the limit of file sizes (ulimit -f), or write to another disk",
+    errno.EMFILE: "close files, or raise the limit of open ones (ulimit -n)",
+    errno.ENFILE: "close files, or raise the limit of open ones (sysctl fs.file-max)",
     errno.EROFS: "that disk is read-only: pass a place that can be written",
     errno.EACCES: "pass a place that can be written, or change its permissions",
     errno.EPERM: "pass a place that can be written, or change its permissions",
@@ -101,15 +101,17 @@ def replace_folder(target: str | Path, mark: str | None = None) -> Iterator[Path
         place = target.resolve()
         place.parent.mkdir(parents=True, exist_ok=True)
         with _temporary(place.parent, place.name, ".new") as temporary:
-            if place.exists() and not place.is_dir():
-                raise FedcoreError(f"{target} is a file; pass a folder")
-            if mark is not None and not is_free(place) and not (place / mark).is_file():
-                raise FedcoreError(f"{target} exists and holds no {mark}; pass another folder")
+            # Locked, since another writer's swap leaves the place empty for an instant.
+            with locked(place.parent):
+                if place.exists() and not place.is_dir():
+                    raise FedcoreError(f"{target} is a file; pass a folder")
+                if mark is not None and not is_free(place) and not (place / mark).is_file():
+                    raise FedcoreError(f"{target} exists and holds no {mark}; pass another folder")
             new = temporary / "new"
             new.mkdir()
             yield new
             _sync_tree(new)
-            with _locked(place.parent):
+            with locked(place.parent):
                 _swap_folder(temporary, place)
 
 
@@ -138,7 +140,7 @@ def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
                     handle.write(data)
                     handle.flush()
                     os.fsync(handle.fileno())
-            with _locked(folder):
+            with locked(folder):
                 _swap_files(temporary, folder, names)
 
 
@@ -187,11 +189,48 @@ def delete_file(file: Path) -> None:
         file.unlink(missing_ok=True)
 
 
+def delete_folder(folder: Path) -> None:
+    """Delete ``folder`` with all that it holds: it is there whole, or gone.
+
+    Raises:
+        FedcoreError: it cannot be deleted.
+    """
+    with writing(folder):
+        place = folder.resolve()
+        with _temporary(place.parent, place.name, ".new") as temporary:
+            os.rename(place, temporary / "done")
+            _sync_folder(place.parent)
+
+
+def sweep(folder: Path) -> None:
+    """Undo and delete what dead processes left of all writes in ``folder``, whatever they wrote.
+
+    Raises:
+        FedcoreError: the folder cannot be read.
+    """
+    with writing(folder):
+        if not folder.is_dir():
+            return
+        with locked(folder) as alone:
+            names = {
+                match[1] for path in folder.iterdir() if (match := _LEFTOVER.fullmatch(path.name))
+            }
+            for name in names if alone else ():
+                # A name that was too long is a hash of it; its place is known to its next write.
+                if not _HASHED.fullmatch(name):
+                    _sweep(folder, name, folder / name)
+
+
 def is_free(folder: Path) -> bool:
-    """Whether ``folder`` is missing, or holds nothing but what a killed write left."""
+    """Whether ``folder`` is missing, or holds nothing but what a killed process left."""
     if not folder.exists():
         return True
-    return folder.is_dir() and all(_LEFTOVER.fullmatch(path.name) for path in folder.iterdir())
+    return folder.is_dir() and all(is_leftover(path.name) for path in folder.iterdir())
+
+
+def is_leftover(name: str) -> bool:
+    """Whether a file or folder of this name is one that writes and claims use and delete."""
+    return name == LOCK_FILE or _LEFTOVER.fullmatch(name) is not None
 
 
 def open_regular(file: Path) -> io.FileIO:
@@ -304,18 +343,18 @@ def _temporary(parent: Path, name: str, suffix: str) -> Iterator[Path]:
     else:
         place = parent / name
     temporary = parent / f".{name}.{token_hex(4)}{suffix}"
-    with _locked(parent) as alone:
+    with locked(parent) as alone:
         if alone:
             _sweep(parent, name, place)
         temporary.mkdir()
-        lock = _lock(temporary, wait=False)
+        handle = lock(temporary, wait=False)
     try:
         yield temporary
     finally:
         # A failed restore leaves the only copy of the old content to the next sweep.
         if not os.path.lexists(temporary / "old"):
             shutil.rmtree(temporary, ignore_errors=True)
-        _unlock(lock)
+        unlock(handle)
 
 
 def _swap_folder(temporary: Path, place: Path) -> None:
@@ -390,8 +429,8 @@ def _sweep(parent: Path, name: str, place: Path) -> None:
         left = [parent / entry.name for entry in entries if pattern.fullmatch(entry.name)]
     for temporary in left:
         with suppress(OSError):
-            lock = _lock(temporary, wait=False)
-            if lock is None:
+            handle = lock(temporary, wait=False)
+            if handle is None:
                 continue
             try:
                 _restore(temporary, place)
@@ -400,7 +439,7 @@ def _sweep(parent: Path, name: str, place: Path) -> None:
                 else:
                     temporary.unlink(missing_ok=True)
             finally:
-                _unlock(lock)
+                unlock(handle)
 
 
 def _restore(temporary: Path, place: Path) -> None:
@@ -439,43 +478,3 @@ def _sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[bool]:
-    """Wait for the lock of ``folder``; False where folders cannot be locked."""
-    lock = _lock(folder, wait=True)
-    try:
-        yield lock is not None
-    finally:
-        _unlock(lock)
-
-
-def _lock(path: Path, *, wait: bool) -> int | None:
-    """A descriptor that locks ``path`` until it is unlocked; None where that is not possible.
-
-    Raises:
-        BlockingIOError: another process or thread has locked it, and ``wait`` is false.
-    """
-    if fcntl is None:
-        return None
-    try:
-        handle = os.open(path, os.O_RDONLY)
-    except PermissionError:
-        return None
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except BaseException as error:
-        os.close(handle)
-        if isinstance(error, OSError) and not isinstance(error, BlockingIOError):
-            return None
-        raise
-    return handle
-
-
-def _unlock(lock: int | None) -> None:
-    if lock is None:
-        return
-    # Explicitly: a child process that was forked meanwhile shares the descriptor.
-    fcntl.flock(lock, fcntl.LOCK_UN)
-    os.close(lock)

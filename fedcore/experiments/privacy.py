@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from secrets import randbits
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fedcore.data.cohort import Cohort
 from fedcore.errors import FedcoreError
-from fedcore.federation.records import CentralPrivacySpent, PrivacySpent
+from fedcore.federation.records import CentralPrivacySpent, NoisySteps, PrivacySpent, Round
 from fedcore.methods.base import Aggregate, Broadcast, Method
 from fedcore.methods.requirements import NOISY_MEAN, SENDS_NO_STATISTICS, of_family, refuse
 from fedcore.privacy import SecureSum
@@ -65,7 +65,9 @@ def check_private(
     # What the accountant cannot compute should be known before the run, not at its end.
     local = recipe.local_settings(method)
     planned = {c: recipe.rounds * local.count_steps(count) for c, count in held.items()}
-    _epsilons(recipe, held, planned)
+    for client, steps in sorted(planned.items()):
+        if steps:
+            _epsilon(recipe, [_steps(recipe, held[client], steps)])
 
 
 def check_local(recipe: Recipe, engine: str) -> None:
@@ -87,19 +89,65 @@ def steps_after(own: Mapping[str, Tensor], steps: int) -> Tensor:
     return own.get(SPENT, torch.zeros((), dtype=torch.int64)) + steps
 
 
+def check_continued(recipe: Recipe, last: Round) -> None:
+    """Refuse to continue a run whose rounds so far were private in another way than those to come.
+
+    Args:
+        last: the record of the last round.
+
+    Raises:
+        FedcoreError: a kind of noise was switched on or off, so no epsilon would cover the run.
+    """
+    privacy = recipe.privacy
+    for key, was, now in (
+        ("privacy.noise_multiplier", last.privacy, privacy.noise_multiplier),
+        (
+            "privacy.central.noise_multiplier",
+            last.central_privacy,
+            privacy.central.noise_multiplier,
+        ),
+    ):
+        if last.done and (was is None) != (now is None):
+            change = "lacks" if now is None else "has"
+            raise FedcoreError(
+                f"the recipe {change} {key}, and the rounds so far were run "
+                f"{'without' if was is None else 'with'} it: no epsilon covers both; restore it"
+            )
+
+
 def privacy_record(
-    recipe: Recipe, held: Mapping[str, int], private: Mapping[str, Mapping[str, Tensor]]
+    recipe: Recipe,
+    held: Mapping[str, int],
+    private: Mapping[str, Mapping[str, Tensor]],
+    before: PrivacySpent | None = None,
 ) -> PrivacySpent | None:
     """What a round's record says of privacy; None where clients train without it.
 
     ``epsilon`` maps each client to what it has spent since the run began, for any one of its
     examples; a client that never trained has spent 0.
+
+    Args:
+        before: what the record of the round before says.
+
+    Raises:
+        FedcoreError: a client has made fewer steps than were recorded before.
     """
     privacy = recipe.privacy
     if privacy.noise_multiplier is None:
         return None
     zero = torch.zeros((), dtype=torch.int64)
-    steps = {client: int(private.get(client, {}).get(SPENT, zero)) for client in held}
+    steps = {client: int(private.get(client, {}).get(SPENT, zero)) for client in sorted(held)}
+    history = {}
+    for client, total in steps.items():
+        earlier = _recorded(before, client, held[client], recipe)
+        new = total - sum(kind.steps for kind in earlier)
+        if new < 0:
+            raise FedcoreError(
+                f"{client} has made {total} noisy steps, fewer than were recorded before: its "
+                "state is of an earlier round"
+            )
+        history[client] = _continued(earlier, _steps(recipe, held[client], new) if new else None)
+    epsilons = {spent: _epsilon(recipe, spent) for spent in set(history.values())}
     return PrivacySpent(
         accountant=privacy.accountant,
         delta=privacy.delta,
@@ -107,26 +155,48 @@ def privacy_record(
         max_grad_norm=privacy.max_grad_norm,
         noise=privacy.noise,
         steps=steps,
-        epsilon=_epsilons(recipe, held, steps),
+        history=history,
+        epsilon={client: epsilons[spent] for client, spent in history.items()},
     )
 
 
-def _epsilons(
-    recipe: Recipe, held: Mapping[str, int], steps: Mapping[str, int]
-) -> dict[str, float]:
-    privacy, size = recipe.privacy, recipe.training.batch_size
-    assert privacy.noise_multiplier is not None, "the caller has looked"
-    epsilons, known = {}, {}
-    for client, count in sorted(steps.items()):
-        if not count:
-            epsilons[client] = 0.0
-            continue
-        rate = sampling_rate(size, held[client])
-        spending = Spending(privacy.noise_multiplier, rate, count)
-        if spending not in known:
-            known[spending] = epsilon(spending, privacy.delta, privacy.accountant)
-        epsilons[client] = known[spending]
-    return epsilons
+def _recorded(
+    before: PrivacySpent | None, client: str, examples: int, recipe: Recipe
+) -> tuple[NoisySteps, ...]:
+    """What ``client`` had spent before the round."""
+    if before is None:
+        return ()
+    count = before.steps.get(client, 0)
+    if client in before.history or not count:
+        return before.history.get(client, ())
+    # Version 0.1 kept the sum of the steps alone.
+    noise = before.noise_multiplier
+    assert noise is not None, "a private round has noise"
+    return (_steps(recipe, examples, count).model_copy(update={"noise_multiplier": noise}),)
+
+
+def _steps(recipe: Recipe, examples: int, count: int) -> NoisySteps:
+    """So many steps of a client by the recipe."""
+    noise = recipe.privacy.noise_multiplier
+    assert noise is not None, "the caller has looked"
+    rate = sampling_rate(recipe.training.batch_size, examples)
+    return NoisySteps(noise_multiplier=noise, sampling_rate=rate, steps=count)
+
+
+def _continued(earlier: tuple[NoisySteps, ...], new: NoisySteps | None) -> tuple[NoisySteps, ...]:
+    """``earlier`` and ``new``, as one where they are of one kind."""
+    if new is None:
+        return earlier
+    if earlier:
+        last = earlier[-1]
+        if last.model_copy(update={"steps": new.steps}) == new:
+            return (*earlier[:-1], new.model_copy(update={"steps": last.steps + new.steps}))
+    return (*earlier, new)
+
+
+def _epsilon(recipe: Recipe, spent: Sequence[NoisySteps]) -> float:
+    kinds = [Spending(kind.noise_multiplier, kind.sampling_rate, kind.steps) for kind in spent]
+    return epsilon(kinds, recipe.privacy.delta, recipe.privacy.accountant)
 
 
 def check_central(recipe: Recipe, method: Method, mixed_ranks: bool) -> None:
@@ -163,7 +233,7 @@ def check_central(recipe: Recipe, method: Method, mixed_ranks: bool) -> None:
             f"privacy.delta is {recipe.privacy.delta:g} for {recipe.clients} clients: such a delta "
             f"permits revealing one of them; pass less than {1 / recipe.clients:.2g}"
         )
-    _epsilon(recipe, recipe.rounds)
+    _epsilon(recipe, [_rounds(recipe, recipe.rounds)])
 
 
 def aggregate_centrally(
@@ -191,11 +261,20 @@ def poisson_sample(recipe: Recipe, clients: tuple[str, ...], round: int) -> tupl
     return tuple(c for c, draw in zip(sorted(clients), draws, strict=True) if draw < rate)
 
 
-def central_record(recipe: Recipe, rounds: int) -> CentralPrivacySpent | None:
-    """What a record says after so many rounds; None without central privacy."""
+def central_record(
+    recipe: Recipe, rounds: int, before: CentralPrivacySpent | None = None
+) -> CentralPrivacySpent | None:
+    """What a record says after so many rounds; None without central privacy.
+
+    Args:
+        before: what the record of the round before says.
+    """
     privacy = recipe.privacy
     if privacy.central.noise_multiplier is None:
         return None
+    earlier = _recorded_rounds(before)
+    new = rounds - sum(kind.steps for kind in earlier)
+    history = _continued(earlier, _rounds(recipe, new) if new > 0 else None)
     return CentralPrivacySpent(
         accountant=privacy.accountant,
         delta=privacy.delta,
@@ -204,8 +283,27 @@ def central_record(recipe: Recipe, rounds: int) -> CentralPrivacySpent | None:
         noise=privacy.noise,
         sampling_rate=recipe.round.participation,
         rounds=rounds,
-        epsilon=_epsilon(recipe, rounds),
+        history=history,
+        epsilon=_epsilon(recipe, history),
     )
+
+
+def _recorded_rounds(before: CentralPrivacySpent | None) -> tuple[NoisySteps, ...]:
+    """What every client had spent before the round."""
+    if before is None or before.history or not before.rounds:
+        return () if before is None else before.history
+    # Version 0.1 kept the number of the rounds alone.
+    noise, rate = before.noise_multiplier, before.sampling_rate
+    assert noise is not None, "a private round has noise"
+    assert rate is not None, "a private round has a rate"
+    return (NoisySteps(noise_multiplier=noise, sampling_rate=rate, steps=before.rounds),)
+
+
+def _rounds(recipe: Recipe, count: int) -> NoisySteps:
+    """So many rounds by the recipe."""
+    noise = recipe.privacy.central.noise_multiplier
+    assert noise is not None, "the caller has looked"
+    return NoisySteps(noise_multiplier=noise, sampling_rate=recipe.round.participation, steps=count)
 
 
 def _stream(recipe: Recipe, purpose: str, round: int) -> KeyedStream:
@@ -213,14 +311,9 @@ def _stream(recipe: Recipe, purpose: str, round: int) -> KeyedStream:
     return KeyedStream(seed, purpose, round)
 
 
-def _epsilon(recipe: Recipe, rounds: int) -> float:
-    privacy = recipe.privacy
-    assert privacy.central.noise_multiplier is not None, "the caller has looked"
-    spending = Spending(privacy.central.noise_multiplier, recipe.round.participation, rounds)
-    return epsilon(spending, privacy.delta, privacy.accountant)
-
-
-def aggregate_securely(method: Method, cohort: Cohort, previous: Broadcast, seed: int) -> Aggregate:
+def aggregate_securely(
+    method: Method, cohort: Cohort, previous: Broadcast, seed: int, min_cohort: int = 2
+) -> Aggregate:
     """The method's result from masked uploads.
 
     Every client masks its row, the server adds up what arrives, and :meth:`Method.from_mean` is all
@@ -229,16 +322,17 @@ def aggregate_securely(method: Method, cohort: Cohort, previous: Broadcast, seed
 
     Args:
         seed: of masks and stochastic rounding.
+        min_cohort: the fewest clients of a sum.
 
     Raises:
-        FedcoreError: fewer than two clients, whose sum would hide nothing; weights that are not
-            whole numbers; a method that needs more than the mean.
+        FedcoreError: fewer clients, whose sum would hide too little; weights that are not whole
+            numbers; a method that needs more than the mean.
     """
     if not len(cohort):
         return method.aggregate(cohort, previous)
     # What a client of lower rank lacks it fills in itself: it holds the broadcast.
     full = method.completed(cohort, previous)
-    total = SecureSum(full.layout, full.client_ids, cohort.round, seed)
+    total = SecureSum(full.layout, full.client_ids, cohort.round, seed, min_cohort=min_cohort)
     for client, row, weight in zip(
         full.client_ids, full.updates, full.weights.tolist(), strict=True
     ):

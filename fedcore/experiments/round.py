@@ -138,6 +138,7 @@ def run_round(experiment: Experiment, state: ServerState, observer: Observer) ->
         allow_identical_uploads=recipe.round.allow_identical_uploads,
         starts=starts,
         statistics=experiment.statistics,
+        min_cohort=recipe.round.min_cohort if recipe.round.secure_sum else 0,
     )
     trained = train_clients(experiment, opened, sampled, starts, observer)
     seconds = {"train": perf_counter() - started}
@@ -149,7 +150,10 @@ def run_round(experiment: Experiment, state: ServerState, observer: Observer) ->
     modules: list[ModuleDiagnosis] = []
     # A personalised method has no common product that could miss the mean.
     if recipe.evaluation.diagnostics and not method.capabilities.personalised:
-        factors = method.completed(trained.factors or closed.cohort, opened.previous)
+        used = (
+            closed.cohort if trained.factors is None or not len(closed.cohort) else trained.factors
+        )
+        factors = method.completed(used, opened.previous)
         modules = diagnose(
             factors, closed.result, opened.previous, method.family, experiment.offset
         )
@@ -177,9 +181,10 @@ def run_round(experiment: Experiment, state: ServerState, observer: Observer) ->
         modules=modules,
         upload_error=fmean(trained.upload_error.values()) if trained.upload_error else None,
     )
+    before = Round.model_validate(state.record) if state.record else None
     spent = {
-        "privacy": privacy_record(recipe, experiment.held, clients),
-        "central_privacy": central_record(recipe, t + 1),
+        "privacy": privacy_record(recipe, experiment.held, clients, before and before.privacy),
+        "central_privacy": central_record(recipe, t + 1, before and before.central_privacy),
     }
     record = record.model_copy(update={k: v for k, v in spent.items() if v is not None})
     return replace(after, record=record.plain())
@@ -208,7 +213,7 @@ def sample_clients(experiment: Experiment, round: int) -> tuple[str, ...]:
     everyone = experiment.trainers
     if experiment.recipe.privacy.central.noise_multiplier is not None:
         return poisson_sample(experiment.recipe, everyone, round)
-    count = max(1, int(experiment.recipe.round.participation * len(everyone) + 0.5))
+    count = experiment.recipe.round.sampled(len(everyone))
     generator = torch.Generator().manual_seed(derive_seed(experiment.recipe.seed, "sample", round))
     chosen = torch.randperm(len(everyone), generator=generator)[:count]
     return tuple(sorted(everyone[i] for i in chosen.tolist()))
@@ -220,5 +225,6 @@ def _aggregation(experiment: Experiment) -> Aggregation:
     if recipe.privacy.central.noise_multiplier is not None:
         return partial(aggregate_centrally, recipe, method)
     if recipe.round.secure_sum:
-        return partial(aggregate_securely, method, seed=recipe.seed)
+        least = recipe.round.min_cohort
+        return partial(aggregate_securely, method, seed=recipe.seed, min_cohort=least)
     return method.aggregate

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+from fedcore.data.claims import claimed
 from fedcore.errors import FedcoreError
 from fedcore.experiments.adapters import generation_sample, write_adapters
 from fedcore.experiments.environment import (
@@ -18,15 +19,18 @@ from fedcore.experiments.environment import (
     recipe_threads,
 )
 from fedcore.experiments.observer import Observer
+from fedcore.experiments.origin import check_origin, check_recipe_kept, run_origin
+from fedcore.experiments.privacy import check_continued
 from fedcore.experiments.round import initial_record, run_round
 from fedcore.experiments.run_folder import RunFolder
 from fedcore.experiments.setup import Experiment, SharedCache, build_experiment
 from fedcore.experiments.trials import Trial, check_sources
 from fedcore.federation.measures import measure_of
 from fedcore.federation.outcome import outcome
+from fedcore.federation.record_files import validated
 from fedcore.federation.records import Round, Summary
 from fedcore.federation.state import ServerState
-from fedcore.recipes import Recipe, load_recipe
+from fedcore.recipes import Recipe, recipe_digest
 
 Rounds = Callable[[Experiment, RunFolder, ServerState, Observer], Iterator[ServerState]]
 """What runs the rounds that are left after a state, reports each to the observer, and yields its
@@ -46,7 +50,8 @@ def start(
     continues with :func:`resume`.
 
     Raises:
-        FedcoreError: the folder is not empty, or anything the recipe names does not exist.
+        FedcoreError: the folder is not empty or in use, or anything the recipe names does not
+            exist.
     """
     watcher = observer or Observer()
     check_sources(recipe)
@@ -54,10 +59,12 @@ def start(
     with recipe_threads(recipe):
         # Nothing is written before everything the recipe names has been found to fit together.
         experiment = build_experiment(recipe, watcher, cache)
-        folder = RunFolder.create(path, recipe)
-        folder.write_json("environment.json", describe_environment())
-        folder.write_json("partition.json", experiment.counts)
-        return _go_on(experiment, folder, None, watcher, rounds or _rounds)
+        with claimed(path):
+            folder = RunFolder.create(path, recipe)
+            folder.write_json("environment.json", describe_environment())
+            folder.write_json("partition.json", experiment.counts)
+            origin = run_origin(experiment, folder)
+            return _go_on(experiment, folder, None, origin, watcher, rounds or _rounds)
 
 
 def resume(
@@ -65,36 +72,65 @@ def resume(
     observer: Observer | None = None,
     cache: SharedCache | None = None,
     rounds: Rounds | None = None,
+    *,
+    from_round: int | None = None,
 ) -> dict[str, Any]:
     """Continue the run in ``path`` to the bits of a run that was never interrupted.
 
     The same bits need the same machine, thread count and versions; a difference is reported. A
     finished run is left as it is and its summary returned.
 
+    Args:
+        from_round: continue from the state after so many rounds, and discard those after it; from
+            the newest one by default.
+
     Raises:
-        FedcoreError: ``path`` holds no run, or its state is damaged.
+        FedcoreError: ``path`` holds no run, or is in use; a file of its state, its recipe, its data
+            or its model is not what it was, naming it; privacy would be counted wrongly.
     """
     watcher = observer or Observer()
     folder = RunFolder.open(path)
     finished = folder.summary()
     if finished is not None:
+        if from_round is not None:
+            raise FedcoreError(f"{path} is finished; only a run that is not has rounds left")
         watcher.message(f"{path} is finished already")
         return finished
-    recipe = folder.recipe()
-    with recipe_threads(recipe):
-        environment = describe_environment()
+    with claimed(path):
+        folder.sweep()
+        state = folder.state(from_round)
+        if state is not None:
+            check_recipe_kept(state.origin, folder)
+        recipe = folder.recipe()
+        if state is not None:
+            check_continued(recipe, validated(Round, state.record, f"the newest record of {path}"))
+        with recipe_threads(recipe):
+            _say_what_changed(folder, watcher, begun=state is not None)
+            experiment = build_experiment(recipe, watcher, cache)
+            origin = run_origin(experiment, folder)
+            if state is not None:
+                if not state.origin:
+                    watcher.message(
+                        f"{path} was written by a version that kept no hashes: whether its recipe, "
+                        "data and model are those that it began with cannot be verified"
+                    )
+                check_origin(state.origin, origin, experiment)
+                watcher.message(f"resuming: {state.round} of {recipe.rounds} rounds are done")
+            # It follows from the data, so a copy that was damaged is written again.
+            folder.write_json("partition.json", experiment.counts)
+            return _go_on(experiment, folder, state, origin, watcher, rounds or _rounds)
+
+
+def _say_what_changed(folder: RunFolder, observer: Observer, *, begun: bool) -> None:
+    """Report what differs from the machine that began the run; write down which one did."""
+    environment = describe_environment()
+    if begun:
         for name, was, now in folder.changed_environment(environment):
-            watcher.message(
+            observer.message(
                 f"{name} was {was} and is {now}: the result may differ in its last bits"
             )
-        experiment = build_experiment(recipe, watcher, cache)
-        state = folder.latest()
-        if state is None:
-            folder.write_json("environment.json", environment)
-            folder.write_json("partition.json", experiment.counts)
-        else:
-            watcher.message(f"resuming: {state.round} of {recipe.rounds} rounds are done")
-        return _go_on(experiment, folder, state, watcher, rounds or _rounds)
+    if not begun or not (folder.path / "environment.json").is_file():
+        folder.write_json("environment.json", environment)
 
 
 def _rounds(
@@ -118,6 +154,7 @@ def _go_on(
     experiment: Experiment,
     folder: RunFolder,
     state: ServerState | None,
+    origin: Mapping[str, str],
     observer: Observer,
     rounds: Rounds,
 ) -> dict[str, Any]:
@@ -125,10 +162,14 @@ def _go_on(
     # An experiment is built bit for bit the same every time, so a resumed run has its start too.
     start_row = experiment.binding.read()
     if state is None:
-        state = ServerState(round=0, layout=experiment.binding.layout, row=start_row)
+        layout = experiment.binding.layout
+        state = ServerState(round=0, layout=layout, row=start_row, origin=origin)
         state = _recorded(state, initial_record(experiment, state))
         folder.save(state)
+    # Of a run that began without hashes; otherwise it is the same.
+    state = replace(state, origin=origin)
     records = folder.rewind_metrics(state)
+    folder.discard_after(state.round)
     observer.run_started(recipe.rounds, state.round)
     for after in rounds(experiment, folder, state, observer):
         state = after
@@ -180,9 +221,9 @@ def run_trials(
     cache = SharedCache()
     for trial in trials:
         path = out / trial.folder
-        if (path / "recipe.toml").is_file():
-            existing = load_recipe(path / "recipe.toml")
-            if existing != trial.recipe:
+        if RunFolder.is_there(path):
+            # By what they say: a list and a tuple, 1 and 1.0 are written alike.
+            if recipe_digest(RunFolder(path).recipe()) != recipe_digest(trial.recipe):
                 raise FedcoreError(f"{path} holds a run of another recipe; choose another --out")
             yield trial, resume(path, observer, cache)
         else:

@@ -140,6 +140,14 @@ class ModuleRound(Record):
     error_ceiling: Number = None
 
 
+class NoisySteps(Record):
+    """Steps that sample and add noise alike, as :mod:`fedcore.privacy.accounting` counts them."""
+
+    noise_multiplier: Annotated[float, Strict()]
+    sampling_rate: Annotated[float, Strict()]
+    steps: Count
+
+
 class PrivacyRecord(Record):
     """What either kind of differential privacy has in common.
 
@@ -156,11 +164,13 @@ class PrivacySpent(PrivacyRecord):
     """What the clients have spent of their examples' privacy up to the end of a round.
 
     ``epsilon`` maps a client to the epsilon of (epsilon, ``delta``)-differential privacy of any one
-    of its examples, by ``accountant``; ``steps`` to the noisy steps that it has made.
+    of its examples, by ``accountant``; ``history`` to its noisy steps, which
+    epsilon is computed from; ``steps`` to their number. The other fields are the last round's.
     """
 
     max_grad_norm: Number
     steps: dict[str, Whole] = {}
+    history: dict[str, tuple[NoisySteps, ...]] = {}
     epsilon: Numbers
 
     @property
@@ -180,11 +190,15 @@ class PrivacySummary(PrivacySpent):
 
 
 class CentralPrivacySpent(PrivacyRecord):
-    """What every client has spent of its privacy, as a whole, up to the end of a round."""
+    """What every client has spent of its privacy, as a whole, up to the end of a round.
+
+    ``history`` is what epsilon is computed from; the other fields are those of the last round.
+    """
 
     max_norm: Number
     sampling_rate: Number = None
     rounds: Whole | None = None
+    history: tuple[NoisySteps, ...] = ()
     epsilon: Number
 
 

@@ -71,6 +71,8 @@ class OpenRound:
             server keeps it for those that report.
         statistics: client id to what is known of its data before the round, besides what the state
             holds.
+        min_cohort: the fewest valid uploads of a round; with fewer, all are left out and the state
+            stays.
 
     Attributes:
         layout: of an upload.
@@ -87,6 +89,7 @@ class OpenRound:
         allow_identical_uploads: bool = False,
         starts: Mapping[str, Tensor] | None = None,
         statistics: Mapping[str, Mapping[str, Tensor]] | None = None,
+        min_cohort: int = 0,
     ) -> None:
         self.method, self.state = method, state
         self.layout = method.upload_layout(state.layout, state.round)
@@ -96,6 +99,7 @@ class OpenRound:
         self._allow_identical = allow_identical_uploads
         self._starts = dict(starts or {})
         self._statistics = dict(statistics or {})
+        self._min_cohort = min_cohort
         self._uploads: dict[str, UploadedRow] = {}
         self._refused: dict[str, str] = {}
         self._reported: list[str] = []
@@ -215,6 +219,8 @@ class OpenRound:
             dtype=self.state.row.dtype,
             on_invalid=self._on_invalid,
         )
+        if 0 < len(cohort) < self._min_cohort:
+            cohort = self._left_out(cohort)
         needs_difference = not self.method.capabilities.linear and not self._allow_identical
         if needs_difference and identical_rows(cohort.updates):
             raise FedcoreError(
@@ -237,6 +243,22 @@ class OpenRound:
             if known:
                 statistics[client] = known
         return replace(cohort, dropped=tuple(dropped), statistics=statistics)
+
+    def _left_out(self, cohort: Cohort) -> Cohort:
+        """``cohort`` without any upload: those of so few clients would show in their sum."""
+        few = f"{len(cohort)} of {len(self._clients)} clients can be used"
+        reason = f"{few}, fewer than min_cohort = {self._min_cohort}"
+        self._flags.append(f"{reason}: the round keeps the global state")
+        dropped = (*cohort.dropped, *(Dropped(client, reason) for client in cohort.client_ids))
+        return replace(
+            cohort,
+            updates=cohort.updates[:0],
+            weights=cohort.weights[:0],
+            client_ids=(),
+            ranks=cohort.ranks[:0],
+            scalings=cohort.scalings[:0],
+            dropped=tuple(sorted(dropped)),
+        )
 
     def _advanced(
         self, cohort: Cohort, result: Aggregate, waiting: Mapping[str, Mapping[str, Tensor]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,12 +16,18 @@ from fedcore.data.folders import OWN_LIMIT, delete_file, read_object, replace_fo
 from fedcore.data.low_rank import LowRank, accumulated, packed, unpacked
 from fedcore.data.peft_files import read_tensors, write_tensors
 from fedcore.errors import FedcoreError
+from fedcore.federation.seals import ORIGIN, SEAL, check_files, check_seal, sealed
 from fedcore_kernels.layout import FactorLayout
 
 PerClient = Mapping[str, Mapping[str, Tensor]]
 """Client id to named tensors."""
 
-_RESUMABLE_STATES = 2
+RESUMABLE_STATES = 2
+"""The newest states keep what clients hold, and only they can be resumed from."""
+
+CLIENTS_FILE = "clients.safetensors"
+
+_NAME = re.compile(r"round-([0-9]+)")
 
 HELD = "held"
 """What a client of lower rank started its last round from, ``(P,)``."""
@@ -59,6 +66,7 @@ class ServerState:
         client_versions: client id to the round up to which it holds everything.
         traffic: bytes so far, by direction and category, summed over clients.
         record: what was measured in the last round.
+        origin: hashes of what the run began from, by kind; empty where nothing is known of it.
     """
 
     round: int
@@ -72,6 +80,7 @@ class ServerState:
     client_versions: Mapping[str, int] = field(default_factory=dict)
     traffic: Mapping[str, int] = field(default_factory=dict)
     record: Mapping[str, Any] = field(default_factory=dict)
+    origin: Mapping[str, str] = field(default_factory=dict)
 
     def stale_for(self, client_id: str) -> FactorLayout:
         """What ``client_id`` must download: the slots that changed since it last took part."""
@@ -169,8 +178,9 @@ def write_state(state: ServerState, folder: Path) -> Path:
                 for client, named in sorted(clients.items())
                 for name, tensor in named.items()
             }
-            write_tensors(flat, new / "clients.safetensors")
-        write_text(json.dumps(_about(state), sort_keys=True) + "\n", new / "state.json")
+            write_tensors(flat, new / CLIENTS_FILE)
+        about = sealed(_about(state), new)
+        write_text(json.dumps(about, sort_keys=True) + "\n", new / "state.json")
     return target
 
 
@@ -188,6 +198,7 @@ def _about(state: ServerState) -> dict[str, Any]:
         "client_versions": dict(state.client_versions),
         "traffic": dict(state.traffic),
         "record": dict(state.record),
+        ORIGIN: dict(state.origin),
     }
 
 
@@ -195,20 +206,40 @@ def read_about(folder: Path) -> dict[str, Any]:
     """What ``state.json`` of a state says, its record among it.
 
     Raises:
-        FedcoreError: it is missing or malformed, naming it.
+        FedcoreError: it is missing, malformed, not what was written, or of another round than the
+            folder's name says.
     """
-    # A loss that diverged is a measured value: it may be NaN.
-    return read_object(folder / "state.json", "state", _FIELDS, limit=OWN_LIMIT, finite=False)
+    file = folder / "state.json"
+    try:
+        # A loss that diverged is a measured value: it may be NaN.
+        about = read_object(file, "state.json", _FIELDS, limit=OWN_LIMIT, finite=False)
+        check_seal(about)
+        if round_of(folder) not in (None, about["round"]):
+            raise FedcoreError(f"state.json is of round {about['round']}: it was exchanged")
+    except FedcoreError as error:
+        raise FedcoreError(f"cannot read the state in {folder}: {error}") from None
+    return about
 
 
-def read_state(folder: Path) -> ServerState:
+def read_state(folder: Path, *, clients: bool = True) -> ServerState:
     """Read what :func:`write_state` wrote.
 
+    Args:
+        clients: read what is held by client, too, which only the newest states have; a state read
+            without it shows the global adapter and cannot be continued.
+
     Raises:
-        FedcoreError: a file is missing or malformed, naming it.
+        FedcoreError: a file is missing, malformed, or not the one that was written, naming it.
     """
+    about = read_about(folder)
+    by_client = clients and about["has_private"]
     try:
-        about = read_about(folder)
+        if by_client and not (folder / CLIENTS_FILE).is_file():
+            raise FedcoreError(
+                f"{CLIENTS_FILE} is missing, which only the newest {RESUMABLE_STATES} states keep"
+            )
+        if SEAL in about:
+            check_files(about, folder, without=None if by_client else CLIENTS_FILE)
         layout = FactorLayout.build(
             [(m, f, rows, width) for m, f, rows, width, shape in about["layout"] if shape is None],
             [(m, tuple(shape)) for m, _, _, _, shape in about["layout"] if shape is not None],
@@ -216,8 +247,8 @@ def read_state(folder: Path) -> ServerState:
         row = read_tensors(folder / "server.safetensors", "state")["row"]
         simulated: dict[str, dict[str, Tensor]] = {}
         held_for_clients: dict[str, dict[str, Tensor]] = {}
-        if about["has_private"]:
-            for key, tensor in read_tensors(folder / "clients.safetensors", "state").items():
+        if by_client:
+            for key, tensor in read_tensors(folder / CLIENTS_FILE, "state").items():
                 client, _, name = key.partition("/")
                 part = held_for_clients if _is_held(name) else simulated
                 part.setdefault(client, {})[name] = tensor
@@ -236,6 +267,7 @@ def read_state(folder: Path) -> ServerState:
             client_versions=about["client_versions"],
             traffic=about["traffic"],
             record=about["record"],
+            origin=about.get(ORIGIN, {}),
         )
     except (OSError, KeyError, ValueError, TypeError) as error:
         raise FedcoreError(f"cannot read the state in {folder}: {error}") from error
@@ -244,10 +276,25 @@ def read_state(folder: Path) -> ServerState:
     return state
 
 
+def round_of(folder: Path) -> int | None:
+    """The round that a state's folder is named after; None where it is not named so."""
+    named = _NAME.fullmatch(folder.name)
+    return int(named[1]) if named else None
+
+
+def state_folders(folder: Path) -> dict[int, Path]:
+    """Round to folder of every complete state below ``folder``, in order of the rounds."""
+    numbered = ((round_of(path), path) for path in folder.glob("round-*"))
+    return {
+        round: path
+        for round, path in sorted((r, p) for r, p in numbered if r is not None)
+        if (path / "state.json").is_file()
+    }
+
+
 def latest_state(folder: Path) -> Path | None:
     """The newest complete state below ``folder``, if any."""
-    states = sorted(path for path in folder.glob("round-*") if (path / "state.json").is_file())
-    return states[-1] if states else None
+    return next(reversed(state_folders(folder).values()), None)
 
 
 def prune_clients(folder: Path, keep: int) -> None:
@@ -255,8 +302,8 @@ def prune_clients(folder: Path, keep: int) -> None:
 
     The global row of every round stays; only the newest states can be resumed from.
     """
-    for path in sorted(folder.glob("round-*"))[:-keep]:
-        delete_file(path / "clients.safetensors")
+    for path in list(state_folders(folder).values())[:-keep]:
+        delete_file(path / CLIENTS_FILE)
 
 
 def _by_client(state: ServerState) -> dict[str, dict[str, Tensor]]:
@@ -269,47 +316,3 @@ def _by_client(state: ServerState) -> dict[str, dict[str, Tensor]]:
 
 def _is_held(name: str) -> bool:
     return name == HELD or name.startswith((PERSONAL_PREFIX, TOLD_PREFIX))
-
-
-def begin(folder: Path | None, resume: bool, fresh: ServerState) -> ServerState:
-    """The state to continue from: the newest in ``folder``, else ``fresh``, which is then written.
-
-    Raises:
-        FedcoreError: there are states and ``resume`` is false, there is no folder to resume from,
-            or the states are of another adapter.
-    """
-    if folder is None:
-        if resume:
-            raise FedcoreError("resume needs checkpoint_dir, the folder to resume from")
-        return fresh
-    if latest_state(folder) is None:
-        save(fresh, folder)
-        return fresh
-    if not resume:
-        raise FedcoreError(f"{folder} holds states already; pass resume=True or another folder")
-    return newest_or(fresh, folder)
-
-
-def newest_or(fresh: ServerState, folder: Path | None) -> ServerState:
-    """The newest state in ``folder``; ``fresh`` where there is none.
-
-    Raises:
-        FedcoreError: the state is damaged, or of another adapter than ``fresh``.
-    """
-    newest = None if folder is None else latest_state(folder)
-    if newest is None:
-        return fresh
-    state = read_state(newest)
-    if state.layout != fresh.layout:
-        raise FedcoreError(
-            f"the state in {newest} is of another adapter than the one that the run starts from; "
-            "pass that adapter or another folder"
-        )
-    return state
-
-
-def save(state: ServerState, folder: Path | None) -> None:
-    """Write ``state``, whole or not at all; a folder of None keeps nothing."""
-    if folder is not None:
-        write_state(state, folder)
-        prune_clients(folder, _RESUMABLE_STATES)

@@ -199,7 +199,7 @@ def aggregate(
             model then. Where it is a folder with the model's weights, the error of merged DoRA
             weights is measured on them.
         same_base: the adapters are of one base model, whatever they call it.
-        overwrite: replace the adapter in ``out``.
+        overwrite: replace the adapter in ``out``, a folder that holds nothing else.
         budget: refuse weight files of more bytes.
         group_bytes: of one group's tensors of all adapters.
         progress: called with the number of parts done and of all, in both passes if there are two.

@@ -5,7 +5,9 @@ The first adapter of a job gives the configuration; ranks and alphas are the res
 
 from __future__ import annotations
 
+import os
 import re
+import stat
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,9 +20,9 @@ from fedcore.data.adapter_fields import FIELDS
 from fedcore.data.adapter_kind import kind
 from fedcore.data.adapter_state import AdapterState
 from fedcore.data.declared import declaration
-from fedcore.data.folders import is_free, replace_folder, writing
+from fedcore.data.folders import is_leftover, replace_folder, writing
 from fedcore.data.low_rank import LowRank
-from fedcore.data.peft_files import CONFIG_FILE, write_adapter
+from fedcore.data.peft_files import CONFIG_FILE, WEIGHTS_FILE, write_adapter
 from fedcore.data.peft_keys import LORA_BIAS, MAGNITUDE, PREFIX, TOKEN_ROWS, ends_with
 from fedcore.data.rows import rank_and_width
 from fedcore.data.stored_form import expert_module
@@ -237,35 +239,76 @@ def adapters_of(job: Job, merged: Merged) -> tuple[AdapterState, AdapterState | 
 def check_output(out: Path, inputs: Sequence[Path], overwrite: bool) -> None:
     """Refuse a folder that must not be written to, before anything is computed.
 
+    Only the four files that an aggregation writes are ever overwritten.
+
     Raises:
-        FedcoreError: it is not a folder; it is not empty and ``overwrite`` is false, or it holds no
-            adapter that could be overwritten; or it holds one of the ``inputs``.
+        FedcoreError: it is not a folder; it is not empty and ``overwrite`` is false, or it holds
+            anything else than an adapter and its residual; or it holds one of the ``inputs``.
     """
     with writing(out):
         place = out.resolve()
-        exists = out.exists() or out.is_symlink()
+        in_the_way = _is_no_folder(out)
     for source in inputs:
         if source.resolve().is_relative_to(place):
             raise FedcoreError(f"out is {out}, which holds the adapter {source}; pass another")
-    if not exists:
-        return
-    if not out.is_dir():
+    if in_the_way:
         raise FedcoreError(f"out is {out}, which is not a folder; pass another")
-    if is_free(out):
+    present = _names_in(out)
+    if not present:
         return
     if not overwrite:
         raise FedcoreError(f"out is {out}, which is not empty; pass another or overwrite it")
-    if not (out / CONFIG_FILE).is_file():
-        raise FedcoreError(f"out is {out}, which holds no adapter and is not overwritten")
+    _check_replaceable(out, present)
+
+
+def _is_no_folder(out: Path) -> bool:
+    """Whether something else has this name; another process may be replacing the folder."""
+    try:
+        mode = os.lstat(out).st_mode
+    except FileNotFoundError:
+        return False
+    return not (stat.S_ISDIR(mode) or (stat.S_ISLNK(mode) and out.is_dir()))
+
+
+def _names_in(out: Path) -> list[str]:
+    """The paths of all files below ``out``, empty folders and links among them, in order."""
+    names = []
+    for parent, folders, files in os.walk(out):
+        inside = Path(parent).relative_to(out)
+        links = [name for name in folders if os.path.islink(os.path.join(parent, name))]
+        names += [str(inside / name) for name in (*files, *links)]
+        if not folders and not files and parent != str(out):
+            names.append(str(inside))
+    return sorted(name for name in names if not is_leftover(Path(name).parts[0]))
+
+
+def _check_replaceable(out: Path, present: Sequence[str]) -> None:
+    """Refuse ``out`` if it holds what no aggregation wrote.
+
+    Raises:
+        FedcoreError: naming the first such file.
+    """
+    written = {CONFIG_FILE, WEIGHTS_FILE}
+    written |= {str(Path(RESIDUAL_FOLDER, name)) for name in written}
+    foreign = [name for name in present if name not in written]
+    if foreign:
+        others = f" and {len(foreign) - 1} others" if len(foreign) > 1 else ""
+        raise FedcoreError(
+            f"out is {out}, which holds {foreign[0]!r}{others}: overwriting would delete it. Only "
+            f"{CONFIG_FILE} and {WEIGHTS_FILE} are overwritten; move what else is there, a "
+            "README.md of PEFT too, or pass another folder"
+        )
 
 
 def write_folder(out: Path, adapter: AdapterState, residual: AdapterState | None) -> None:
     """Write the adapter to ``out``, a residual to ``out/residual``; the folder appears at once.
 
     Raises:
-        FedcoreError: the folder cannot be written; what was there before is still there.
+        FedcoreError: the folder cannot be written, or has got other files meanwhile; what was there
+            before is still there.
     """
     with replace_folder(out) as new:
         write_adapter(adapter, new)
         if residual is not None:
             write_adapter(residual, new / RESIDUAL_FOLDER)
+        _check_replaceable(out, _names_in(out))

@@ -121,7 +121,7 @@ sum shows the server their mean alone; use one of florg.whitened, florg.avg_a
 def check_start(
     method: Method,
     family: str,
-    dense: Iterable[str],
+    keys: Iterable[str],
     what: str,
     config: Mapping[str, Any] | None = None,
 ) -> None:
@@ -129,7 +129,7 @@ def check_start(
 
     Args:
         family: of the adapter that a federation starts from.
-        dense: names of its tensors that travel whole.
+        keys: of its tensors, as PEFT writes them.
         what: the argument that holds the adapter; it begins the message.
         config: the adapter's, where it is known.
 
@@ -138,7 +138,10 @@ def check_start(
             method adds an update beside adapters that do not add.
     """
     refuse(method, (EXCHANGES, of_family(family)), what)
-    problem = not_additive(config or {}, dense)
+    names = list(keys)
+    problem = not_additive(config or {}, names)
+    if any("lora_embedding_" in name for name in names):
+        problem = problem or "an embedding takes no update of its base weight while rounds train it"
     if problem and method.capabilities.updates_base:
         needs = (EXCHANGES, of_family(family), KEEPS_BASE)
         refuse(method, needs, f"{what}: {problem}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
@@ -51,8 +52,10 @@ class Spending:
             raise FedcoreError(f"steps is {self.steps}; pass 0 or more")
 
 
-def epsilon(spending: Spending, delta: float, accountant: AccountantName = "rdp") -> float:
-    """The epsilon of (epsilon, ``delta``)-differential privacy that ``spending`` satisfies.
+def epsilon(
+    spending: Spending | Sequence[Spending], delta: float, accountant: AccountantName = "rdp"
+) -> float:
+    """The epsilon of (epsilon, ``delta``)-differential privacy of all of ``spending`` together.
 
     ``"rdp"`` composes Renyi divergences (arXiv:1702.07476, subsampled as in arXiv:1908.10530) and
     converts at the best order: a bound, milliseconds. ``"prv"`` composes privacy-loss distributions
@@ -60,6 +63,7 @@ def epsilon(spending: Spending, delta: float, accountant: AccountantName = "rdp"
     tighter, up to a second, for an epsilon of at most ``LARGEST_PRV_EPSILON``.
 
     Args:
+        spending: steps that are all alike, or several kinds of them, one after the other.
         delta: in (0, 1), well below one over the number of records.
 
     Raises:
@@ -75,9 +79,11 @@ def epsilon(spending: Spending, delta: float, accountant: AccountantName = "rdp"
         raise FedcoreError(f"delta is {delta}; pass a number in (0, 1)")
     if accountant not in ("rdp", "prv"):
         raise unknown_name("accountant", accountant, ("rdp", "prv"))
-    if spending.steps == 0:
+    kinds = (spending,) if isinstance(spending, Spending) else spending
+    made = tuple(kind for kind in kinds if kind.steps)
+    if not made:
         return 0.0
-    bound = _spent(spending, delta, "rdp")
+    bound = _spent(made, delta, "rdp")
     if accountant == "rdp":
         return bound
     if bound > LARGEST_PRV_EPSILON:
@@ -85,16 +91,15 @@ def epsilon(spending: Spending, delta: float, accountant: AccountantName = "rdp"
             f"epsilon is about {bound:.3g}; the accountant 'prv' goes up to "
             f"{LARGEST_PRV_EPSILON:g}, pass 'rdp' or raise the noise"
         )
-    return _spent(spending, delta, "prv")
+    return _spent(made, delta, "prv")
 
 
-def _spent(spending: Spending, delta: float, accountant: AccountantName) -> float:
+def _spent(made: Sequence[Spending], delta: float, accountant: AccountantName) -> float:
     try:
         from opacus.accountants import PRVAccountant, RDPAccountant
         from opacus.accountants.analysis.rdp import get_privacy_spent
     except ImportError as error:
         raise missing_extra("opacus", "privacy") from error
-    noise, rate, steps = spending.noise_multiplier, spending.sample_rate, spending.steps
     with warnings.catch_warnings():
         # An order at the end of the table gives a looser bound, which is a bound still; the
         # distributions' logarithms are taken of zeros that are masked out.
@@ -102,13 +107,16 @@ def _spent(spending: Spending, delta: float, accountant: AccountantName) -> floa
         warnings.filterwarnings("ignore", category=RuntimeWarning)
         if accountant == "rdp":
             # Divergences of independent steps add up.
-            total = steps * np.array(_divergences(noise, rate))
+            total = sum(
+                kind.steps * np.array(_divergences(kind.noise_multiplier, kind.sample_rate))
+                for kind in made
+            )
             spent, _ = get_privacy_spent(
                 orders=RDPAccountant.DEFAULT_ALPHAS, rdp=total, delta=delta
             )
             return float(spent)
         counted = PRVAccountant()
-        counted.history = [(noise, rate, steps)]
+        counted.history = [(k.noise_multiplier, k.sample_rate, k.steps) for k in made]
         return float(counted.get_epsilon(delta=delta))
 
 

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedcore.checks import count
 from fedcore.data.seeding import derive_seed
 from fedcore.data.validation import check_row, check_weight
 from fedcore.errors import FedcoreError
@@ -52,8 +53,13 @@ class SecureSum:
 
     so that the mean is ``step sum w_n q(x_n) / sum w_n``: unbiased and less than a step
     (``2 clip / levels``, 3.8e-6 by default) from the mean of the clipped uploads, whatever the
-    weights and the number of clients. Weights are whole numbers, which a fixed point holds exactly;
-    the server learns their sum.
+    weights and the number of clients. Weights are whole numbers from 1, which a fixed point holds
+    exactly; the server learns their sum. A client without weight takes no part: beside it the sum
+    of two would be the upload of one.
+
+    **What the server can see.** An upload that carries no mask is small where a masked one is
+    uniform, and is refused; a sum whose weight or numbers no valid uploads add up to is refused as
+    a whole. Who sends a wrong row behind a right mask is not seen by anyone.
 
     **Dropout.** Masks cancel only if every client of ``client_ids`` reports. :meth:`result` refuses
     otherwise and names those missing; run the round again without them. Protocols that recover the
@@ -64,14 +70,16 @@ class SecureSum:
 
     Args:
         layout: the upload layout of the round.
-        client_ids: at least two distinct clients; a sum of one hides nothing.
+        client_ids: at least ``min_cohort`` distinct clients; a sum of one hides nothing.
         round: the server's round; masks and roundings of two rounds are unrelated.
         seed: of masks and roundings.
         clip: values beyond ``[-clip, clip]`` become its ends, and are counted.
         levels: steps in that range.
+        min_cohort: the fewest clients that a sum may be of, two or more.
 
     Raises:
-        FedcoreError: fewer than two clients, one of them twice, or a bad ``clip`` or ``levels``.
+        FedcoreError: fewer clients, one of them twice, or a bad ``clip``, ``levels`` or
+            ``min_cohort``.
 
     Example:
         >>> layout = FactorLayout.build([], [("bias", (2,))])
@@ -90,11 +98,14 @@ class SecureSum:
         seed: int,
         clip: float = 8.0,
         levels: int = 2**22,
+        min_cohort: int = 2,
     ) -> None:
         self._order = sorted(client_ids)
-        if len(self._order) < 2:
+        least = count("", "min_cohort", min_cohort, least=2)
+        if len(self._order) < least:
+            from_here = "two" if least == 2 else f"min_cohort = {least}"
             raise FedcoreError(
-                f"client_ids is {self._order}; a sum hides its terms from two clients up"
+                f"client_ids is {self._order}; a sum hides its terms from {from_here} clients up"
             )
         if len(set(self._order)) < len(self._order):
             twice = next(c for i, c in enumerate(self._order) if c in self._order[:i])
@@ -125,6 +136,11 @@ class SecureSum:
         problem = check_weight(weight) or check_row(row, self._layout)
         if problem:
             raise FedcoreError(f"client {client_id}: {problem}")
+        if not weight:
+            raise FedcoreError(
+                f"client {client_id}: its weight is 0, so it has no part in a sum; leave it out of "
+                "client_ids"
+            )
         if weight != int(weight) or weight > self.largest_weight:
             raise FedcoreError(
                 f"client {client_id}: its weight is {weight}; pass a whole number up to "
@@ -132,8 +148,8 @@ class SecureSum:
             )
         draws = self._stream("rounding", place).random(row.numel())
         points, clipped = self.grid.encode(row, torch.from_numpy(draws))
-        count = int(weight)
-        plain = torch.cat([points * count, torch.tensor([count, clipped])])
+        whole = int(weight)
+        plain = torch.cat([points * whole, torch.tensor([whole, clipped])])
         return _modular_sum(plain, self._masks(place, plain.numel()))
 
     def add(self, client_id: str, masked: Tensor) -> None:
@@ -151,6 +167,12 @@ class SecureSum:
                 f"client {client_id}: a masked upload is int64 {tuple(self._total.shape)}; this is "
                 f"{masked.dtype} {tuple(masked.shape)}"
             )
+        # No number of a valid upload is larger before it is masked; half or more are once it is.
+        largest = 2**63 // len(self._order)
+        if not bool(((masked > largest) | (masked < -largest)).any()):
+            raise FedcoreError(
+                f"client {client_id}: its upload is not masked; send what mask(...) returns"
+            )
         self._total = _modular_sum(self._total, masked)
         self._reported.add(client_id)
 
@@ -158,7 +180,7 @@ class SecureSum:
         """The mean, once every client has reported.
 
         Raises:
-            FedcoreError: naming the clients that did not report, or all weights are zero.
+            FedcoreError: naming the clients that did not report; or no valid uploads give this sum.
         """
         missing = [client for client in self._order if client not in self._reported]
         if missing:
@@ -167,10 +189,26 @@ class SecureSum:
                 "in the sum; run the round again without them"
             )
         weight, clipped = self._total[-2:].tolist()
-        if not weight:
-            raise FedcoreError(f"round {self._round}: the weights of all clients are zero")
+        self._check_total(weight, clipped)
         row = self._total[:-2].to(torch.float64) / weight * self.grid.step
         return SecureMean(row, weight, clipped)
+
+    def _check_total(self, weight: int, clipped: int) -> None:
+        """Refuse a sum that is outside of what valid uploads add up to."""
+        clients, numbers = len(self._order), self._total.numel() - 2
+        # In exact integers: the bound of a number may be beyond 64 bits where the weight is wrong.
+        largest = max(-int(self._total[:-2].min()), int(self._total[:-2].max()))
+        for what, value, least, most in (
+            ("total weight", weight, clients, clients * self.largest_weight),
+            ("largest number", largest, 0, weight * self.grid.levels // 2),
+            ("count of clipped numbers", clipped, 0, clients * numbers),
+        ):
+            if not least <= value <= most:
+                raise FedcoreError(
+                    f"round {self._round}: the {what} of the sum is {value}, outside of "
+                    f"[{least}, {most}]: an upload was wrong or not masked for this round; run the "
+                    "round again"
+                )
 
     def _masks(self, place: int, count: int) -> Tensor:
         """The sum of the streams that the client shares with every other one, with their signs."""

@@ -5,6 +5,7 @@ from fedcore.recipes.loading import (
     parse_recipe,
     parse_settings,
     parse_value,
+    recipe_digest,
     shipped_recipes,
     to_toml,
 )
@@ -16,6 +17,7 @@ __all__ = [
     "parse_recipe",
     "parse_settings",
     "parse_value",
+    "recipe_digest",
     "shipped_recipes",
     "to_toml",
 ]

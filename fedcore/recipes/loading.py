@@ -12,6 +12,7 @@ import tomli_w
 from pydantic import BaseModel, ValidationError
 
 from fedcore.errors import FedcoreError, unknown_name
+from fedcore.federation.seals import digest_of_content
 from fedcore.recipes.schema import MethodSection, Recipe
 
 
@@ -75,20 +76,36 @@ def to_toml(recipe: Recipe) -> str:
     return tomli_w.dumps(recipe.plain())
 
 
+def recipe_digest(recipe: Path | Recipe) -> str:
+    """The SHA-256 of what a recipe's TOML file says, or would say, however it is written.
+
+    What is left out is left out here too: a key that a later version adds changes no hash.
+
+    Raises:
+        FedcoreError: the file cannot be read.
+    """
+    values = tomllib.loads(to_toml(recipe)) if isinstance(recipe, Recipe) else _read(recipe)
+    return digest_of_content(values)
+
+
 def _read(name: str | Path) -> dict[str, Any]:
     path = Path(name)
-    if path.suffix == ".toml" or path.is_file():
-        if not path.is_file():
-            raise FedcoreError(f"there is no recipe file {path}")
-        text = path.read_text(encoding="utf-8")
-    elif str(name) in shipped_recipes():
-        text = (files("fedcore.recipes") / f"{name}.toml").read_text(encoding="utf-8")
-    else:
-        raise unknown_name("recipe", str(name), shipped_recipes())
     try:
+        if path.suffix == ".toml" or path.is_file():
+            if not path.is_file():
+                raise FedcoreError(f"there is no recipe file {path}")
+            text = path.read_text(encoding="utf-8")
+        elif str(name) in shipped_recipes():
+            text = (files("fedcore.recipes") / f"{name}.toml").read_text(encoding="utf-8")
+        else:
+            raise unknown_name("recipe", str(name), shipped_recipes())
         return tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except FedcoreError:
+        raise
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise FedcoreError(f"recipe {name}: {error}") from error
+    except OSError as error:
+        raise FedcoreError(f"recipe {name} cannot be read: {error.strerror}") from error
 
 
 def _recipe(values: dict[str, Any]) -> Recipe:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from fedcore.data.validation import OnInvalid
+from fedcore.errors import FedcoreError
 from fedcore.methods import Method, create_method, find_method
 from fedcore.privacy.accounting import AccountantName
 from fedcore.training.local_training import LocalSettings
@@ -170,7 +171,8 @@ class RoundsSection(Section):
     """Who takes part in a round, how uploads travel, and what happens to those who fail.
 
     ``codec`` is the number format of the uploads. With ``secure_sum`` the server learns their
-    weighted mean alone, through a simulation of secure aggregation.
+    weighted mean alone, through a simulation of secure aggregation, of at least ``min_cohort``
+    clients: a round that fewer complete keeps the model.
     """
 
     participation: float = Field(1.0, gt=0, le=1)
@@ -180,6 +182,7 @@ class RoundsSection(Section):
     allow_identical_uploads: bool = False
     codec: Literal["fp32", "bf16", "int8"] = "fp32"
     secure_sum: bool = False
+    min_cohort: int = Field(2, ge=2)
 
     @model_validator(mode="after")
     def _one_format(self) -> RoundsSection:
@@ -189,6 +192,10 @@ class RoundsSection(Section):
                 "leave it at 'fp32'"
             )
         return self
+
+    def sampled(self, clients: int) -> int:
+        """How many of so many clients take part in a round."""
+        return max(1, int(self.participation * clients + 0.5))
 
 
 class CentralPrivacySection(Section):
@@ -210,15 +217,15 @@ class PrivacySection(Section):
     Every example's gradient is clipped to ``max_grad_norm``, which replaces
     ``training.clip_norm``, and noise of ``noise_multiplier`` times that is added to a batch's sum;
     ``training.batch_size`` is the expected size of a Poisson sample. ``delta`` and ``accountant``
-    are those of the epsilon in the record. ``noise`` is ``"seeded"`` by the run's seed, so that
-    runs repeat, or ``"secret"``: drawn anew, as it must be where the seed is known to others.
+    are those of the epsilon in the record. ``noise`` is ``"secret"``, drawn anew, or
+    ``"seeded"`` by the run's seed, so that runs repeat; who knows the seed can take it away again.
     """
 
     noise_multiplier: float | None = Field(None, gt=0, allow_inf_nan=False)
     max_grad_norm: float = Field(1.0, gt=0, allow_inf_nan=False)
     delta: float = Field(1e-5, gt=0, lt=1)
     accountant: AccountantName = "rdp"
-    noise: Literal["seeded", "secret"] = "seeded"
+    noise: Literal["seeded", "secret"] = "secret"
     central: CentralPrivacySection = CentralPrivacySection()
 
     def settings(self) -> PrivateSettings | None:
@@ -264,6 +271,16 @@ class Recipe(Section):
     round: RoundsSection = RoundsSection()
     privacy: PrivacySection = PrivacySection()
     evaluation: EvaluationSection = EvaluationSection()
+
+    @model_validator(mode="after")
+    def _enough_clients(self) -> Recipe:
+        asked, least = self.round.sampled(self.clients), self.round.min_cohort
+        if self.round.secure_sum and asked < least:
+            raise FedcoreError(
+                f"round.min_cohort is {least}, and a round asks {asked} of {self.clients} clients: "
+                "every round would be skipped; raise clients or round.participation"
+            )
+        return self
 
     def local_settings(self, method: Method) -> LocalSettings:
         """How much one trainer trains in a round; one holder of all data as much as everyone."""

@@ -46,8 +46,11 @@ class ModelBinding:
         constants: dict[str, Tensor] = {}
         if not any(parameter.requires_grad for parameter in model.parameters()):
             raise FedcoreError("the model has no trained parameter to federate")
-        # A tied parameter stands under both of its names, as in the file that PEFT writes.
+        once = dict(model.named_parameters())
         for key, parameter in model.named_parameters(remove_duplicate=False):
+            # PEFT writes a tied module that it saves whole under both of its names.
+            if key not in once and ".modules_to_save." not in key:
+                continue
             meaning = parse_key(key)
             if meaning.role != "factor" and not parameter.requires_grad:
                 if is_embedding_copy(meaning.module):

@@ -54,10 +54,12 @@ def quiet_transformers() -> Iterator[None]:
 @contextmanager
 def loading(source: str) -> Iterator[None]:
     """Word the failures of transformers as one line that names ``source``."""
+    from safetensors import SafetensorError
+
     try:
         yield
-    # OSError: files absent; ValueError: no such architecture; RuntimeError: broken weights.
-    except (OSError, ValueError, RuntimeError) as error:
+    # OSError: files absent; ValueError: no such architecture; the others: broken weights.
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise FedcoreError(f"model {source!r} cannot be loaded: {reason}") from error
 

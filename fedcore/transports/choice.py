@@ -24,9 +24,14 @@ class Engine(Protocol):
         """Run ``recipe`` into the empty folder ``path``; returns its summary."""
 
     def resume(
-        self, path: Path, observer: Observer | None = None, cache: SharedCache | None = None
+        self,
+        path: Path,
+        observer: Observer | None = None,
+        cache: SharedCache | None = None,
+        *,
+        from_round: int | None = None,
     ) -> dict[str, Any]:
-        """Continue the run in ``path``."""
+        """Continue the run in ``path`` after its newest state, or that of ``from_round``."""
 
 
 def find_engine(name: str) -> Engine:

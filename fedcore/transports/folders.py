@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fedcore.data.adapter_state import AdapterState
+from fedcore.data.claims import claimed
 from fedcore.data.exchange import (
     BROADCAST_FILE,
     UPLOAD_FILE,
@@ -19,8 +20,9 @@ from fedcore.data.exchange import (
 from fedcore.data.peft_files import read_adapter
 from fedcore.data.validation import OnInvalid, check_rounds
 from fedcore.errors import FedcoreError
+from fedcore.federation.checkpoints import check_newest, offering_newest_good, read_newest
 from fedcore.federation.server_round import OpenRound
-from fedcore.federation.state import ServerState, latest_state, read_state, write_state
+from fedcore.federation.state import ServerState, latest_state, write_state
 from fedcore.methods import create_method
 from fedcore.methods.base import Method
 from fedcore.methods.registry import options_of
@@ -59,20 +61,22 @@ class FileServer:
         """Start a federation in ``folder`` from the adapter ``start``.
 
         Raises:
-            FedcoreError: the folder holds a federation; the adapter is not of the method's family;
-                or the method needs more of its clients than what folders carry.
+            FedcoreError: the folder holds a federation or is in use; the adapter is not of the
+                method's family; or the method needs more of its clients than what folders carry.
         """
         path, chosen = Path(folder), create_method(method, **options)
         if latest_state(path / "state") is not None:
             raise FedcoreError(f"{path} holds a federation; open it, or pass another folder")
         refuse(chosen, ONE_BROADCAST, "a server of folders")
         adapter = start if isinstance(start, AdapterState) else read_adapter(start)
-        check_start(chosen, adapter.family, adapter.dense, "start", adapter.config)
+        check_start(chosen, adapter.family, adapter.keys.values(), "start", adapter.config)
         check_rounds(adapter, "start")
         layout = adapter.layout()
         state = ServerState(round=0, layout=layout, row=adapter.to_row(layout))
         served = BroadcastFolder(adapter, 0, chosen.name, options_of(chosen))
-        return cls(path, chosen, state, served)._written()
+        with claimed(path):
+            check_newest(-1, path / "state")
+            return cls(path, chosen, state, served)._written()
 
     @classmethod
     def open(cls, folder: str | Path) -> FileServer:
@@ -82,16 +86,20 @@ class FileServer:
             FedcoreError: there is none, or a file of it is damaged.
         """
         path = Path(folder)
-        newest = latest_state(path / "state")
-        if newest is None:
+        states = path / "state"
+        with offering_newest_good(states, lambda round: f"delete the later ones in {states}"):
+            state = read_newest(states)
+        if state is None:
             raise FedcoreError(f"{path} holds no federation; create it")
         first = read_broadcast(path / "broadcast" / "round-0000")
-        state = read_state(newest)
         method = create_method(first.method, **first.options)
         server = cls(path, method, state, _next(first, state))
         # A server that was stopped between its two writes left the state alone.
-        complete = (server.broadcast / BROADCAST_FILE).is_file()
-        return server if complete else server._written()
+        if not (server.broadcast / BROADCAST_FILE).is_file():
+            with claimed(path):
+                check_newest(state.round, states)
+                write_broadcast(server.served, server.broadcast)
+        return server
 
     @property
     def broadcast(self) -> Path:
@@ -116,11 +124,25 @@ class FileServer:
             allow_identical_uploads: accept a round in which all uploads are identical.
 
         Raises:
-            FedcoreError: naming client, tensor and value; the federation is then as it was.
+            FedcoreError: naming client, tensor and value, or another process that works in the
+                folder or has continued the federation, which is then as it was.
         """
         if weighting not in ("examples", "uniform"):
             raise FedcoreError(f"weighting is {weighting!r}; pass 'examples' or 'uniform'")
         folders = _folders(uploads)
+        with claimed(self.folder):
+            check_newest(self.state.round, self.folder / "state")
+            after = self._closed(folders, weighting, on_invalid, allow_identical_uploads)
+            return replace(self, state=after, served=_next(self.served, after))._written()
+
+    def _closed(
+        self,
+        folders: Mapping[str, Path],
+        weighting: Weighting,
+        on_invalid: OnInvalid,
+        allow_identical_uploads: bool,
+    ) -> ServerState:
+        """The state after a round on the uploads in ``folders``."""
         method, t = self.method, self.state.round
         opened = OpenRound(
             method,
@@ -153,8 +175,7 @@ class FileServer:
             )
             if upload.started_from != self.served.identity:
                 opened.refuse(client, "it started from another broadcast than this server's")
-        after = opened.close().state
-        return replace(self, state=after, served=_next(self.served, after))._written()
+        return opened.close().state
 
     def _written(self) -> FileServer:
         write_state(self.state, self.folder / "state")

@@ -19,8 +19,9 @@ from fedcore.data.peft_files import read_adapter, write_adapter
 from fedcore.data.rows import row_from_tensors, tensors_from_row
 from fedcore.data.validation import OnInvalid, check_rounds
 from fedcore.errors import FedcoreError, missing_extra
+from fedcore.federation.checkpoints import newest_or, save
 from fedcore.federation.server_round import OpenRound
-from fedcore.federation.state import ServerState, newest_or, save
+from fedcore.federation.state import ServerState
 from fedcore.methods import create_method
 from fedcore.methods.requirements import KEEPS_BASE, ONE_BROADCAST, check_start, refuse
 
@@ -85,7 +86,11 @@ class FedLoRAAggregator(ModelAggregator):  # type: ignore[misc,unused-ignore]
         refuse(self._method, needs, "a job of NVFlare", "take another engine")
         self._start = read_adapter(adapter)
         check_start(
-            self._method, self._start.family, self._start.dense, "adapter", self._start.config
+            self._method,
+            self._start.family,
+            self._start.keys.values(),
+            "adapter",
+            self._start.config,
         )
         check_rounds(self._start, "adapter")
         self._state = _begin(self._start, checkpoints)

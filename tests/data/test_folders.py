@@ -29,10 +29,12 @@ from fedcore.data.exchange import (
 )
 from fedcore.data.folders import (
     append_line,
+    delete_folder,
     is_free,
     read_json,
     read_object,
     replace_folder,
+    sweep,
     write_bytes,
     write_files,
     write_text,
@@ -567,3 +569,39 @@ def test_nothing_else_in_the_package_writes_files() -> None:
                     calls.add((name, "open"))
     reading = {"cpu_count", "fstat", "getpid", "uname", "sysconf", "get_terminal_size"}
     assert {call for call in calls if call[1] not in reading} == set()
+
+
+def test_a_folder_is_swept_of_all_that_dead_processes_left(tmp_path: Path) -> None:
+    long = "a" * 64
+    for name in (
+        ".one.0123abcd.new",
+        ".two.4242.tmp",
+        f".{long}.0123abcd.new",
+        ".mine",
+        "three.new",
+    ):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text(name)
+    (tmp_path / ".four.0123abcd.new" / "old").mkdir(parents=True)
+    (tmp_path / ".four.0123abcd.new" / "old" / "file").write_text("the only copy")
+    with replace_folder(tmp_path / "five") as alive:
+        (alive / "file").write_text("new")
+        sweep(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        *(f".{long}.0123abcd.new", ".mine", "five", "four", "three.new")
+    ]
+    assert (tmp_path / "four" / "file").read_text() == "the only copy"
+    sweep(tmp_path / "missing")
+
+
+def test_a_folder_is_deleted_whole_or_not_at_all(tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    (folder / "inner").mkdir(parents=True)
+    (folder / "inner" / "file").write_text("x")
+    with failing(None, full_disk, names=("rename",)) as calls:
+        with pytest.raises(FedcoreError, match="cannot write"), failing(0, full_disk):
+            delete_folder(folder)
+        assert content(folder) == {"inner/file": b"x"}
+        delete_folder(folder)
+    assert calls == ["rename"]
+    assert list(tmp_path.iterdir()) == []

@@ -20,7 +20,12 @@ from fedcore.privacy.accounting import Spending, epsilon
 from tests.experiments.jobs import tiny_recipe
 
 DELTA = 1e-3
-NOISY = {"privacy.noise_multiplier": 1.5, "privacy.delta": DELTA, "adapter.layers": [-1]}
+NOISY = {
+    "privacy.noise_multiplier": 1.5,
+    "privacy.noise": "seeded",
+    "privacy.delta": DELTA,
+    "adapter.layers": [-1],
+}
 TELLING = [m.name for m in default_methods() if m.capabilities.wants_features]
 OTHERS = [m.name for m in default_methods() if m.name not in TELLING]
 
@@ -151,7 +156,7 @@ def test_an_interrupted_run_ends_with_the_same_bits(settings, steps, home, tmp_p
 def test_noise_is_secret_where_it_is_asked_for(home, tmp_path):
     rows = {}
     for name, noise in (("a", "seeded"), ("b", "seeded"), ("c", "secret"), ("d", "secret")):
-        recipe = tiny_recipe(home, **NOISY, **{"privacy.noise": noise, "rounds": 1})
+        recipe = tiny_recipe(home, **{**NOISY, "privacy.noise": noise, "rounds": 1})
         start(recipe, tmp_path / name)
         rows[name] = last_state(tmp_path / name).row
     assert torch.equal(rows["a"], rows["b"])

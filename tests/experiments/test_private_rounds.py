@@ -17,6 +17,7 @@ from tests.experiments.jobs import tiny_recipe
 
 NOISY = {
     "privacy.central.noise_multiplier": 1.5,
+    "privacy.noise": "seeded",
     "privacy.delta": 1e-3,
     "round.weighting": "uniform",
     "adapter.layers": [-1],

@@ -117,3 +117,38 @@ def test_a_dropped_client_is_no_part_of_the_sum(home, tmp_path):
 def test_masked_integers_have_one_number_format(home):
     with pytest.raises(FedcoreError, match="leave it at 'fp32'"):
         tiny_recipe(home, **{"round.secure_sum": True, "round.codec": "bf16"})
+
+
+@pytest.mark.parametrize("method", ["fedit", "florg.whitened"])
+def test_a_round_of_too_few_clients_is_skipped_and_flagged(method, home, tmp_path):
+    settings = {"method.name": method, "rounds": 3, "round.secure_sum": True, "seed": 4}
+    settings |= {"round.dropout": 0.55, "round.min_cohort": 3, "optimiser.state": "keep"}
+    start(tiny_recipe(home, **settings), tmp_path / "run")
+    records = records_of(tmp_path / "run")[1:]
+    rows = [read_state(tmp_path / f"run/state/round-000{t}", clients=False).row for t in range(4)]
+    kinds = set()
+    for record, before, after in zip(records, rows[:-1], rows[1:], strict=True):
+        silent = sum(d["reason"] == "it did not report" for d in record["dropped"])
+        reported = 4 - silent
+        skipped = reported < 3
+        kinds.add(skipped)
+        assert torch.equal(before, after) == skipped
+        if skipped and reported:
+            assert record["flags"][0] == (
+                f"{reported} of 4 clients can be used, fewer than min_cohort = 3: the round keeps "
+                "the global state"
+            )
+            assert len(record["dropped"]) == 4
+            assert record["modules"] == []
+    assert kinds == {True, False}
+
+
+def test_a_sum_that_could_never_be_of_enough_clients_is_refused(home):
+    for settings in ({"clients": 1}, {"round.participation": 0.25}, {"round.min_cohort": 5}):
+        with pytest.raises(
+            FedcoreError, match=r"round.min_cohort is \d, and a round asks \d of \d"
+        ):
+            tiny_recipe(home, **{"round.secure_sum": True, **settings})
+    with pytest.raises(FedcoreError, match=r"round\.min_cohort"):
+        tiny_recipe(home, **{"round.min_cohort": 1})
+    tiny_recipe(home, **{"clients": 1, "round.min_cohort": 5})

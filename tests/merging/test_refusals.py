@@ -238,7 +238,7 @@ def test_no_folder_of_something_else_is_overwritten(tmp_path):
     for out, message in (
         (folders[0], "holds the adapter"),
         (tmp_path / "in", "holds the adapter"),
-        (tmp_path / "notes", "holds no adapter and is not overwritten"),
+        (tmp_path / "notes", "which holds .thesis.tex.: overwriting would delete it"),
         (tmp_path / "file", "is not a folder"),
     ):
         (tmp_path / "notes").mkdir(exist_ok=True)

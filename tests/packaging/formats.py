@@ -385,10 +385,11 @@ def _runs(folder: Path) -> Formats:
         "partition.alpha": 1000.0,
     }
     ranks = {"adapter.rank": 2, "adapter.client_ranks": [2, 1, 1]}
-    private = {"privacy.noise_multiplier": 1.0, "privacy.delta": 1e-3, "optimiser.state": "keep"}
+    seeded = {"privacy.noise": "seeded", "privacy.delta": 1e-3}
+    private = {**seeded, "privacy.noise_multiplier": 1.0, "optimiser.state": "keep"}
     central = {
+        **seeded,
         "privacy.central.noise_multiplier": 1.0,
-        "privacy.delta": 1e-3,
         "round.weighting": "uniform",
         "round.participation": 0.9,
     }

@@ -159,3 +159,13 @@ def test_noise_beyond_what_the_series_can_take_is_refused(noise):
         Spending(noise, 0.3, 1)
     for edge in NOISE_RANGE:
         assert math.isfinite(epsilon(Spending(edge, 0.3, 1), 1e-5))
+
+
+def test_steps_of_several_kinds_compose():
+    parts = [Spending(1.0, 0.1, 3), Spending(2.0, 0.1, 5), Spending(1.0, 0.1, 4)]
+    whole = epsilon(parts, 1e-5)
+    assert whole == pytest.approx(epsilon([Spending(1.0, 0.1, 7), Spending(2.0, 0.1, 5)], 1e-5))
+    assert whole == epsilon([*parts, Spending(9.0, 0.5, 0)], 1e-5)
+    assert max(epsilon(part, 1e-5) for part in parts) < whole
+    assert epsilon([], 1e-5) == 0.0
+    assert epsilon(parts[:1], 1e-5, "prv") < epsilon(parts, 1e-5, "prv") < whole

@@ -44,7 +44,7 @@ def as_bytes(masked):
 
 
 @given(
-    st.lists(st.integers(0, 10**6), min_size=2, max_size=6).filter(any),
+    st.lists(st.integers(1, 10**6), min_size=2, max_size=6),
     st.integers(0, 2**31),
     st.sampled_from(((8.0, 2**22), (4.0, 2**10), (5.5, 2**32), (1e4, 100))),
 )
@@ -185,12 +185,80 @@ def test_nothing_comes_out_until_everyone_has_reported():
     torch.testing.assert_close(again.result().row, rows[1:].mean(0), rtol=0, atol=STEP)
 
 
-def test_a_client_without_weight_has_no_influence():
-    rows = drawn(3)
-    found = secure(FLAT, rows, [2, 0, 3])
-    torch.testing.assert_close(found.row, (2 * rows[0] + 3 * rows[2]) / 5, rtol=0, atol=STEP)
-    with pytest.raises(FedcoreError, match="the weights of all clients are zero"):
-        secure(FLAT, rows, [0, 0, 0])
+@given(st.integers(1, 10**6), st.integers(0, 4), st.integers(2, 5))
+def test_beside_clients_without_weight_no_sum_shows_one_upload(weight, place, clients):
+    weights = [0] * clients
+    weights[place % clients] = weight
+    with pytest.raises(FedcoreError, match=r"client c00\d: its weight is 0, so it has no part"):
+        secure(FLAT, drawn(clients), weights)
+
+
+def test_fewer_clients_than_the_smallest_cohort_are_refused():
+    rows = drawn(4)
+    assert secure(FLAT, rows, [1] * 4, min_cohort=4).weight == 4
+    with pytest.raises(FedcoreError, match="from min_cohort = 5 clients up"):
+        secure(FLAT, rows, [1] * 4, min_cohort=5)
+    for least in (1, 0, -1, 2.0, True):
+        with pytest.raises(FedcoreError, match=r"min_cohort is .*; pass an integer of 2 or more"):
+            SecureSum(FLAT, ["a", "b"], 0, 0, min_cohort=least)
+
+
+@given(
+    st.integers(2, 50),
+    st.integers(0, 2**31),
+    st.sampled_from(["zeros", "small", "largest", "negative", "negative largest"]),
+)
+def test_an_upload_without_a_mask_is_refused_by_client(clients, seed, what):
+    names = [f"c{n}" for n in range(clients)]
+    total = SecureSum(FLAT, names, 0, seed)
+    largest = total.largest_weight
+    plain = {
+        "zeros": torch.zeros(FLAT.size),
+        "small": (drawn(1, seed)[0] * 1000).round(),
+        "largest": torch.full((FLAT.size,), float(2**21)),
+        "negative": torch.full((FLAT.size,), -5.0),
+        "negative largest": torch.full((FLAT.size,), -float(2**21)),
+    }[what].long() * (largest if "largest" in what else 30)
+    plain = torch.cat([plain, torch.tensor([30, 0])])
+    with pytest.raises(FedcoreError, match="client c0: its upload is not masked; send what mask"):
+        total.add("c0", plain)
+    total.add("c0", total.mask("c0", torch.zeros(FLAT.size), 30))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda p: p.__setitem__(-2, -(10**9)), r"total weight of the sum is -\d+, outside of \["),
+        (lambda p: p.__setitem__(-2, -4), r"total weight of the sum is 0, outside of \[2, "),
+        (lambda p: p.__setitem__(-2, -3), r"total weight of the sum is 1, outside of \[2, "),
+        (lambda p: p.__setitem__(-2, 2**62), r"total weight of the sum is \d+, outside of \[2, "),
+        (lambda p: p.__setitem__(3, 2**40), r"largest number of the sum is \d+, outside of \[0, "),
+        (lambda p: p.__setitem__(3, -(2**40)), r"largest number of the sum is \d+, outside of"),
+        (lambda p: p.__setitem__(3, -(2**63)), r"largest number of the sum is \d+, outside of"),
+        (lambda p: p.__setitem__(-1, -1), r"count of clipped numbers of the sum is -1, outside of"),
+        (lambda p: p.__setitem__(-1, 10**6), r"count of clipped numbers .* outside of \[0, 192\]"),
+    ],
+)
+def test_a_sum_that_no_valid_uploads_give_is_refused(change, message):
+    """Behind a right mask, what one client may add to the sum shows in the sum alone."""
+    total = SecureSum(FLAT, ["a", "b"], 4, 0)
+    total.add("a", total.mask("a", torch.ones(FLAT.size), 4))
+    # What b sends in place of [w q(x), w, clipped], under its own mask.
+    wrong = torch.zeros(FLAT.size + 2, dtype=torch.int64)
+    change(wrong)
+    mask = total._masks(1, wrong.numel())
+    upload = (wrong.numpy().view("u8") + mask.numpy().view("u8")).view("i8")
+    total.add("b", torch.from_numpy(upload))
+    with pytest.raises(FedcoreError, match=rf"round 4: the {message}.*run the round again"):
+        total.result()
+
+
+def test_a_mask_of_another_round_does_not_pass():
+    total, stale = SecureSum(FLAT, ["a", "b"], 4, 0), SecureSum(FLAT, ["a", "b"], 3, 0)
+    total.add("a", total.mask("a", torch.ones(FLAT.size), 4))
+    total.add("b", stale.mask("b", torch.ones(FLAT.size), 4))
+    with pytest.raises(FedcoreError, match="outside of"):
+        total.result()
 
 
 def test_bad_input_is_refused_by_client_and_value():

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from logging import WARNING
 from pathlib import Path
 from typing import Any
 
@@ -35,15 +36,19 @@ from flwr.common import (
     ndarrays_to_parameters,
     parameters_to_ndarrays,
 )
+from flwr.common.logger import log
 from flwr.server.client_manager import ClientManager
 from flwr.server.client_proxy import ClientProxy
 from flwr.server.strategy import FedAvg
 from torch import Tensor
 
+from fedcore.checks import count
+from fedcore.data.claims import claimed
 from fedcore.data.rows import slot_name
 from fedcore.errors import FedcoreError
+from fedcore.federation.checkpoints import begin, save
 from fedcore.federation.server_round import OpenRound
-from fedcore.federation.state import ServerState, begin, save
+from fedcore.federation.state import ServerState
 from fedcore.methods import Method, create_method
 from fedcore.methods.requirements import SECURE_SUM, SENDS_FACTORS, check_start, refuse
 from fedcore.transports.flower.messages import KeyMap
@@ -63,6 +68,8 @@ class SecureFedLoRA(FedAvg):
         checkpoint_dir: a state is written there at the start and after every round.
         resume: continue from the newest state in ``checkpoint_dir``, if there is one; the
             workflow's number of rounds counts from there.
+        min_cohort: the fewest clients of positive weight that a sum may be of, two or more; a round
+            of fewer keeps the adapter and is flagged.
         fedavg: keyword arguments of Flower's older FedAvg.
 
     Raises:
@@ -77,16 +84,19 @@ class SecureFedLoRA(FedAvg):
         *,
         checkpoint_dir: str | Path | None = None,
         resume: bool = False,
+        min_cohort: int = 2,
         **fedavg: Any,
     ) -> None:
         self.method = create_method(method) if isinstance(method, str) else method
+        self._min_cohort = count("", "min_cohort", min_cohort, least=2)
         otherwise = "take round.secure_sum of a recipe"
         refuse(self.method, (*SECURE_SUM, SENDS_FACTORS), "Flower's secure aggregation", otherwise)
         self.key_map, row = KeyMap.of(adapter)
-        check_start(self.method, self.key_map.family, self.key_map.layout.by_name, "adapter")
+        check_start(self.method, self.key_map.family, self.key_map.keys.values(), "adapter")
         self._folder = Path(checkpoint_dir) if checkpoint_dir is not None else None
         fresh = ServerState(round=0, layout=self.key_map.layout, row=row)
-        self.state = begin(self._folder, resume, fresh)
+        with claimed(self._folder):
+            self.state = begin(self._folder, resume, fresh)
         for name in ("on_fit_config_fn", "on_evaluate_config_fn"):
             fedavg[name] = self._configured(fedavg.get(name))
         super().__init__(initial_parameters=self._parameters(), **fedavg)
@@ -141,14 +151,30 @@ class SecureFedLoRA(FedAvg):
             mean = self.key_map.unpack(tensors, opened.layout)
         except FedcoreError as error:
             raise FedcoreError(f"round {t}: the mean does not fit: {error}") from None
-        after = opened.close_on_mean(mean).state
-        self.state = replace(after, record={**after.record, "uploads": len(results)})
-        save(self.state, self._folder)
+        weighted = sum(result.num_examples > 0 for _, result in results)
+        if weighted < self._min_cohort:
+            after = self._skipped(opened, weighted)
+        else:
+            after = opened.close_on_mean(mean).state
+        after = replace(after, record={**after.record, "uploads": len(results)})
+        with claimed(self._folder):
+            save(after, self._folder)
+        self.state = after
         metrics = {}
         if self.fit_metrics_aggregation_fn is not None:
             reports = [(result.num_examples, result.metrics) for _, result in results]
             metrics = self.fit_metrics_aggregation_fn(reports)
         return self._parameters(), metrics
+
+    def _skipped(self, opened: OpenRound, weighted: int) -> ServerState:
+        """The state after a round whose sum is of too few clients: without it, and flagged."""
+        flag = (
+            f"{weighted} of the clients in the sum have weight, fewer than min_cohort = "
+            f"{self._min_cohort}: the round keeps the global state"
+        )
+        log(WARNING, "round %s: %s", self.state.round, flag)
+        after = opened.close().state
+        return replace(after, record={**after.record, "flags": [flag, *after.record["flags"]]})
 
     def _parameters(self) -> Parameters:
         return ndarrays_to_parameters([tensor.numpy() for tensor in self.adapter().values()])

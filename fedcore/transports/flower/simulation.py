@@ -43,17 +43,21 @@ def start(
 
 
 def resume(
-    path: Path, observer: Observer | None = None, cache: SharedCache | None = None
+    path: Path,
+    observer: Observer | None = None,
+    cache: SharedCache | None = None,
+    *,
+    from_round: int | None = None,
 ) -> dict[str, Any]:
-    """Continue the run in ``path`` from its last complete round.
+    """Continue the run in ``path`` from its last complete round, or from that of ``from_round``.
 
     Optimiser states that clients kept are lost with their processes.
 
     Raises:
-        FedcoreError: ``path`` holds no run, or its state is damaged.
+        FedcoreError: as the local engine.
         MissingExtraError: Ray is not installed.
     """
-    return local.resume(path, observer, cache, rounds=simulated_rounds)
+    return local.resume(path, observer, cache, rounds=simulated_rounds, from_round=from_round)
 
 
 def simulated_rounds(

@@ -17,13 +17,15 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Result
 from torch import Tensor
 
+from fedcore.data.claims import claimed
 from fedcore.data.rows import Ranks, tensors_from_row
 from fedcore.data.seeding import derive_seed
 from fedcore.data.validation import OnInvalid, digest
 from fedcore.errors import FedcoreError
+from fedcore.federation.checkpoints import begin, save
 from fedcore.federation.downloads import download
 from fedcore.federation.server_round import ClosedRound, OpenRound
-from fedcore.federation.state import ServerState, begin, save
+from fedcore.federation.state import ServerState
 from fedcore.methods import create_method
 from fedcore.methods.base import Method
 from fedcore.methods.requirements import EXCHANGES, check_start, refuse
@@ -163,44 +165,43 @@ class FedLoRA(FedAvg):
             resume: continue from the newest state in ``checkpoint_dir``, if there is one.
 
         Raises:
-            FedcoreError: an adapter of another family than the method's, states that do not fit,
-                or an invalid upload.
+            FedcoreError: an adapter of another family than the method's, states that do not fit or
+                are damaged, a folder of states that is in use, or an invalid upload.
         """
-        self._prepare(initial_arrays, checkpoint_dir, resume)
-        done = self.state.round
-        if done:
-            # Whether the nodes still hold what they were sent before is not known.
-            self._state = replace(self.state, client_versions={})
-            log(INFO, "resuming: %s of %s rounds are done", done, num_rounds)
-        arrays = self.arrays()
+        folder = None if checkpoint_dir is None else Path(checkpoint_dir)
+        with claimed(folder):
+            self._prepare(initial_arrays, folder, resume)
+            done = self.state.round
+            if done:
+                # Whether the nodes still hold what they were sent before is not known.
+                self._state = replace(self.state, client_versions={})
+                log(INFO, "resuming: %s of %s rounds are done", done, num_rounds)
+            arrays = self.arrays()
 
-        def evaluate(server_round: int, current: ArrayRecord) -> MetricRecord | None:
-            return evaluate_fn(server_round + done, current) if evaluate_fn else None
+            def evaluate(server_round: int, current: ArrayRecord) -> MetricRecord | None:
+                return evaluate_fn(server_round + done, current) if evaluate_fn else None
 
-        result = super().start(
-            grid,
-            arrays,
-            max(0, num_rounds - done),
-            timeout,
-            train_config,
-            evaluate_config,
-            evaluate if evaluate_fn else None,
-        )
-        if num_rounds <= done:
-            result.arrays = arrays
-        for name in ("train_metrics_clientapp", "evaluate_metrics_clientapp"):
-            metrics = getattr(result, name)
-            setattr(result, name, {number + done: value for number, value in metrics.items()})
-        serverapp = result.evaluate_metrics_serverapp
-        result.evaluate_metrics_serverapp = {n + done: value for n, value in serverapp.items()}
-        return result
+            result = super().start(
+                grid,
+                arrays,
+                max(0, num_rounds - done),
+                timeout,
+                train_config,
+                evaluate_config,
+                evaluate if evaluate_fn else None,
+            )
+            if num_rounds <= done:
+                result.arrays = arrays
+            for name in ("train_metrics_clientapp", "evaluate_metrics_clientapp"):
+                metrics = getattr(result, name)
+                setattr(result, name, {number + done: value for number, value in metrics.items()})
+            serverapp = result.evaluate_metrics_serverapp
+            result.evaluate_metrics_serverapp = {n + done: value for n, value in serverapp.items()}
+            return result
 
-    def _prepare(
-        self, initial: ArrayRecord, checkpoint_dir: str | Path | None, resume: bool
-    ) -> None:
+    def _prepare(self, initial: ArrayRecord, folder: Path | None, resume: bool) -> None:
         key_map, row = KeyMap.of(from_arrays(initial))
-        check_start(self.method, key_map.family, key_map.layout.by_name, "initial_arrays")
-        folder = Path(checkpoint_dir) if checkpoint_dir is not None else None
+        check_start(self.method, key_map.family, key_map.keys.values(), "initial_arrays")
         state = begin(folder, resume, ServerState(round=0, layout=key_map.layout, row=row))
         self._key_map, self._folder, self._state = key_map, folder, state
 

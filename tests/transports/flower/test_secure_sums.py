@@ -1,5 +1,7 @@
 """Any linear method behind Flower's own SecAgg+, in this process."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -128,6 +130,25 @@ def test_states_are_written_and_gone_on_from(tmp_path):
 def test_what_a_sum_is_not_enough_for_is_refused(method, message):
     with pytest.raises(FedcoreError, match=message):
         secure(method)
+
+
+@pytest.mark.parametrize("examples", [[10], [10, 0], [10, -3]])
+def test_a_sum_of_too_few_clients_is_skipped_and_flagged(examples, tmp_path):
+    strategy = secure(checkpoint_dir=tmp_path)
+    before = strategy.state
+    replies = [(None, replace(reply(lists(1))[1], num_examples=count)) for count in examples]
+    parameters, _ = strategy.aggregate_fit(1, replies, [])
+    assert strategy.state.round == 1
+    assert torch.equal(strategy.state.row, before.row)
+    assert (
+        "1 of the clients in the sum have weight, fewer than min_cohort = 2"
+        in (strategy.state.record["flags"][0])
+    )
+    assert strategy.state.record["uploads"] == len(examples)
+    assert read_state(latest_state(tmp_path)).round == 1
+    assert parameters is not None
+    with pytest.raises(FedcoreError, match="min_cohort is 1; pass an integer of 2 or more"):
+        secure(min_cohort=1)
 
 
 def reply(arrays):

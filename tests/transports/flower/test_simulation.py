@@ -20,7 +20,8 @@ def test_ray_ends_with_the_local_engines_files(home, tmp_path):
     engine, messages = find_engine("flower"), Messages()
     summary = engine.start(tiny_recipe(home, **settings), tmp_path / "flower", messages)
     # A process of Ray's that computed on one thread, as this one does, would be named.
-    assert not messages.texts
+    # A busy machine may say that it waits.
+    assert not [text for text in messages.texts if not text.startswith("waiting for")]
     expected = local.start(tiny_recipe(home, **settings), tmp_path / "local")
     for name in ("accuracy", "bytes_up", "bytes_down", "best_client", "adapters", "finished"):
         assert summary[name] == expected[name], name

@@ -1,0 +1,83 @@
+"""What a run began from, as hashes that its states carry: recipe, data and model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from hashlib import sha256
+
+from fedcore.data.tensor_digest import digest_of_tensors
+from fedcore.errors import FedcoreError
+from fedcore.experiments.run_folder import RunFolder
+from fedcore.experiments.setup import Experiment
+
+RECIPE, DATA, MODEL = "recipe", "data", "model"
+
+_BLOCKS = 8
+"""Of a weight, half a megabyte: enough to tell two models apart, and read in no time."""
+
+
+def run_origin(experiment: Experiment, folder: RunFolder) -> dict[str, str]:
+    """The hashes of what ``experiment`` is made of, before anything is trained.
+
+    The data are the encoded texts with their labels and who holds which; the recipe is what the
+    folder's file says.
+    """
+    return {
+        RECIPE: folder.recipe_digest(),
+        DATA: _data(experiment),
+        MODEL: _model(experiment),
+    }
+
+
+def check_recipe_kept(began: Mapping[str, str], folder: RunFolder) -> None:
+    """Refuse a recipe that is not the one with which the run ``began``.
+
+    Raises:
+        FedcoreError: with what to do.
+    """
+    now = folder.recipe_digest()
+    if began.get(RECIPE, now) != now:
+        file = folder.path / "recipe.toml"
+        raise FedcoreError(
+            f"{file} was edited after the run began; restore it, or start another run from it: "
+            f"fedcore run {file}"
+        )
+
+
+def check_origin(began: Mapping[str, str], now: Mapping[str, str], experiment: Experiment) -> None:
+    """Refuse data or a model that are not those with which the run ``began``.
+
+    Raises:
+        FedcoreError: naming the source, with what to do.
+    """
+    recipe = experiment.recipe
+    for kind, what in (
+        (DATA, f"the data of data.source = {recipe.data.source!r}: texts, labels or their split"),
+        (MODEL, f"the weights of model.source = {recipe.model.source!r}"),
+    ):
+        if began.get(kind, now[kind]) != now[kind]:
+            raise FedcoreError(
+                f"{what} have changed since the run began; restore them, or start another run"
+            )
+
+
+def _data(experiment: Experiment) -> str:
+    examples, total = experiment.examples, sha256()
+    tensors = {
+        "input_ids": examples.input_ids,
+        "attention_mask": examples.attention_mask,
+        "labels": examples.labels,
+        "test": experiment.test,
+        **{f"train/{client}": rows for client, rows in sorted(experiment.shards.items())},
+        **{f"test/{client}": rows for client, rows in sorted(experiment.test_shards.items())},
+    }
+    total.update(json.dumps(list(experiment.label_names)).encode())
+    total.update(digest_of_tensors(tensors.items()).encode())
+    return total.hexdigest()
+
+
+def _model(experiment: Experiment) -> str:
+    """Of the base model: what no client trains."""
+    frozen = ((n, p) for n, p in experiment.model.named_parameters() if not p.requires_grad)
+    return digest_of_tensors(sorted(frozen, key=lambda item: item[0]), blocks=_BLOCKS)
