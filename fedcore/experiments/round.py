@@ -34,7 +34,6 @@ from fedcore.federation.records import Round
 from fedcore.federation.server_round import Aggregation, OpenRound
 from fedcore.federation.state import ServerState
 
-
 NOTHING_RECORDED = {"round": -1, "accuracy": None, "loss": None}
 """The record of a state that no engine has run from yet."""
 
