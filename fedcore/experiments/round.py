@@ -34,6 +34,9 @@ from fedcore.federation.records import Round
 from fedcore.federation.server_round import Aggregation, OpenRound
 from fedcore.federation.state import ServerState
 
+NOTHING_RECORDED = {"round": -1, "accuracy": None, "loss": None}
+"""The record of a state that no engine has run from yet."""
+
 
 @dataclass(frozen=True)
 class Trained:
@@ -181,10 +184,10 @@ def run_round(experiment: Experiment, state: ServerState, observer: Observer) ->
         modules=modules,
         upload_error=fmean(trained.upload_error.values()) if trained.upload_error else None,
     )
-    before = Round.model_validate(state.record) if state.record else None
+    before = Round.model_validate(state.record or NOTHING_RECORDED)
     spent = {
-        "privacy": privacy_record(recipe, experiment.held, clients, before and before.privacy),
-        "central_privacy": central_record(recipe, t + 1, before and before.central_privacy),
+        "privacy": privacy_record(recipe, experiment.held, clients, before.privacy),
+        "central_privacy": central_record(recipe, t + 1, before.central_privacy),
     }
     record = record.model_copy(update={k: v for k, v in spent.items() if v is not None})
     return replace(after, record=record.plain())

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from fedcore.data import claims
 from fedcore.data.claims import claimed
 from fedcore.data.folders import is_free
 from fedcore.data.locks import LOCK_FILE
@@ -165,3 +166,21 @@ def test_what_somebody_else_wrote_there_is_not_shown_raw(tmp_path: Path) -> None
             pass
     finally:
         kill(child)
+
+
+def test_a_file_that_was_deleted_before_it_was_locked_claims_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, calls = claims.lock_descriptor, []
+
+    def after_the_owner_left(handle: int, *, wait: bool) -> bool:
+        calls.append(handle)
+        if len(calls) == 1:
+            (tmp_path / LOCK_FILE).unlink()
+        return real(handle, wait=wait)
+
+    monkeypatch.setattr(claims, "lock_descriptor", after_the_owner_left)
+    with claimed(tmp_path):
+        assert len(calls) == 2
+        with pytest.raises(FedcoreError, match="in use by process"), claimed(tmp_path):
+            pass
