@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from math import sqrt
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fedcore.checks import count, flag, number
+from fedcore.data.patterns import first_match
 from fedcore.data.peft_keys import CORE, parse_key
 from fedcore.data.rows import absorb_scalings, rank_and_width, row_dtype, tensor_in_row
 from fedcore.errors import FedcoreError
@@ -25,9 +25,6 @@ _PAIRS = {"lora": ("A", "B"), "gram": ("A",), "tri": ("A", "B", "R")}
 
 # No scaling in use is near it, and fp32 factors of ordinary size survive being multiplied by it.
 _LARGEST = 1e30
-
-# Matching such a pattern can take a time exponential in the length of the module's path.
-_NESTED_REPEAT = re.compile(r"[*+}][^()]*\)\s*[*+{]")
 
 
 def _frozen(mapping: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -233,11 +230,12 @@ def adapter_from_row(row: Tensor, layout: FactorLayout, like: AdapterState) -> A
 def declared_rank_and_scaling(config: Mapping[str, Any], module: str) -> tuple[int, float]:
     """Rank and scaling that ``config`` declares for ``module`` (patterns as PEFT matches them).
 
-    ``alpha / r`` for plain LoRA, ``alpha / sqrt(r)`` with ``use_rslora``. A pattern's key is a
-    regular expression that must match the end of the module path.
+    ``alpha / r`` for plain LoRA, ``alpha / sqrt(r)`` with ``use_rslora``. A pattern matches the
+    whole module path or what follows one of its dots, see :mod:`~fedcore.data.patterns`.
 
     Raises:
-        FedcoreError: ``r`` or ``lora_alpha`` is missing or not positive.
+        FedcoreError: ``r`` or ``lora_alpha`` is missing or not positive, or a pattern is not
+            understood.
     """
     rank = _declared(config, "rank_pattern", module, "r")
     alpha = _declared(config, "alpha_pattern", module, "lora_alpha")
@@ -253,15 +251,14 @@ def _declared(config: Mapping[str, Any], patterns: str, module: str, default: st
     declared = config.get(patterns) or {}
     if not isinstance(declared, Mapping):
         raise FedcoreError(f"{patterns} is {declared!r:.60}; a mapping of patterns is needed")
-    for pattern, value in declared.items():
-        if not isinstance(pattern, str) or _NESTED_REPEAT.search(pattern):
-            raise FedcoreError(f"{patterns} has {pattern!r:.60}, a repetition of repetitions")
-        try:
-            if re.match(rf"(.*\.)?({pattern})$", module):
-                return value
-        except (re.error, RecursionError, OverflowError) as error:
-            raise FedcoreError(f"{patterns} has {pattern!r:.60}: {error}") from None
-    return config.get(default)
+    if not all(isinstance(pattern, str) for pattern in declared):
+        raise FedcoreError(f"{patterns} is {declared!r:.60}; its keys are patterns of module paths")
+    keys = tuple(declared)
+    try:
+        place = first_match(keys, module)
+    except FedcoreError as error:
+        raise FedcoreError(f"{patterns}: {error}") from None
+    return config.get(default) if place is None else declared[keys[place]]
 
 
 def _check_pair(name: str, family: str, module: str, named: Mapping[str, Tensor]) -> None:

@@ -19,6 +19,7 @@ from fedcore.data.validation import (
     check_state,
     check_weight,
     enforce,
+    rank_problem,
 )
 from fedcore.errors import FedcoreError
 from fedcore_kernels.layout import FactorLayout
@@ -118,14 +119,24 @@ class Cohort:
         *,
         on_invalid: OnInvalid = "raise",
     ) -> Cohort:
-        """Gather PEFT adapter folders (client id to folder) into a cohort."""
+        """Gather PEFT adapter folders (client id to folder) into a cohort.
+
+        Raises:
+            FedcoreError: as :meth:`from_states`; a folder that cannot be read, or an adapter of a
+                rank that its update cannot have.
+        """
         states: dict[str, AdapterState] = {}
         bad: list[Dropped] = []
         for client_id, folder in sorted(folders.items()):
             try:
-                states[client_id] = read_adapter(folder, name=f"client {client_id}")
+                state = read_adapter(folder, name=f"client {client_id}")
             except FedcoreError as error:
                 bad.append(Dropped(client_id, str(error)))
+                continue
+            if problem := rank_problem(state):
+                bad.append(Dropped(client_id, problem))
+            else:
+                states[client_id] = state
         enforce(bad, on_invalid, 0)
         cohort = cls.from_states(states, weights, on_invalid=on_invalid)
         return replace(cohort, dropped=tuple(sorted([*cohort.dropped, *bad])))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from fedcore.data.adapter_state import AdapterState
 from fedcore.data.exchange import (
@@ -17,8 +17,9 @@ from fedcore.data.exchange import (
     write_broadcast,
 )
 from fedcore.data.peft_files import read_adapter
-from fedcore.data.validation import OnInvalid
-from fedcore.errors import FedcoreError
+from fedcore.data.validation import OnInvalid, Weighting, refuse_ranks
+from fedcore.errors import FedcoreError, printable
+from fedcore.federation.acceptance import MAX_GROWTH, Limits
 from fedcore.federation.server_round import OpenRound
 from fedcore.federation.state import ServerState, latest_state, read_state, write_state
 from fedcore.methods import create_method
@@ -26,7 +27,8 @@ from fedcore.methods.base import Method
 from fedcore.methods.registry import options_of
 from fedcore.methods.requirements import ONE_BROADCAST, check_family, refuse
 
-Weighting = Literal["examples", "uniform"]
+# The escapes of a file name of 255 bytes.
+_LONGEST_NAME = 1100
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,7 @@ class FileServer:
         refuse(chosen, ONE_BROADCAST, "a server of folders")
         adapter = start if isinstance(start, AdapterState) else read_adapter(start)
         check_family(chosen, adapter.family, "start")
+        refuse_ranks(adapter, "start")
         layout = adapter.layout()
         state = ServerState(round=0, layout=layout, row=adapter.to_row(layout))
         served = BroadcastFolder(adapter, 0, chosen.name, options_of(chosen))
@@ -104,6 +107,8 @@ class FileServer:
         weighting: Weighting = "examples",
         on_invalid: OnInvalid = "raise",
         allow_identical_uploads: bool = False,
+        max_growth: float = MAX_GROWTH,
+        largest_share: float | None = None,
     ) -> FileServer:
         """The server after one more round; this object stays as it is.
 
@@ -113,12 +118,17 @@ class FileServer:
             on_invalid: ``"raise"`` names the first bad client, ``"drop"`` leaves bad ones out; who
                 was dropped is in ``state.record``.
             allow_identical_uploads: accept a round in which all uploads are identical.
+            max_growth: how many times as large as state and uploads the result may be; a larger one
+                leaves the state as it is, with a flag in ``state.record``.
+            largest_share: of the total weight, that one client may have; None sets no bound.
 
         Raises:
             FedcoreError: naming client, tensor and value; the federation is then as it was.
         """
         if weighting not in ("examples", "uniform"):
             raise FedcoreError(f"weighting is {weighting!r}; pass 'examples' or 'uniform'")
+        # Who names folders one by one may mean links; what appears in a folder of uploads may not.
+        named = isinstance(uploads, Mapping)
         folders = _folders(uploads)
         method, t = self.method, self.state.round
         opened = OpenRound(
@@ -127,10 +137,13 @@ class FileServer:
             list(folders),
             on_invalid=on_invalid,
             allow_identical_uploads=allow_identical_uploads,
+            limits=Limits(max_growth, largest_share),
         )
         frozen = self.served.digest_of(opened.frozen)
         for client in sorted(folders):
             try:
+                if folders[client].is_symlink() and not named:
+                    raise FedcoreError("its folder is a link; put the folder itself there")
                 upload = read_upload(
                     folders[client],
                     opened.layout,
@@ -167,10 +180,17 @@ def _next(before: BroadcastFolder, state: ServerState) -> BroadcastFolder:
 
 
 def _folders(uploads: str | Path | Mapping[str, str | Path]) -> dict[str, Path]:
+    """Client id, in printable characters, to folder."""
     if isinstance(uploads, Mapping):
-        return {client: Path(folder) for client, folder in uploads.items()}
-    path = Path(uploads)
-    folders = {f.parent.name: f.parent for f in sorted(path.glob(f"*/{UPLOAD_FILE}"))}
-    if not folders:
-        raise FedcoreError(f"{path} holds no folder with {UPLOAD_FILE}; pass a folder of uploads")
+        pairs = [(client, Path(folder)) for client, folder in uploads.items()]
+    else:
+        path = Path(uploads)
+        pairs = [(f.parent.name, f.parent) for f in sorted(path.glob(f"*/{UPLOAD_FILE}"))]
+        if not pairs:
+            raise FedcoreError(
+                f"{path} holds no folder with {UPLOAD_FILE}; pass a folder of uploads"
+            )
+    folders = {printable(client, _LONGEST_NAME): folder for client, folder in pairs}
+    if len(folders) < len(pairs):
+        raise FedcoreError("two clients have names that print alike; rename one of their folders")
     return folders
