@@ -12,13 +12,13 @@ def printable(text: object, most: int = 200) -> str:
     """Text of somebody else as it may stand on a terminal, in a record or on a page.
 
     Characters that do not print (control codes, line breaks, those that change the direction of
-    writing, lone surrogates) become their escapes, and what is longer than ``most`` is cut.
+    writing, lone surrogates) become their escapes, and longer text is truncated to ``most`` of them.
 
     Example:
         >>> printable("site" + chr(27) + "[2J" + chr(0x202E))
         'site\\\\x1b[2J\\\\u202e'
     """
-    # Cut first as well: an escape is longer than its character.
+    # Truncated first as well: an escape is longer than its character.
     start = str(text)[: most + 1]
     escaped = "".join(
         character if character.isprintable() else character.encode("unicode_escape").decode()

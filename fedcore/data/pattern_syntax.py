@@ -24,13 +24,13 @@ class One(NamedTuple):
 
 
 class Go(NamedTuple):
-    """Go on at each of these places, relative to this instruction, without reading."""
+    """Continue at each of these places, relative to this instruction, without reading."""
 
     steps: tuple[int, ...]
 
 
 class At(NamedTuple):
-    """Go on at the start of the path alone, or at its end."""
+    """Continue at the start of the path alone, or at its end."""
 
     end: bool
 

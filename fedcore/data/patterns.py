@@ -71,7 +71,7 @@ class _Automaton:
     def _reached(
         self, places: Iterable[int], *, start: bool = False, end: bool = False
     ) -> frozenset[int]:
-        """The instructions at which a path waits that goes on at ``places`` without reading."""
+        """The instructions that wait for a character, or have matched, from ``places`` on."""
         reached: set[int] = set()
         waiting = list(places)
         while waiting:

@@ -94,7 +94,7 @@ def capped_weights(weights: Tensor, largest_share: float) -> Tensor:
     """``(N,)`` weights of which none is more than ``largest_share`` of their sum.
 
     The largest are lowered to one common weight and the others stay. N clients of equal weight
-    have 1/N each, which is what all of them get where a smaller share is asked for.
+    have 1/N each, which is what all of them get where ``largest_share`` is below that.
 
     Example:
         >>> capped_weights(torch.tensor([97.0, 2.0, 1.0]), 0.5)
