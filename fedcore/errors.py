@@ -12,7 +12,7 @@ def printable(text: object, most: int = 200) -> str:
     """Text of somebody else as it may stand on a terminal, in a record or on a page.
 
     Characters that do not print (control codes, line breaks, those that change the direction of
-    writing, lone surrogates) become their escapes, and longer text is truncated to ``most`` of them.
+    writing, lone surrogates) become their escapes; text is truncated to ``most`` characters.
 
     Example:
         >>> printable("site" + chr(27) + "[2J" + chr(0x202E))

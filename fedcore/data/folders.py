@@ -210,7 +210,9 @@ def open_regular(file: Path, *, links: bool = True) -> io.FileIO:
         handle = io.FileIO(file, "rb", opener=_opened_at_once if links else _opened_itself)
     except OSError as error:
         if error.errno == errno.ELOOP and not links:
-            raise OSError(errno.ELOOP, "it is a link; put the file itself there", str(file)) from None
+            raise OSError(
+                errno.ELOOP, "it is a link; put the file itself there", str(file)
+            ) from None
         raise
     if not stat.S_ISREG(os.fstat(handle.fileno()).st_mode):
         handle.close()

@@ -44,6 +44,7 @@ class Found(NamedTuple):
 Instruction = One | Go | At | Found
 Code = tuple[Instruction, ...]
 
+
 @dataclass(frozen=True)
 class Is:
     """Whether a character is this one."""
@@ -51,6 +52,7 @@ class Is:
     character: str
 
     def __call__(self, character: str) -> bool:
+        """Whether it is."""
         return character == self.character
 
 
@@ -63,6 +65,7 @@ class In:
     outside: bool
 
     def __call__(self, character: str) -> bool:
+        """Whether it is."""
         inside = any(first <= character <= last for first, last in self.ranges)
         return (inside or any(test(character) for test in self.tests)) != self.outside
 
@@ -83,7 +86,6 @@ def _word(character: str) -> bool:
 _CLASSES: dict[str, Test] = {"d": _digit, "w": _word}
 _SIGNS = ("*", "+", "?")
 _RESERVED = frozenset("?*+{}]|)")
-
 
 
 class _Parser:
@@ -130,11 +132,12 @@ class _Parser:
         return tuple(code)
 
     def _repeated(self) -> Code:
+        is_anchor = self._next() in "^$"
         code = self._atom()
         sign = self._next()
         if sign not in _SIGNS:
             return code
-        if isinstance(code[-1], At):
+        if is_anchor:
             raise ValueError(f"{sign} repeats nothing")
         self.place += 1
         # Lazy or not: a match is a match, whichever is looked for first.
@@ -213,8 +216,6 @@ class _Parser:
         if character in "[&~|":
             raise ValueError(f"{character} is not understood in a class")
         return Is(character)
-
-
 
 
 def parse(pattern: str) -> Code:

@@ -34,6 +34,7 @@ _REMEDY = (
 _PREFIX: Code = (Go((1, 5)), Go((1, 3)), One(anything), Go((-2,)), One(Is(".")))
 
 
+@dataclass(frozen=True)
 class _Automaton:
     """Several patterns at once; what a state does is worked out once and remembered."""
 
@@ -48,7 +49,10 @@ class _Automaton:
         Raises:
             ValueError: too many states would have to be remembered.
         """
-        states = self._reached(self.starts, start=True)
+        begin = frozenset(self.starts), ""
+        if begin not in self._steps:
+            self._steps[begin] = self._reached(self.starts, start=True)
+        states = self._steps[begin]
         for character in path:
             if not states:
                 break

@@ -53,7 +53,9 @@ def one_number(name: str, value: object) -> float:
         FedcoreError: it is another value, or not finite; the value is not in the message.
     """
     if not is_number(value):
-        raise FedcoreError(f"its {printable(name)} is of type {type(value).__name__}; send a number")
+        raise FedcoreError(
+            f"its {printable(name)} is of type {type(value).__name__}; send a number"
+        )
     try:
         number = float(value)
     except OverflowError:

@@ -295,9 +295,7 @@ class OpenRound:
                 statistics[client] = known
         weights, flags = capped(cohort, self._limits.largest_share)
         self._flags += flags
-        return replace(
-            cohort, dropped=tuple(dropped), statistics=statistics, weights=weights
-        )
+        return replace(cohort, dropped=tuple(dropped), statistics=statistics, weights=weights)
 
     def _advanced(
         self, cohort: Cohort, result: Aggregate, waiting: Mapping[str, Mapping[str, Tensor]]

@@ -129,7 +129,7 @@ class FedLoRAAggregator(ModelAggregator):  # type: ignore[misc,unused-ignore]
         except FedcoreError as error:
             received = _Received(problem=str(error))
         except Exception as error:
-            # Whatever an upload makes of the code that reads it is that client's alone.
+            # Whatever an upload does to the code that reads it is the fault of that client.
             received = _Received(problem=f"it cannot be read ({type(error).__name__})")
         if client in self._received:
             received = _Received(problem="it reported twice")
@@ -287,7 +287,6 @@ def _tensor(key: str, value: Any) -> Tensor:
     if not tensor.is_floating_point():
         raise FedcoreError(f"{key} has dtype {tensor.dtype}; a float dtype is needed")
     return tensor
-
 
 
 def _numbers(metrics: Any) -> dict[str, float]:

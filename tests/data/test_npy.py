@@ -54,7 +54,7 @@ PLAIN = "{'descr': '<f4', 'fortran_order': False, 'shape': (2,), }"
         (b"PK\x03\x04garbage", "not an array in the .npy format"),
         (b"\x93NUMPY", "not an array in the .npy format"),
         (b"\x93NUMPY\x09\x00", "not an array in the .npy format"),
-        (b"\x93NUMPY\x01\x00", "its header is not one"),
+        (b"\x93NUMPY\x01\x00", "its header ends at byte 10 of 8"),
         (b"\x93NUMPY\x01\x00\xff\xff", "its header ends at byte 65545 of 10"),
         (b"\x93NUMPY\x02\x00\xff\xff\xff\xff", "its header ends at byte 4294967307"),
         (with_header(PLAIN + " " * 5000, b"\0" * 8), "its header ends at byte 5"),

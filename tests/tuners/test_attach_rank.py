@@ -43,11 +43,11 @@ def test_a_layer_whose_weights_are_packed_counts_by_its_widths():
         if isinstance(module, nn.Linear):
             packed = torch.zeros(module.weight.numel() // 2, 1, dtype=torch.uint8)
             module.weight = nn.Parameter(packed, requires_grad=False)
-    with pytest.raises(FedcoreError, match="rank 1000 is more than an update of .* 32 x 32"):
+    with pytest.raises(FedcoreError, match=r"rank 1000 is more than an update of .* 24 x 24"):
         attach_adapter(model, "lora", rank=1000, target_modules=["query"], **COMMON)
 
 
 def test_a_recipe_is_refused_when_it_is_set_up(tmp_path):
     recipe = tiny_recipe(tmp_path, **{"method.name": "fedit", "adapter.rank": 33})
-    with pytest.raises(FedcoreError, match="rank 33 is more than an update of bert.*query can hav"):
+    with pytest.raises(FedcoreError, match=r"rank 33 is more than an update of .*query can"):
         build_experiment(recipe, Observer())

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
-from flwr.common.constant import SType
 from torch import Tensor
 
 from fedcore.data.adapter_state import AdapterState

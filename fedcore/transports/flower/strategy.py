@@ -450,7 +450,7 @@ class FedLoRA(FedAvg):
             except FedcoreError as error:
                 opened.refuse(who.client, str(error))
             except Exception as error:
-                # Whatever a reply makes of the code that reads it, ours or Flower's, is its own fault.
+                # Whatever a reply does to the code that reads it is the fault of that reply.
                 opened.refuse(who.client, f"its reply cannot be read ({type(error).__name__})")
         return opened, contents
 

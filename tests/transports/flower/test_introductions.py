@@ -1,4 +1,4 @@
-"""What nodes answer to the question who they are can neither end a run nor keep it from starting."""
+"""What nodes answer when asked who they are can neither end a run nor keep it from starting."""
 
 from __future__ import annotations
 
@@ -44,13 +44,20 @@ def no_waiting(monkeypatch):
     monkeypatch.setattr(recipe_strategy, "_POLL", 0.0)
 
 
-def played(experiment, change, rounds=2, **options):
+def started(experiment, grid, observer, rounds):
+    """The strategy after a run; nodes train the model of the server, so its start is put back."""
+    start = experiment.binding.read().clone()
+    strategy = RecipeStrategy(experiment, observer=observer, patience=0.0)
+    strategy.start(grid, to_arrays(model_tensors(experiment)), num_rounds=rounds)
+    experiment.binding.load(start)
+    return strategy
+
+
+def played(experiment, change, rounds=2):
     """A run whose grid was changed before it began."""
     grid = FakeGrid(recipe_nodes(experiment))
     change(grid)
-    strategy = RecipeStrategy(experiment, observer=Seen(), patience=0.0, **options)
-    strategy.start(grid, to_arrays(model_tensors(experiment)), num_rounds=rounds)
-    return strategy, grid
+    return started(experiment, grid, Seen(), rounds), grid
 
 
 def joined(grid, handler, node=LIAR):
@@ -65,6 +72,7 @@ def content(record):
 
 
 NASTY = "\x1b]0;owned\x07\u202e\n"
+MANY = {"client": "client-01", "threads": 10**6}
 NONSENSE = {
     "a number": content({"fedcore": ConfigRecord({"client": 3})}),
     "bytes": content({"fedcore": ConfigRecord({"client": b"\xff"})}),
@@ -73,7 +81,7 @@ NONSENSE = {
     "metrics": content({"metrics": MetricRecord({"a": 1.0})}),
     "arrays": content({"a": ArrayRecord({"a": Array("f", (1,), "zip", b"PK\x03\x04")})}),
     "text for threads": content({"fedcore": ConfigRecord({"client": "", "threads": "x"})}),
-    "a million threads": content({"fedcore": ConfigRecord({"client": "client-01", "threads": 10**6})}),
+    "a million threads": content({"fedcore": ConfigRecord(MANY)}),
     "a name that does not print": content({"fedcore": ConfigRecord({"client": NASTY * 1000})}),
 }  # fmt: skip
 
@@ -121,8 +129,7 @@ def test_a_node_cannot_take_the_place_of_one_that_answers(experiment):
                 joined(grid, claiming("client-02"))
 
     grid = FakeGrid(recipe_nodes(experiment))
-    strategy = RecipeStrategy(experiment, observer=Joins(), patience=0.0)
-    strategy.start(grid, to_arrays(model_tensors(experiment)), num_rounds=3)
+    strategy = started(experiment, grid, Joins(), 3)
     assert [state.record["dropped"] for state in strategy.states] == [[], [], []]
     honest, _ = played(experiment, lambda grid: None, rounds=3)
     assert torch.equal(strategy.state.row, honest.state.row)
@@ -158,8 +165,7 @@ def test_the_place_of_a_node_that_is_gone_is_free_again(experiment):
         def message(self, text):
             texts.append(text)
 
-    strategy = RecipeStrategy(experiment, observer=Leaves(), patience=0.0)
-    strategy.start(grid, to_arrays(model_tensors(experiment)), num_rounds=4)
+    strategy = started(experiment, grid, Leaves(), 4)
     dropped = [[d["client"] for d in state.record["dropped"]] for state in strategy.states]
     assert dropped[0] == dropped[2] == dropped[3] == []
     assert any("keeps the name" in text for text in texts)
@@ -175,8 +181,7 @@ def test_a_node_that_never_answers_delays_few_rounds(experiment):
         def round_started(self, round, clients, steps):
             joined(grid, silent)
 
-    strategy = RecipeStrategy(experiment, observer=Joins(), patience=0.0)
-    strategy.start(grid, to_arrays(model_tensors(experiment)), num_rounds=6)
+    strategy = started(experiment, grid, Joins(), 6)
     assert sum(m.metadata.dst_node_id == LIAR for m in grid.sent) == 3
 
 
