@@ -250,11 +250,13 @@ def read_json(
     except FedcoreError:
         raise
     except RecursionError as error:
-        raise FedcoreError(f"{label}: {file} is nested deeper than {_DEPTH} levels") from error
+        raise FedcoreError(
+            f"{label}: cannot read {file}: it is nested deeper than {_DEPTH} levels"
+        ) from error
     except (OSError, ValueError) as error:
         raise FedcoreError(f"{label}: cannot read {file}: {error}") from error
     if _deeper(value, _DEPTH):
-        raise FedcoreError(f"{label}: {file} is nested deeper than {_DEPTH} levels")
+        raise FedcoreError(f"{label}: cannot read {file}: it is nested deeper than {_DEPTH} levels")
     return value
 
 

@@ -36,9 +36,9 @@ class At(NamedTuple):
 
 
 class Found(NamedTuple):
-    """The pattern of this index matches."""
+    """The pattern in this place of the list matches."""
 
-    index: int
+    pattern: int
 
 
 Instruction = One | Go | At | Found

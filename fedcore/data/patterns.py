@@ -68,7 +68,7 @@ class _Automaton:
             states = self._steps[key]
         if states not in self._matches:
             last = self._reached(states, start=not path, end=True)
-            indices = [one.index for p in last if isinstance(one := self.code[p], Found)]
+            indices = [one.pattern for p in last if isinstance(one := self.code[p], Found)]
             self._matches[states] = frozenset(indices)
         return self._matches[states]
 

@@ -42,7 +42,7 @@ def check_weight(weight: float) -> str | None:
     if not 0 <= weight < inf:
         return f"its weight is {weight}; weights are finite and not negative"
     if weight > MOST_WEIGHT:
-        return "its weight is more than 2**53, as many as no client has examples"
+        return "its weight is too large: more than 2**53, beyond any number of examples"
     return None
 
 

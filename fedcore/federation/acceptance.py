@@ -159,7 +159,7 @@ def _is_mean(method: Method, cohort: Cohort, result: Aggregate) -> bool:
 
 
 def _not_finite(result: Aggregate) -> str | None:
-    pieces = {"the new state": (result.row,)}
+    pieces: dict[str, tuple[Tensor, ...]] = {"the new state": (result.row,)}
     pieces |= {f"the update of {module}": tuple(part) for module, part in result.residual.items()}
     pieces |= {f"the row of client {client}": (row,) for client, row in result.personal.items()}
     for what, tensors in pieces.items():

@@ -72,10 +72,16 @@ BAD = [
     (_config(lora_alpha=10**400), "a number has 401 digits, more than 40"),
     (_config(lora_alpha=10**39), "lora_alpha is 1000"),
     (_config(use_rslora="no"), "use_rslora is 'no'"),
-    (_config(alpha_pattern={"(": 2}), r"alpha_pattern: the pattern '\(' is not supported: it ends within a group"),
+    (
+        _config(alpha_pattern={"(": 2}),
+        r"alpha_pattern: the pattern '\(' is not supported: it ends within a group",
+    ),
     (_config(alpha_pattern=[1]), r"alpha_pattern is \[1\]"),
     (_config(rank_pattern={r"(.)\1": 2}), r"rank_pattern: the pattern .* is not supported"),
-    (_config(rank_pattern={"(.|.)*X.*v": 2, "(.?.?)*q": 2}), "has rank 3, its configuration says 2"),
+    (
+        _config(rank_pattern={"(.|.)*X.*v": 2, "(.?.?)*q": 2}),
+        "has rank 3, its configuration says 2",
+    ),
     (_config(base_model_name_or_path="other"), "is 'other', that of .*a is 'tiny'"),
     (_config(fan_in_fan_out=True), "fan_in_fan_out is True, that of"),
     (_config(task_type="CAUSAL_LM"), "task_type is 'CAUSAL_LM', that of"),

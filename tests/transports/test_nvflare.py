@@ -505,7 +505,7 @@ UNREADABLE: list[tuple[Callable[[Any], Any], str]] = [
     (with_fields(metrics={"loss": 10**400}), "its loss is not a finite number"),
     (with_fields(current_round=np.array([0, 0])), r"it cannot be read \(ValueError\)"),
     (with_meta(**{WEIGHT_KEY: 10**400}), f"its {WEIGHT_KEY} is not a finite number"),
-    (with_meta(**{WEIGHT_KEY: 1e308}), "its weight is more than 2"),
+    (with_meta(**{WEIGHT_KEY: 1e308}), "its weight is too large: more than 2"),
     (with_meta(**{WEIGHT_KEY: True}), "pass its weight"),
     (change("lora_B", lambda v: v.astype(object)), "is a ndarray, not a tensor"),
 ]

@@ -73,12 +73,12 @@ def aggregated(
     """
     if not weights:
         return None
-    metrics = {client: replies[client].metric_records[METRICS] for client in weights}
+    metrics = {client: read_metrics(replies[client]) for client in weights}
     common = set.intersection(*(set(record) for record in metrics.values())) - {weight_key}
     shown = [
         with_metrics(
             replies[client],
-            {weight_key: weight, **{name: float(metrics[client][name]) for name in sorted(common)}},
+            {weight_key: weight, **{name: metrics[client][name] for name in sorted(common)}},
         )
         for client, weight in weights.items()
     ]

@@ -181,7 +181,7 @@ def test_a_node_that_never_answers_delays_few_rounds(experiment):
         def round_started(self, round, clients, steps):
             joined(grid, silent)
 
-    strategy = started(experiment, grid, Joins(), 6)
+    started(experiment, grid, Joins(), 6)
     assert sum(m.metadata.dst_node_id == LIAR for m in grid.sent) == 3
 
 
