@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -153,7 +154,7 @@ def _table(rows: tuple[MethodError, ...]) -> Table:
             table.add_row(name, *["-"] * 4, "cannot be used here")
             continue
         errors = (_error(row.error), _error(row.worst))
-        table.add_row(name, *errors, str(row.rank), _size(row.bytes), row.worst_module)
+        table.add_row(name, *errors, str(row.rank), _size(row.bytes), escape(row.worst_module))
     return table
 
 

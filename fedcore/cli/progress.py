@@ -34,7 +34,7 @@ class ProgressDisplay(Observer):
         self._seen = 0
         self._bars = Progress(
             SpinnerColumn(),
-            TextColumn("{task.description}", justify="left"),
+            TextColumn("{task.description}", justify="left", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),

@@ -20,6 +20,7 @@ from fedcore.data.validation import (
     check_state,
     check_weight,
     enforce,
+    rank_problem,
 )
 from fedcore.errors import FedcoreError
 from fedcore_kernels.layout import FactorLayout
@@ -123,7 +124,8 @@ class Cohort:
 
         Raises:
             FedcoreError: naming the first client, with ``"raise"``, whose folder cannot be read, or
-                whose adapter cannot be averaged, by itself or with that of the first client.
+                whose adapter cannot be averaged, by itself or with that of the first client, or is
+                of a rank that its update cannot have.
         """
         states: dict[str, AdapterState] = {}
         bad: list[Dropped] = []
@@ -135,7 +137,7 @@ class Cohort:
                 continue
             first = min(states) if states else client_id
             problem = _folder_problem(state, states.get(first, state), first)
-            if problem:
+            if problem := problem or rank_problem(state):
                 bad.append(Dropped(client_id, problem))
             else:
                 states[client_id] = state

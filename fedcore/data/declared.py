@@ -9,13 +9,11 @@ from math import sqrt
 from typing import Any
 
 from fedcore.checks import count, flag, number
+from fedcore.data.patterns import first_match
 from fedcore.errors import FedcoreError
 
 # No scaling in use is near it, and fp32 factors of ordinary size survive being multiplied by it.
 _LARGEST = 1e30
-
-# Matching such a pattern can take a time exponential in the length of the module's path.
-_NESTED_REPEAT = re.compile(r"[*+}][^()]*\)\s*[*+{]")
 
 _ADALORA_FIELDS = (
     "target_r",
@@ -36,11 +34,12 @@ _ADALORA_EPS = 1e-5
 def declared_rank_and_scaling(config: Mapping[str, Any], module: str) -> tuple[int, float]:
     """Rank and scaling that ``config`` declares for ``module`` (patterns as PEFT matches them).
 
-    ``alpha / r`` for plain LoRA, ``alpha / sqrt(r)`` with ``use_rslora``. A pattern's key is a
-    regular expression that must match the end of the module path.
+    ``alpha / r`` for plain LoRA, ``alpha / sqrt(r)`` with ``use_rslora``. A pattern matches the
+    whole module path or what follows one of its dots, see :mod:`~fedcore.data.patterns`.
 
     Raises:
-        FedcoreError: ``r`` or ``lora_alpha`` is missing or not positive.
+        FedcoreError: ``r`` or ``lora_alpha`` is missing or not positive, or a pattern is not
+            understood.
     """
     rank = _declared(config, "rank_pattern", module, "r")
     alpha = _declared(config, "alpha_pattern", module, "lora_alpha")
@@ -56,15 +55,14 @@ def _declared(config: Mapping[str, Any], patterns: str, module: str, default: st
     declared = config.get(patterns) or {}
     if not isinstance(declared, Mapping):
         raise FedcoreError(f"{patterns} is {declared!r:.60}; a mapping of patterns is needed")
-    for pattern, value in declared.items():
-        if not isinstance(pattern, str) or _NESTED_REPEAT.search(pattern):
-            raise FedcoreError(f"{patterns} has {pattern!r:.60}, a repetition of repetitions")
-        try:
-            if re.match(rf"(.*\.)?({pattern})$", module):
-                return value
-        except (re.error, RecursionError, OverflowError) as error:
-            raise FedcoreError(f"{patterns} has {pattern!r:.60}: {error}") from None
-    return config.get(default)
+    if not all(isinstance(pattern, str) for pattern in declared):
+        raise FedcoreError(f"{patterns} is {declared!r:.60}; its keys are patterns of module paths")
+    keys = tuple(declared)
+    try:
+        place = first_match(keys, module)
+    except FedcoreError as error:
+        raise FedcoreError(f"{patterns}: {error}") from None
+    return config.get(default) if place is None else declared[keys[place]]
 
 
 def _commonest(values: Mapping[str, Any]) -> Any:

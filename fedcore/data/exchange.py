@@ -9,6 +9,7 @@ configuration, or ``statistics.safetensors`` where a method sends something else
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -24,14 +25,14 @@ from fedcore.data.folders import read_object, replace_folder, write_text
 from fedcore.data.low_rank import LowRank, packed, unpacked
 from fedcore.data.peft_files import (
     CONFIG_FILE,
+    DEFAULT_BUDGET,
     WEIGHTS_FILE,
     read_adapter,
-    read_tensors,
     write_adapter,
     write_tensors,
 )
 from fedcore.data.peft_keys import PREFIX
-from fedcore.data.rows import row_from_tensors, tensors_from_row
+from fedcore.data.rows import check_shapes, row_from_tensors, tensors_from_row
 from fedcore.data.tensor_file import TensorFile
 from fedcore.data.validation import digest
 from fedcore.errors import FedcoreError
@@ -42,7 +43,8 @@ UPLOAD_FILE = "upload.json"
 RESIDUAL_FILE = "residual.safetensors"
 STATISTICS_FILE = "statistics.safetensors"
 
-_HEADER_BYTES = 1 << 24
+# Of the header of an upload: its metadata, and a name, a dtype, a shape and two offsets per tensor.
+_HEADER_BYTES, _ENTRY_BYTES = 1 << 16, 1 << 10
 
 _UPLOAD_FIELDS = {
     "round": int,
@@ -156,7 +158,8 @@ def read_broadcast(folder: Path) -> BroadcastFolder:
     residual = {}
     if (folder / RESIDUAL_FILE).is_file():
         try:
-            residual = unpacked(read_tensors(folder / RESIDUAL_FILE, label))
+            stored = TensorFile.open(folder / RESIDUAL_FILE, label, DEFAULT_BUDGET)
+            residual = unpacked(stored.read(stored.tensors))
         except KeyError as error:
             raise FedcoreError(f"{label}: {RESIDUAL_FILE} lacks {error}") from error
     broadcast = BroadcastFolder(
@@ -215,21 +218,23 @@ def read_upload(
         round: the round it has to be for: another one may have other tensors.
 
     Raises:
-        FedcoreError: it is for another round, a file is missing, malformed or far too large, a
+        FedcoreError: it is for another round, a file is missing, a link, malformed or too large, a
             tensor is missing, unexpected or of another shape, or a module's scaling differs.
     """
     label = "its upload"
-    about = read_object(folder / UPLOAD_FILE, label, _UPLOAD_FIELDS)
+    about = read_object(folder / UPLOAD_FILE, label, _UPLOAD_FIELDS, links=False)
     if about["round"] != round:
         raise FedcoreError(f"its upload is for round {about['round']}")
     file = folder / (WEIGHTS_FILE if factors else STATISTICS_FILE)
-    if not file.is_file():
+    if not os.path.lexists(file):
         raise FedcoreError(f"{file.name} is missing")
-    budget = layout.size * torch.float64.itemsize + _HEADER_BYTES
-    stored = TensorFile.open(file, label, budget)
+    header = _HEADER_BYTES + _ENTRY_BYTES * len(layout.slots)
+    budget = layout.size * torch.float64.itemsize + header
+    stored = TensorFile.open(file, label, budget, links=False)
+    check_shapes({key: tensor.shape for key, tensor in stored.tensors.items()}, layout)
     row = row_from_tensors(stored.read(stored.tensors), layout)
     if factors:
-        config = read_object(folder / CONFIG_FILE, label)
+        config = read_object(folder / CONFIG_FILE, label, links=False)
         for module in layout.modules:
             _, scaling = declared_rank_and_scaling(config, module)
             if scaling != like.scaling[module]:

@@ -17,6 +17,7 @@ import os
 import re
 import shutil
 import stat
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from hashlib import sha256
@@ -32,6 +33,7 @@ OWN_LIMIT = 1 << 30
 
 _LIMIT = 4 << 20
 _DEPTH = 32
+_DIGITS = 40
 
 # NAME_MAX is 255 bytes; a temporary name needs 15 of them beside the name of its place.
 _NAME_BYTES = 200
@@ -233,44 +235,67 @@ def is_leftover(name: str) -> bool:
     return name == LOCK_FILE or _LEFTOVER.fullmatch(name) is not None
 
 
-def open_regular(file: Path) -> io.FileIO:
+def open_regular(file: Path, *, links: bool = True) -> io.FileIO:
     """Open a regular file for reading, without waiting for anything else that bears its name.
+
+    Args:
+        links: whether ``file`` may be a symbolic link, as those of a hub's cache are; not what
+            somebody else has put into a folder that is shared.
 
     Raises:
         OSError: it cannot be opened, or is a folder, a device, a pipe or a socket.
     """
-    handle = io.FileIO(file, "rb", opener=_opened_at_once)
+    try:
+        handle = io.FileIO(file, "rb", opener=_opened_at_once if links else _opened_itself)
+    except OSError as error:
+        if error.errno == errno.ELOOP and not links:
+            raise OSError(
+                errno.ELOOP, "it is a link; put the file itself there", str(file)
+            ) from None
+        raise
     if not stat.S_ISREG(os.fstat(handle.fileno()).st_mode):
         handle.close()
         raise OSError(errno.EINVAL, "it is not a regular file", str(file))
     return handle
 
 
-def read_json(file: Path, label: str, *, limit: int = _LIMIT, finite: bool = True) -> Any:
+def read_json(
+    file: Path, label: str, *, limit: int = _LIMIT, finite: bool = True, links: bool = True
+) -> Any:
     """What a UTF-8 JSON file of bounded size and depth holds.
 
     Args:
         label: what errors call the file's owner, usually the client's id.
         limit: the largest size in bytes.
         finite: whether NaN, infinities and numbers beyond fp64 are refused.
+        links: as :func:`open_regular` has it.
 
     Raises:
-        FedcoreError: it is missing, not a regular file, too large, too deep or malformed, naming
-            ``label`` and the file.
+        FedcoreError: it is missing, not a regular file, too large, too deep or malformed, or has a
+            name twice in one object, naming ``label`` and the file.
     """
     try:
-        with open_regular(file) as raw, io.BufferedReader(raw) as handle:
+        with open_regular(file, links=links) as raw, io.BufferedReader(raw) as handle:
             data = handle.read(limit + 1)
         if len(data) > limit:
             raise FedcoreError(f"{label}: {file} holds more than {limit} bytes")
         hooks: dict[str, Any] = {"parse_constant": _number, "parse_float": _number}
-        value = json.loads(data.decode("utf-8"), **(hooks if finite else {}))
+        value = json.loads(
+            data.decode("utf-8"),
+            parse_int=_integer,
+            object_pairs_hook=distinct,
+            **(hooks if finite else {}),
+        )
     except FedcoreError:
         raise
-    except (OSError, ValueError, RecursionError) as error:
+    except RecursionError as error:
+        raise FedcoreError(
+            f"{label}: cannot read {file}: it is nested deeper than {_DEPTH} levels"
+        ) from error
+    except (OSError, ValueError) as error:
         raise FedcoreError(f"{label}: cannot read {file}: {error}") from error
     if _deeper(value, _DEPTH):
-        raise FedcoreError(f"{label}: {file} is nested deeper than {_DEPTH} levels")
+        raise FedcoreError(f"{label}: cannot read {file}: it is nested deeper than {_DEPTH} levels")
     return value
 
 
@@ -281,6 +306,7 @@ def read_object(
     *,
     limit: int = _LIMIT,
     finite: bool = True,
+    links: bool = True,
 ) -> dict[str, Any]:
     """The object in a JSON file, read by :func:`read_json`.
 
@@ -291,7 +317,7 @@ def read_object(
     Raises:
         FedcoreError: as :func:`read_json`; it is not an object, or lacks a field of that type.
     """
-    parsed = read_json(file, label, limit=limit, finite=finite)
+    parsed = read_json(file, label, limit=limit, finite=finite, links=links)
     if not isinstance(parsed, dict):
         raise FedcoreError(f"{label}: {file} must hold a JSON object")
     typed = {name: _field(parsed, name, kind, label) for name, kind in (fields or {}).items()}
@@ -309,6 +335,25 @@ def _field(fields: Mapping[str, Any], name: str, kind: type, label: str) -> Any:
     raise FedcoreError(
         f"{label}: {name} is {value!r:.60}; it must be a JSON value of type {kind.__name__}"
     )
+
+
+def distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of these names and values, as :mod:`json` calls it.
+
+    Raises:
+        ValueError: a name is there twice, so that readers would disagree about its value.
+    """
+    entries = dict(pairs)
+    if len(entries) != len(pairs):
+        (twice, _), *_ = Counter(name for name, _ in pairs).most_common(1)
+        raise ValueError(f"it names {twice[:60]!r} twice")
+    return entries
+
+
+def _integer(text: str) -> int:
+    if len(text) > _DIGITS:
+        raise ValueError(f"a number has {len(text)} digits, more than {_DIGITS}")
+    return int(text)
 
 
 def _number(text: str) -> float:
@@ -333,6 +378,10 @@ def _deeper(value: Any, depth: int) -> bool:
 
 def _opened_at_once(path: str, flags: int) -> int:
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+
+
+def _opened_itself(path: str, flags: int) -> int:
+    return _opened_at_once(path, flags | getattr(os, "O_NOFOLLOW", 0))
 
 
 @contextmanager

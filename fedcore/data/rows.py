@@ -8,14 +8,14 @@ scalings absorbed, so that a row's factors alone give the update of the base wei
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from fedcore.data.peft_keys import CORE, LORA_BIAS, TRANSPOSED_FACTORS, ends_with, parse_key
 from fedcore.errors import FedcoreError
-from fedcore_kernels.layout import FactorLayout
+from fedcore_kernels.layout import FactorLayout, FactorSlot
 
 Ranks = Mapping[str, int]
 """Module path to rank."""
@@ -45,10 +45,8 @@ def _resized(layout: FactorLayout, ranks: Ranks) -> FactorLayout:
     )
 
 
-def _check_frozen(key: str, tensor: Tensor, expected: Tensor | None) -> None:
-    if expected is None:
-        raise FedcoreError(f"unexpected tensor {key}")
-    if tensor.shape != expected.shape or not torch.equal(tensor, expected.to(tensor.dtype)):
+def _check_frozen(key: str, tensor: Tensor, expected: Tensor) -> None:
+    if not torch.equal(tensor, expected.to(tensor.dtype)):
         raise FedcoreError(f"{key} is frozen in this round and differs from the broadcast")
 
 
@@ -122,6 +120,49 @@ def tensors_from_row(
     }
 
 
+def check_shapes(
+    shapes: Mapping[str, Sequence[int]],
+    layout: FactorLayout,
+    ranks: Ranks | None = None,
+    held: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Refuse what declares other tensors than a row of ``layout`` is made of, unread.
+
+    Args:
+        shapes: key to declared shape.
+        ranks, held: as :func:`row_from_tensors` has them.
+
+    Raises:
+        FedcoreError: a tensor is missing, unexpected, named twice or of another shape.
+    """
+    expected = layout_at_ranks(layout, ranks)
+    seen: set[str] = set()
+    for key, shape in shapes.items():
+        name = slot_name(key)
+        if name in seen:
+            raise FedcoreError(f"{key} names {name}, which another key names too")
+        seen.add(name)
+        if name in expected.by_name:
+            wanted = _shape(expected.by_name[name])
+        elif name in (held or {}):
+            wanted = tuple((held or {})[name].shape)
+        else:
+            raise FedcoreError(f"unexpected tensor {key}")
+        if tuple(shape) != wanted:
+            raise FedcoreError(f"{key} has shape {tuple(shape)}, expected {wanted}")
+    missing = [slot.name for slot in expected if slot.name not in seen]
+    if missing:
+        raise FedcoreError(f"{missing[0]} is missing")
+
+
+def _shape(slot: FactorSlot) -> tuple[int, ...]:
+    """The shape of a slot's tensor in PEFT's orientation."""
+    if slot.shape is not None:
+        return tuple(slot.shape)
+    transposed = slot.factor in TRANSPOSED_FACTORS
+    return (slot.width, slot.rows) if transposed else (slot.rows, slot.width)
+
+
 def row_from_tensors(
     tensors: Mapping[str, Tensor],
     layout: FactorLayout,
@@ -140,29 +181,18 @@ def row_from_tensors(
         FedcoreError: a tensor is missing, unexpected, named twice, of another shape or not
             floating point; or it is frozen and has changed.
     """
+    check_shapes({key: tensor.shape for key, tensor in tensors.items()}, layout, ranks, held)
     expected = layout_at_ranks(layout, ranks)
     row = torch.zeros(layout.size, dtype=row_dtype(tensors.values()))
-    seen: set[str] = set()
     for key, tensor in tensors.items():
         name = slot_name(key)
-        if name in seen:
-            raise FedcoreError(f"{key} names {name}, which another key names too")
-        seen.add(name)
         if not tensor.is_floating_point():
             raise FedcoreError(f"{key} has dtype {tensor.dtype}; a float dtype is needed")
         slot = expected.by_name.get(name)
         if slot is None:
-            _check_frozen(key, tensor, (held or {}).get(name))
-            continue
-        view = tensor_in_row(row, layout, name, slot.rows)
-        if tensor.shape != view.shape:
-            raise FedcoreError(
-                f"{key} has shape {tuple(tensor.shape)}, expected {tuple(view.shape)}"
-            )
-        view.copy_(tensor)
-    missing = [slot.name for slot in expected if slot.name not in seen]
-    if missing:
-        raise FedcoreError(f"{missing[0]} is missing")
+            _check_frozen(key, tensor, (held or {})[name])
+        else:
+            tensor_in_row(row, layout, name, slot.rows).copy_(tensor)
     return row
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -25,7 +24,7 @@ import torch
 from torch import Tensor
 
 from fedcore.checks import is_integer
-from fedcore.data.folders import open_regular
+from fedcore.data.folders import distinct, open_regular
 from fedcore.errors import FedcoreError
 
 DTYPES: Mapping[str, torch.dtype] = {
@@ -65,10 +64,14 @@ class TensorFile:
     label: str
     tensors: Mapping[str, StoredTensor]
     _state: tuple[int, int, int]
+    _links: bool = True
 
     @classmethod
-    def open(cls, path: Path, label: str, budget: int) -> TensorFile:
+    def open(cls, path: Path, label: str, budget: int, *, links: bool = True) -> TensorFile:
         """Read and check the header alone.
+
+        Args:
+            links: whether ``path`` may be a symbolic link.
 
         Raises:
             FedcoreError: the file is larger than ``budget`` bytes or cannot be read; its header is
@@ -76,7 +79,7 @@ class TensorFile:
                 an empty tensor, or data that do not fill the file exactly and once.
         """
         try:
-            with open_regular(path) as file:
+            with open_regular(path, links=links) as file:
                 state = _state(file.fileno())
                 size = state[0]
                 if size > budget:
@@ -87,7 +90,7 @@ class TensorFile:
                 if length > min(_HEADER_LIMIT, size - _LENGTH):
                     raise _malformed(path, label, f"its header declares {length} bytes of {size}")
                 text = file.read(length)
-            return cls(path, label, _parsed(text, size), state)
+            return cls(path, label, _parsed(text, size), state, links)
         except FedcoreError:
             raise
         except (OSError, ValueError, RecursionError) as error:
@@ -134,7 +137,7 @@ class TensorFile:
     def _bytes(self, spans: list[tuple[int, int]]) -> list[bytearray]:
         blocks = []
         try:
-            with open_regular(self.path) as file:
+            with open_regular(self.path, links=self._links) as file:
                 if _state(file.fileno()) != self._state:
                     raise FedcoreError(f"{self.label}: {self.path} changed while it was read")
                 for begin, end in spans:
@@ -164,14 +167,6 @@ def _malformed(path: Path, label: str, reason: str) -> FedcoreError:
     return FedcoreError(f"{label}: cannot read {path}: {reason}")
 
 
-def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    entries = dict(pairs)
-    if len(entries) != len(pairs):
-        (twice, _), *_ = Counter(name for name, _ in pairs).most_common(1)
-        raise ValueError(f"its header names {_short(twice)} twice")
-    return entries
-
-
 @lru_cache(maxsize=4)
 def _parsed(text: bytes, size: int) -> Mapping[str, StoredTensor]:
     """The tensors of a file of ``size`` bytes with this header, by their places.
@@ -183,7 +178,7 @@ def _parsed(text: bytes, size: int) -> Mapping[str, StoredTensor]:
         RecursionError: the header nests too deeply.
     """
     start = _LENGTH + len(text)
-    entries = json.loads(text.decode("utf-8"), object_pairs_hook=_distinct)
+    entries = json.loads(text.decode("utf-8"), object_pairs_hook=distinct)
     if not isinstance(entries, dict):
         raise ValueError("its header is not a JSON object")
     tensors = {

@@ -5,18 +5,23 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
-from math import isfinite
+from math import inf, isfinite
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from fedcore.checks import is_number
 from fedcore.data.adapter_state import AdapterState
 from fedcore.data.peft_keys import CORE
-from fedcore.errors import FedcoreError
+from fedcore.data.rows import rank_and_width
+from fedcore.errors import FedcoreError, printable
 from fedcore_kernels.layout import FactorLayout
 
 OnInvalid = Literal["raise", "drop"]
+
+Weighting = Literal["examples", "uniform"]
+"""By the examples that clients report, or all alike: then what a client reports is not read."""
 
 
 @dataclass(frozen=True, order=True)
@@ -27,11 +32,37 @@ class Dropped:
     reason: str
 
 
+MOST_WEIGHT = 2.0**53
+"""A number of examples is at most this: beyond it fp64 does not hold every integer, and any number
+of such weights has a finite sum."""
+
+
 def check_weight(weight: float) -> str | None:
     """The problem with a client's weight, if any (zero is legal: the client has no influence)."""
-    if not isfinite(weight) or weight < 0:
+    if not 0 <= weight < inf:
         return f"its weight is {weight}; weights are finite and not negative"
+    if weight > MOST_WEIGHT:
+        return "its weight is too large: more than 2**53, beyond any number of examples"
     return None
+
+
+def one_number(name: str, value: object) -> float:
+    """A number that a client reports under ``name``, as fp64.
+
+    Raises:
+        FedcoreError: it is another value, or not finite; the value is not in the message.
+    """
+    if not is_number(value):
+        raise FedcoreError(
+            f"its {printable(name)} is of type {type(value).__name__}; send a number"
+        )
+    try:
+        number = float(value)
+    except OverflowError:
+        number = inf
+    if not isfinite(number):
+        raise FedcoreError(f"its {printable(name)} is not a finite number")
+    return number
 
 
 def check_row(row: Tensor, layout: FactorLayout) -> str | None:
@@ -87,6 +118,36 @@ def check_rounds(adapter: AdapterState, what: str) -> None:
             f"{what}: {name} is of a convolution or of experts (target_parameters), whose adapters "
             "can be merged (fedcore aggregate) and not trained in rounds; adapt linear layers"
         )
+
+
+def rank_problem(state: AdapterState) -> str | None:
+    """The first module of a rank that its product cannot have, if any.
+
+    Rows of all adapters are as wide as the widest: one such adapter makes every other one grow.
+    """
+    for module, named in state.factors.items():
+        sides = [
+            rank_and_width(factor, tensor)[1] for factor, tensor in named.items() if factor != CORE
+        ]
+        if state.rank(module) > min(sides):
+            return (
+                f"module {module} has rank {state.rank(module)}, its update has at most "
+                f"{min(sides)}; train it with a rank that is no larger"
+            )
+    return None
+
+
+def refuse_ranks(state: AdapterState, what: str) -> None:
+    """Refuse an adapter of a rank that its update cannot have.
+
+    Args:
+        what: the argument that holds the adapter; it begins the message.
+
+    Raises:
+        FedcoreError: naming the module and its largest rank.
+    """
+    if problem := rank_problem(state):
+        raise FedcoreError(f"{what}: {problem}")
 
 
 def digest(row: Tensor, layout: FactorLayout, constants: Iterable[Tensor] = ()) -> str:

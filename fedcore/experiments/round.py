@@ -28,6 +28,7 @@ from fedcore.experiments.privacy import (
 from fedcore.experiments.record import ClientReports, round_record
 from fedcore.experiments.setup import Experiment
 from fedcore.experiments.traffic import NOTHING, added, downlink, uplink
+from fedcore.federation.acceptance import Limits
 from fedcore.federation.diagnostics import ModuleDiagnosis, diagnose
 from fedcore.federation.downloads import lower_rank_starts
 from fedcore.federation.records import Round
@@ -142,12 +143,15 @@ def run_round(experiment: Experiment, state: ServerState, observer: Observer) ->
         starts=starts,
         statistics=experiment.statistics,
         min_cohort=recipe.round.min_cohort if recipe.round.secure_sum else 0,
+        limits=Limits(recipe.round.max_growth, recipe.round.largest_share),
     )
     trained = train_clients(experiment, opened, sampled, starts, observer)
     seconds = {"train": perf_counter() - started}
 
     started = perf_counter()
-    closed = opened.close(_aggregation(experiment))
+    # Noise may be longer than all uploads, and a server behind a secure sum sees no norms.
+    hidden = recipe.round.secure_sum or recipe.privacy.central.noise_multiplier is not None
+    closed = opened.close(_aggregation(experiment), compare_norms=not hidden)
     seconds["aggregate"] = perf_counter() - started
     started = perf_counter()
     modules: list[ModuleDiagnosis] = []

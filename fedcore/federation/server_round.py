@@ -11,12 +11,22 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from fedcore.data.cohort import Cohort, UploadedRow, gather
 from fedcore.data.rows import Ranks
 from fedcore.data.validation import Dropped, OnInvalid, identical_rows
-from fedcore.errors import FedcoreError
+from fedcore.errors import FedcoreError, printable
+from fedcore.federation.acceptance import (
+    Limits,
+    capped,
+    client_norms,
+    largest_uploads,
+    norm,
+    result_problem,
+)
 from fedcore.federation.state import (
     HELD,
     PERSONAL_PREFIX,
@@ -25,10 +35,15 @@ from fedcore.federation.state import (
     ServerState,
     statistics_of,
 )
-from fedcore.methods.base import Aggregate, Broadcast, Method
+from fedcore.methods.base import Aggregate, Broadcast, Method, unchanged
 
 Aggregation = Callable[[Cohort, Broadcast], Aggregate]
 """A method's server half, or one that stands in front of it (a secure sum, a noisy mean)."""
+
+_MOST_FLAGS = 20
+_LONGEST_FLAG, _LONGEST_REASON = 200, 500
+
+_NUMERICAL = (ArithmeticError, torch.linalg.LinAlgError, np.linalg.LinAlgError)
 
 
 @dataclass(frozen=True)
@@ -73,6 +88,7 @@ class OpenRound:
             holds.
         min_cohort: the fewest valid uploads of a round; with fewer, all are left out and the state
             stays.
+        limits: what is accepted of clients' weights and of the result.
 
     Attributes:
         layout: of an upload.
@@ -90,6 +106,7 @@ class OpenRound:
         starts: Mapping[str, Tensor] | None = None,
         statistics: Mapping[str, Mapping[str, Tensor]] | None = None,
         min_cohort: int = 0,
+        limits: Limits | None = None,
     ) -> None:
         self.method, self.state = method, state
         self.layout = method.upload_layout(state.layout, state.round)
@@ -100,6 +117,7 @@ class OpenRound:
         self._starts = dict(starts or {})
         self._statistics = dict(statistics or {})
         self._min_cohort = min_cohort
+        self._limits = limits or Limits()
         self._uploads: dict[str, UploadedRow] = {}
         self._refused: dict[str, str] = {}
         self._reported: list[str] = []
@@ -135,7 +153,7 @@ class OpenRound:
             expected_frozen: the server's digest of the same.
             ranks: module to the client's rank, where its ranks are its own and the row holds
                 factors of them.
-            flags: trouble that the client half met.
+            flags: trouble that the client half met; 20 lines of it are recorded.
             statistics: what the client sends of its data once; the server remembers it.
 
         Raises:
@@ -143,9 +161,14 @@ class OpenRound:
         """
         self._reports(client)
         self._uploads[client] = UploadedRow(row, weight, round, frozen, expected_frozen, ranks)
-        self._flags += [f"{client}: {flag}" for flag in flags]
+        self._flags += [f"{client}: {flag}" for flag in _shown(flags)]
         if statistics:
-            self._new_statistics[client] = statistics
+            try:
+                self.method.check_statistics(statistics)
+            except FedcoreError as error:
+                self.refuse(client, str(error))
+            else:
+                self._new_statistics[client] = statistics
 
     def refuse(self, client: str, reason: str) -> None:
         """Leave out a client that reported, for a reason that the transport found.
@@ -155,31 +178,42 @@ class OpenRound:
         """
         if client not in self._reported:
             self._reports(client)
-        self._refused.setdefault(client, reason)
+        self._refused.setdefault(client, printable(reason, _LONGEST_REASON))
 
     def unreachable(self, client: str, reason: str) -> None:
         """Say why a client did not report; it is left out whatever ``on_invalid`` is."""
-        self._unreachable[client] = reason
+        self._unreachable[client] = printable(reason, _LONGEST_REASON)
 
     def close(
         self,
         aggregate: Aggregation | None = None,
         name_personal: Callable[[Tensor], Mapping[str, Tensor]] | None = None,
+        *,
+        compare_norms: bool = True,
     ) -> ClosedRound:
         """Aggregate the valid uploads.
+
+        A result that the uploads do not explain (:mod:`~fedcore.federation.acceptance`) is not
+        accepted: the round is done, its state is the one before, and a flag names the clients of
+        the largest uploads.
 
         Args:
             aggregate: in place of the method's own server half.
             name_personal: the tensors of a client's personal row, by the names under which they
                 wait in the state until the client is reached again; None where the transport
                 delivers them at once.
+            compare_norms: whether the norms of single uploads may be looked at; False where
+                ``aggregate`` stands for a server that does not see them.
 
         Raises:
             FedcoreError: an upload is invalid and ``on_invalid`` is ``"raise"``, all uploads are
                 identical and the method needs them to differ, or the method refuses.
         """
         cohort = self._cohort()
-        result = (aggregate or self.method.aggregate)(cohort, self.previous)
+        norms = client_norms(cohort) if compare_norms else {}
+        result = self._accepted(
+            lambda: (aggregate or self.method.aggregate)(cohort, self.previous), cohort, norms
+        )
         waiting = {}
         if name_personal is not None:
             waiting = {client: name_personal(row) for client, row in result.personal.items()}
@@ -198,8 +232,31 @@ class OpenRound:
             raise FedcoreError(
                 f"round {self.state.round}: the mean holds values that are not finite"
             )
-        result = self.method.from_mean(mean, self.layout, self.previous)
-        return self._advanced(self._cohort(), result, {})
+        cohort = self._cohort()
+        result = self._accepted(
+            lambda: self.method.from_mean(mean, self.layout, self.previous),
+            cohort,
+            {"the mean": norm(mean)},
+        )
+        return self._advanced(cohort, result, {})
+
+    def _accepted(
+        self, aggregate: Callable[[], Aggregate], cohort: Cohort, norms: Mapping[str, float]
+    ) -> Aggregate:
+        """The result of ``aggregate``, or the previous state flagged with why that is kept."""
+        try:
+            result = aggregate()
+            problem = result_problem(
+                result, self.previous, self.method, cohort, norms, self._limits
+            )
+        except _NUMERICAL as error:
+            problem = f"it cannot be computed ({type(error).__name__})"
+        if problem is None:
+            return result
+        named = f"; the largest uploads: {largest_uploads(norms)}" if norms else ""
+        return unchanged(
+            self.previous, f"the result is not accepted, the state is kept: {problem}{named}"
+        )
 
     def _reports(self, client: str) -> None:
         if client not in self._clients:
@@ -242,7 +299,9 @@ class OpenRound:
             }
             if known:
                 statistics[client] = known
-        return replace(cohort, dropped=tuple(dropped), statistics=statistics)
+        weights, flags = capped(cohort, self._limits.largest_share)
+        self._flags += flags
+        return replace(cohort, dropped=tuple(dropped), statistics=statistics, weights=weights)
 
     def _left_out(self, cohort: Cohort) -> Cohort:
         """``cohort`` without any upload: those of so few clients would show in their sum."""
@@ -302,6 +361,13 @@ class OpenRound:
                 {PERSONAL_PREFIX + name: tensor for name, tensor in named.items()}
             )
         return {client: named for client, named in memory.items() if named}
+
+
+def _shown(flags: Sequence[str]) -> list[str]:
+    """A client's flags as they are recorded: printable, and not without end."""
+    lines = [printable(flag, _LONGEST_FLAG) for flag in flags[:_MOST_FLAGS]]
+    more = len(flags) - len(lines)
+    return [*lines, f"{more} more flags"] if more else lines
 
 
 def _record(cohort: Cohort, flags: Sequence[str]) -> dict[str, Any]:

@@ -314,6 +314,14 @@ class Method(ABC):
         """
         return {}
 
+    def check_statistics(self, statistics: Mapping[str, Tensor]) -> None:
+        """Refuse what a client sent of its data where :meth:`aggregate` could not use it.
+
+        Raises:
+            FedcoreError: what is wrong with it; always, of a method that asks for nothing.
+        """
+        raise FedcoreError(f"it sent statistics of its data, and {self.name} takes none")
+
     @abstractmethod
     def aggregate(self, cohort: Cohort, previous: Broadcast) -> Aggregate:
         """The server half: the next global row from a round's valid uploads.

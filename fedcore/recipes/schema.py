@@ -7,8 +7,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from fedcore.data.validation import OnInvalid
+from fedcore.data.validation import OnInvalid, Weighting
 from fedcore.errors import FedcoreError
+from fedcore.federation.acceptance import MAX_GROWTH
 from fedcore.methods import Method, create_method, find_method
 from fedcore.privacy.accounting import AccountantName
 from fedcore.training.local_training import LocalSettings
@@ -170,6 +171,8 @@ class TrainingSection(Section):
 class RoundsSection(Section):
     """Who takes part in a round, how uploads travel, and what happens to those who fail.
 
+    ``max_growth`` and ``largest_share`` bound what one client can do: a result more than so many
+    times as large as state and uploads is not accepted, a larger share of the weight is lowered.
     ``codec`` is the number format of the uploads. With ``secure_sum`` the server learns their
     weighted mean alone, through a simulation of secure aggregation, of at least ``min_cohort``
     clients: a round that fewer complete keeps the model.
@@ -177,15 +180,22 @@ class RoundsSection(Section):
 
     participation: float = Field(1.0, gt=0, le=1)
     dropout: float = Field(0.0, ge=0, lt=1)
-    weighting: Literal["examples", "uniform"] = "examples"
+    weighting: Weighting = "examples"
     on_invalid: OnInvalid = "raise"
     allow_identical_uploads: bool = False
+    max_growth: float = Field(MAX_GROWTH, ge=1, allow_inf_nan=False)
+    largest_share: float | None = Field(None, gt=0, le=1)
     codec: Literal["fp32", "bf16", "int8"] = "fp32"
     secure_sum: bool = False
     min_cohort: int = Field(2, ge=2)
 
     @model_validator(mode="after")
-    def _one_format(self) -> RoundsSection:
+    def _fits_secure_sum(self) -> RoundsSection:
+        if self.secure_sum and self.largest_share is not None:
+            raise ValueError(
+                "largest_share is set with secure_sum, behind which no client's weight is seen; "
+                "leave it out"
+            )
         if self.secure_sum and self.codec != "fp32":
             raise ValueError(
                 f"codec is {self.codec!r} with secure_sum, whose uploads are masked integers; "

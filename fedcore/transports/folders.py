@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from fedcore.data.adapter_state import AdapterState
 from fedcore.data.claims import claimed
@@ -18,8 +18,9 @@ from fedcore.data.exchange import (
     write_broadcast,
 )
 from fedcore.data.peft_files import read_adapter
-from fedcore.data.validation import OnInvalid, check_rounds
-from fedcore.errors import FedcoreError
+from fedcore.data.validation import OnInvalid, Weighting, check_rounds, refuse_ranks
+from fedcore.errors import FedcoreError, printable
+from fedcore.federation.acceptance import MAX_GROWTH, Limits
 from fedcore.federation.checkpoints import check_newest, offering_newest_good, read_newest
 from fedcore.federation.server_round import OpenRound
 from fedcore.federation.state import ServerState, latest_state, write_state
@@ -28,7 +29,8 @@ from fedcore.methods.base import Method
 from fedcore.methods.registry import options_of
 from fedcore.methods.requirements import ONE_BROADCAST, check_start, refuse
 
-Weighting = Literal["examples", "uniform"]
+# The escapes of a file name of 255 bytes.
+_LONGEST_NAME = 1100
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,7 @@ class FileServer:
         adapter = start if isinstance(start, AdapterState) else read_adapter(start)
         check_start(chosen, adapter.family, adapter.keys.values(), "start", adapter.config)
         check_rounds(adapter, "start")
+        refuse_ranks(adapter, "start")
         layout = adapter.layout()
         state = ServerState(round=0, layout=layout, row=adapter.to_row(layout))
         served = BroadcastFolder(adapter, 0, chosen.name, options_of(chosen))
@@ -113,6 +116,8 @@ class FileServer:
         weighting: Weighting = "examples",
         on_invalid: OnInvalid = "raise",
         allow_identical_uploads: bool = False,
+        max_growth: float = MAX_GROWTH,
+        largest_share: float | None = None,
     ) -> FileServer:
         """The server after one more round; this object stays as it is.
 
@@ -122,6 +127,9 @@ class FileServer:
             on_invalid: ``"raise"`` names the first bad client, ``"drop"`` leaves bad ones out; who
                 was dropped is in ``state.record``.
             allow_identical_uploads: accept a round in which all uploads are identical.
+            max_growth: how many times as large as state and uploads the result may be; a larger one
+                leaves the state as it is, with a flag in ``state.record``.
+            largest_share: of the total weight, that one client may have; None sets no bound.
 
         Raises:
             FedcoreError: naming client, tensor and value, or another process that works in the
@@ -130,30 +138,36 @@ class FileServer:
         if weighting not in ("examples", "uniform"):
             raise FedcoreError(f"weighting is {weighting!r}; pass 'examples' or 'uniform'")
         folders = _folders(uploads)
+        # Who names folders one by one may mean links; what appears in a folder of uploads may not.
+        found = not isinstance(uploads, Mapping)
+        links = {client for client, folder in folders.items() if found and folder.is_symlink()}
         with claimed(self.folder):
             check_newest(self.state.round, self.folder / "state")
-            after = self._closed(folders, weighting, on_invalid, allow_identical_uploads)
+            opened = OpenRound(
+                self.method,
+                self.state,
+                list(folders),
+                on_invalid=on_invalid,
+                allow_identical_uploads=allow_identical_uploads,
+                limits=Limits(max_growth, largest_share),
+            )
+            after = self._closed(opened, folders, links, weighting)
             return replace(self, state=after, served=_next(self.served, after))._written()
 
     def _closed(
         self,
+        opened: OpenRound,
         folders: Mapping[str, Path],
+        links: Collection[str],
         weighting: Weighting,
-        on_invalid: OnInvalid,
-        allow_identical_uploads: bool,
     ) -> ServerState:
-        """The state after a round on the uploads in ``folders``."""
+        """The state after a round on the uploads in ``folders``, without those of ``links``."""
         method, t = self.method, self.state.round
-        opened = OpenRound(
-            method,
-            self.state,
-            list(folders),
-            on_invalid=on_invalid,
-            allow_identical_uploads=allow_identical_uploads,
-        )
         frozen = self.served.digest_of(opened.frozen)
         for client in sorted(folders):
             try:
+                if client in links:
+                    raise FedcoreError("its folder is a link; put the folder itself there")
                 upload = read_upload(
                     folders[client],
                     opened.layout,
@@ -189,10 +203,17 @@ def _next(before: BroadcastFolder, state: ServerState) -> BroadcastFolder:
 
 
 def _folders(uploads: str | Path | Mapping[str, str | Path]) -> dict[str, Path]:
+    """Client id, in printable characters, to folder."""
     if isinstance(uploads, Mapping):
-        return {client: Path(folder) for client, folder in uploads.items()}
-    path = Path(uploads)
-    folders = {f.parent.name: f.parent for f in sorted(path.glob(f"*/{UPLOAD_FILE}"))}
-    if not folders:
-        raise FedcoreError(f"{path} holds no folder with {UPLOAD_FILE}; pass a folder of uploads")
+        pairs = [(client, Path(folder)) for client, folder in uploads.items()]
+    else:
+        path = Path(uploads)
+        pairs = [(f.parent.name, f.parent) for f in sorted(path.glob(f"*/{UPLOAD_FILE}"))]
+        if not pairs:
+            raise FedcoreError(
+                f"{path} holds no folder with {UPLOAD_FILE}; pass a folder of uploads"
+            )
+    folders = {printable(client, _LONGEST_NAME): folder for client, folder in pairs}
+    if len(folders) < len(pairs):
+        raise FedcoreError("two clients have names that print alike; rename one of their folders")
     return folders

@@ -7,18 +7,26 @@ that its clients started from; the controller's model is replaced by it whole (`
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from torch import Tensor
 
-from fedcore.checks import is_number
+from fedcore.checks import choice, is_number
 from fedcore.data.adapter_state import AdapterState
 from fedcore.data.peft_files import read_adapter, write_adapter
 from fedcore.data.rows import row_from_tensors, tensors_from_row
-from fedcore.data.validation import OnInvalid, check_rounds
-from fedcore.errors import FedcoreError, missing_extra
+from fedcore.data.validation import (
+    OnInvalid,
+    Weighting,
+    check_rounds,
+    one_number,
+    refuse_ranks,
+)
+from fedcore.errors import FedcoreError, missing_extra, printable
+from fedcore.federation.acceptance import MAX_GROWTH, Limits
 from fedcore.federation.checkpoints import newest_or, save
 from fedcore.federation.server_round import OpenRound
 from fedcore.federation.state import ServerState
@@ -40,6 +48,16 @@ NUM_STEPS = "NUM_STEPS_CURRENT_ROUND"
 """Where NVFlare's own aggregators look for a client's weight."""
 
 
+@dataclass(frozen=True)
+class _Received:
+    """One upload: its row, weight and metrics, or what is wrong with it."""
+
+    row: Tensor | None = None
+    weight: float = 0.0
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    problem: str = ""
+
+
 class FedLoRAAggregator(ModelAggregator):  # type: ignore[misc,unused-ignore]
     """Aggregates PEFT adapters by one of our methods, for the ``aggregator`` of a FedAvg recipe.
 
@@ -56,6 +74,10 @@ class FedLoRAAggregator(ModelAggregator):  # type: ignore[misc,unused-ignore]
         checkpoints: folder for the state after every round, from which a job that is started again
             resumes; give the controller that round as its ``start_round``.
         allow_identical_uploads: accept a round in which all uploads are identical.
+        weighting: by the weights that clients report, or all alike.
+        max_growth: how many times as large as state and uploads a result may be; a larger one
+            leaves the state as it is, with a warning.
+        largest_share: of the total weight, that one client may have; None sets no bound.
 
     Methods that send each client something of its own, or update base weights, are refused: an
     aggregator of NVFlare answers with one model of the adapter's tensors.
@@ -73,12 +95,19 @@ class FedLoRAAggregator(ModelAggregator):  # type: ignore[misc,unused-ignore]
         on_invalid: OnInvalid = "raise",
         checkpoints: str | None = None,
         allow_identical_uploads: bool = False,
+        weighting: Weighting = "examples",
+        max_growth: float = MAX_GROWTH,
+        largest_share: float | None = None,
     ) -> None:
         super().__init__()
         # Jobs are written as the arguments of their components, found by these names.
         self.adapter, self.method, self.options = adapter, method, options
         self.weight_key, self.on_invalid, self.checkpoints = weight_key, on_invalid, checkpoints
         self.allow_identical_uploads = allow_identical_uploads
+        self.weighting: Weighting = weighting
+        self.max_growth, self.largest_share = max_growth, largest_share
+        choice("FedLoRAAggregator", "weighting", weighting, get_args(Weighting))
+        self._limits = Limits(max_growth, largest_share)
         if on_invalid not in ("raise", "drop"):
             raise FedcoreError(f"on_invalid is {on_invalid!r}; pass 'raise' or 'drop'")
         self._method = create_method(method, **(options or {}))
@@ -93,8 +122,9 @@ class FedLoRAAggregator(ModelAggregator):  # type: ignore[misc,unused-ignore]
             self._start.config,
         )
         check_rounds(self._start, "adapter")
+        refuse_ranks(self._start, "adapter")
         self._state = _begin(self._start, checkpoints)
-        self._received: dict[str, tuple[Tensor | None, float, str, Mapping[str, float]]] = {}
+        self._received: dict[str, _Received] = {}
 
     @property
     def state(self) -> ServerState:
@@ -103,19 +133,21 @@ class FedLoRAAggregator(ModelAggregator):  # type: ignore[misc,unused-ignore]
 
     def accept_model(self, model: Any) -> None:
         """Keep one client's upload; what is wrong with it is said when all are there."""
-        meta = dict(model.meta or {})
-        client = str(meta.get("client_name", ""))
-        if client in self._received:
-            self._received[client] = (None, 0.0, "it reported twice", {})
-            return
+        client, received = "", _Received()
         try:
+            meta = dict(model.meta or {})
+            client = printable(meta.get("client_name", ""))
             if not client:
                 raise FedcoreError("its meta has no client_name")
-            row, weight = self._row(model), self._weight(meta)
+            received = _Received(self._row(model), self._weight(meta), _numbers(model.metrics))
         except FedcoreError as error:
-            self._received[client] = (None, 0.0, str(error), {})
-            return
-        self._received[client] = (row, weight, "", dict(model.metrics or {}))
+            received = _Received(problem=str(error))
+        except Exception as error:
+            # Whatever an upload does to the code that reads it is the fault of that client.
+            received = _Received(problem=f"it cannot be read ({type(error).__name__})")
+        if client in self._received:
+            received = _Received(problem="it reported twice")
+        self._received[client] = received
 
     def aggregate_model(self) -> Any:
         """The next global adapter, whole, with the clients' metrics averaged by weight.
@@ -132,12 +164,13 @@ class FedLoRAAggregator(ModelAggregator):  # type: ignore[misc,unused-ignore]
             list(received),
             on_invalid=self.on_invalid,
             allow_identical_uploads=self.allow_identical_uploads,
+            limits=self._limits,
         )
-        for client, (row, weight, problem, _) in sorted(received.items()):
-            if row is None:
-                opened.refuse(client, problem)
+        for client, upload in sorted(received.items()):
+            if upload.row is None:
+                opened.refuse(client, upload.problem)
             else:
-                opened.receive(client, row, weight)
+                opened.receive(client, upload.row, upload.weight)
         closed = opened.close()
         cohort, self._state = closed.cohort, closed.state
         for drop in cohort.dropped:
@@ -147,7 +180,7 @@ class FedLoRAAggregator(ModelAggregator):  # type: ignore[misc,unused-ignore]
         if self.checkpoints is not None:
             save(self._state, Path(self.checkpoints))
         weights = dict(zip(cohort.client_ids, cohort.weights.tolist(), strict=True))
-        metrics = {client: received[client][3] for client in weights}
+        metrics = {client: received[client].metrics for client in weights}
         return FLModel(
             params_type=ParamsType.FULL,
             params=self.global_params(),
@@ -178,10 +211,12 @@ class FedLoRAAggregator(ModelAggregator):  # type: ignore[misc,unused-ignore]
         return row_from_tensors(tensors, sent, held=unchanged)
 
     def _weight(self, meta: Mapping[str, Any]) -> float:
+        if self.weighting == "uniform":
+            return 1.0
         weight = meta.get(self.weight_key)
         if not is_number(weight):
             raise FedcoreError(f"its meta has {self.weight_key} = {weight!r:.60}; pass its weight")
-        return float(weight)
+        return one_number(self.weight_key, weight)
 
 
 class AdapterPersistor(ModelPersistor):  # type: ignore[misc,unused-ignore]
@@ -268,17 +303,26 @@ def _tensor(key: str, value: Any) -> Tensor:
     return tensor
 
 
+def _numbers(metrics: Any) -> dict[str, float]:
+    """The numbers among a client's metrics; text is left out."""
+    return {
+        printable(name): one_number(name, value)
+        for name, value in dict(metrics or {}).items()
+        if is_number(value)
+    }
+
+
 def _mean_metrics(
-    metrics: Mapping[str, Mapping[str, Any]], weights: Mapping[str, float]
+    metrics: Mapping[str, Mapping[str, float]], weights: Mapping[str, float]
 ) -> dict[str, float] | None:
     """The weighted mean of every number that all clients report."""
     if not metrics:
         return None
     total = sum(weights.values())
-    means: dict[str, float] = {}
-    for name in next(iter(metrics.values())):
-        values = {client: reported.get(name) for client, reported in metrics.items()}
-        numbers = {client: float(value) for client, value in values.items() if is_number(value)}
-        if len(numbers) == len(values):
-            means[name] = sum(v * weights[c] / total for c, v in numbers.items())
+    names = set.intersection(*(set(reported) for reported in metrics.values()))
+    # Shares first: a product of a finite number and a weight may overflow, a mean does not.
+    means = {
+        name: sum(reported[name] * (weights[c] / total) for c, reported in metrics.items())
+        for name in sorted(names)
+    }
     return means or None

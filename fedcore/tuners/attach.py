@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig, get_peft_model
-from torch import nn
+from torch import Tensor, nn
 
 from fedcore.errors import FedcoreError, unknown_name
 from fedcore.tuners.gram.config import GramConfig
@@ -47,8 +47,9 @@ def attach_adapter(
             adapter; a language model's (``"CAUSAL_LM"``) is part of the frozen base.
 
     Raises:
-        FedcoreError: no layer of the model is called so, a layer index is out of range, the family
-            or the start is unknown, or the start does not fit a layer.
+        FedcoreError: no layer of the model is called so, the rank is more than a layer's update can
+            have, a layer index is out of range, the family or the start is unknown, or the start
+            does not fit a layer.
     """
     if family not in _FAMILIES:
         raise unknown_name("adapter family", family, _FAMILIES)
@@ -64,6 +65,7 @@ def attach_adapter(
         "layers_to_transform": _layer_indices(model, layers),
     }
     _check_targets(model, target_modules)
+    _check_rank(model, target_modules, rank)
     config: PeftConfig
     if family == "lora":
         config = LoraConfig(lora_dropout=0.0, bias="none", **common)
@@ -101,6 +103,30 @@ def _check_targets(model: nn.Module, targets: Sequence[str]) -> None:
             raise FedcoreError(
                 f"target module {target!r} is not in the model; its layers end in {', '.join(ends)}"
             )
+
+
+def _check_rank(model: nn.Module, targets: Sequence[str], rank: int) -> None:
+    """Refuse a rank that no update of a target can have, before factors of it are allocated."""
+    for name, module in model.named_modules():
+        if not any(name == target or name.endswith(f".{target}") for target in targets):
+            continue
+        sides = _sides(module)
+        if rank > min(sides, default=rank):
+            raise FedcoreError(
+                f"rank {rank} is more than an update of {name} can have, which is "
+                f"{sides[0]} x {sides[1]}; pass {min(sides)} at most"
+            )
+
+
+def _sides(module: nn.Module) -> tuple[int, ...]:
+    """Output and input width of a layer, of a quantised one too; empty where they are not known."""
+    widths = getattr(module, "out_features", None), getattr(module, "in_features", None)
+    if isinstance(widths[0], int) and isinstance(widths[1], int):
+        return widths[0], widths[1]
+    weight = getattr(module, "weight", None)
+    if isinstance(weight, Tensor) and weight.is_floating_point() and weight.dim() > 1:
+        return weight.shape[0], weight[0].numel()
+    return ()
 
 
 def _layer_indices(model: nn.Module, layers: Sequence[int] | None) -> list[int] | None:

@@ -3,10 +3,14 @@ import math
 import pytest
 import torch
 
+from fedcore.data.adapter_state import AdapterState
 from fedcore.data.cohort import Cohort, CohortBuilder
-from fedcore.data.validation import digest, identical_rows
+from fedcore.data.peft_files import write_adapter
+from fedcore.data.rows import tensors_from_row
+from fedcore.data.validation import digest, identical_rows, rank_problem
 from fedcore.errors import FedcoreError
 from tests.property.adapters import gram_state, lora_state, lora_tensors
+from tests.property.method_rounds import family_layout
 
 
 def products(cohort, module):
@@ -57,7 +61,6 @@ def broken(**change):
         tensors["base_model.model.pooler.weight"] = torch.zeros(2)
     if "missing" in change:
         del tensors["base_model.model.classifier.bias"]
-    from fedcore.data.adapter_state import AdapterState
 
     return AdapterState.from_peft(tensors, {"r": 3, "lora_alpha": 3})
 
@@ -175,8 +178,6 @@ def test_identical_rows_are_noticed():
 
 
 def test_folders_become_a_cohort_and_bad_ones_are_named(tmp_path):
-    from fedcore.data.peft_files import write_adapter
-
     folders = {c: write_adapter(lora_state(i), tmp_path / c) for i, c in enumerate("ab")}
     cohort = Cohort.from_folders(folders, {"a": 1.0, "b": 3.0})
     direct = Cohort.from_states(
@@ -189,3 +190,46 @@ def test_folders_become_a_cohort_and_bad_ones_are_named(tmp_path):
     kept = Cohort.from_folders(folders, on_invalid="drop")
     assert kept.client_ids == ("a",)
     assert kept.dropped[0].client_id == "b"
+
+
+def adapter_of_rank(rank, d_out=8, d_in=6):
+    tensors = {
+        "m.lora_A.weight": torch.randn(rank, d_in),
+        "m.lora_B.weight": torch.randn(d_out, rank),
+    }
+    return AdapterState.from_peft(tensors, {"r": rank, "lora_alpha": rank})
+
+
+def test_a_rank_that_no_product_can_have_is_refused_by_name(tmp_path):
+    """One wide adapter would make every other row as wide."""
+    folders = {
+        name: write_adapter(adapter_of_rank(rank), tmp_path / name)
+        for name, rank in (("a", 3), ("b", 20_000), ("c", 6))
+    }
+    message = (
+        "round 0: client b: module m has rank 20000, its update has at most 6; train it with a "
+        "rank that is no larger"
+    )
+    with pytest.raises(FedcoreError) as caught:
+        Cohort.from_folders(folders)
+    assert str(caught.value) == message
+    cohort = Cohort.from_folders(folders, on_invalid="drop")
+    assert cohort.client_ids == ("a", "c")
+    assert max(slot.rows for slot in cohort.layout.factor_slots) == 6
+
+
+@pytest.mark.parametrize("family", ["lora", "gram", "tri"])
+def test_ranks_up_to_the_narrower_side_are_ordinary(family):
+    narrow, wide = (family_layout(family, rank) for rank in (7, 13))
+    states = [
+        AdapterState.from_tensors(
+            {
+                f"{slot.module}.{family}_{slot.factor}.weight": tensor
+                for slot in layout.factor_slots
+                for tensor in [tensors_from_row(torch.ones(layout.size), layout)[slot.name]]
+            }
+        )
+        for layout in (narrow, wide)
+    ]
+    assert rank_problem(states[0]) is None
+    assert "module m0 has rank 13" in rank_problem(states[1])

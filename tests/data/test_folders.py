@@ -491,9 +491,10 @@ def test_the_file_is_there_at_every_moment(tmp_path: Path) -> None:
         ('{"a": NaN}', r"cannot read .*a.json: NaN is not a finite number"),
         ('{"a": -Infinity}', r"-Infinity is not a finite number"),
         ('{"a": 1e999}', r"1e999 is not a finite number"),
-        ('{"a": ' + "9" * 5000 + "}", r"cannot read .*a.json: Exceeds the limit"),
+        ('{"a": ' + "9" * 5000 + "}", r"cannot read .*a.json: a number has 5000 digits"),
         ('{"a": ' + "[" * 40 + "]" * 40 + "}", r"nested deeper than 32 levels"),
-        ("[" * 100_000, r"cannot read .*a.json"),
+        ("[" * 100_000, r"nested deeper than 32 levels"),
+        ('{"a": 1, "b": {"a": 1, "a": 2}}', r"it names 'a' twice"),
         (" " * (4 << 20) + "{}", r"holds more than 4194304 bytes"),
     ],
 )
@@ -528,7 +529,7 @@ def test_fields_have_their_types(tmp_path: Path) -> None:
     found = read_object(file, "client 3", kinds)
     assert found == values
     assert [type(found[name]) for name in kinds] == list(kinds.values())
-    wrong = [("i", True), ("i", 1.0), ("f", True), ("f", "1"), ("f", 10**400), ("s", None)]
+    wrong = [("i", True), ("i", 1.0), ("f", True), ("f", "1"), ("s", None)]
     for name, value in [*wrong, ("b", 1), ("l", {}), ("d", [])]:
         write_text(json.dumps({**values, name: value}), file)
         with pytest.raises(FedcoreError, match=rf"client 3: {name} is .*; it must be"):
@@ -547,7 +548,7 @@ def test_an_upload_with_too_large_a_number_is_that_clients_fault(tmp_path: Path)
     write_upload(_upload(1), LAYOUT, LIKE, tmp_path / "site", factors=True)
     file = tmp_path / "site" / "upload.json"
     write_text(json.dumps({**json.loads(file.read_text()), "examples": 10**400}), file)
-    with pytest.raises(FedcoreError, match="its upload: examples is 1000"):
+    with pytest.raises(FedcoreError, match="a number has 401 digits, more than 40"):
         read_upload(tmp_path / "site", LAYOUT, LIKE, factors=True, round=0)
 
 

@@ -63,7 +63,7 @@ def test_tensors_of_every_float_dtype_are_read_to_the_bit(tmp_path, dtype):
         ({"a": entry(0, 8, dtype="I32")}, 8, "'a' has dtype 'I32'; a float dtype is needed"),
         ({"a": {**entry(0, 8), "more": 1}}, 8, "and nothing else"),
         ({"a\n": entry(0, 8)}, 8, r"'a\\n' is not a printable name"),
-        ('{"a": %s, "a": %s}' % ((json.dumps(entry(0, 8)),) * 2), 8, "its header names 'a' twice"),
+        ('{"a": %s, "a": %s}' % ((json.dumps(entry(0, 8)),) * 2), 8, "it names 'a' twice"),
         ("[]", 0, "its header is not a JSON object"),
         ("[" * 100_000, 0, "cannot read"),
         ("{", 0, "cannot read"),

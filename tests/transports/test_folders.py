@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from itertools import pairwise
 from pathlib import Path
 
@@ -11,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from fedcore.data.adapter_state import AdapterState
 from fedcore.data.cohort import Cohort
 from fedcore.data.exchange import read_broadcast
+from fedcore.data.tensor_file import TensorFile
 from fedcore.errors import FedcoreError
 from fedcore.methods import create_method
 from fedcore.methods.base import Broadcast
@@ -102,7 +105,7 @@ def rolora(tmp_path_factory: pytest.TempPathFactory) -> tuple[FileServer, Path]:
 def spoiled(uploads: Path, tmp_path: Path, **fields: object) -> dict[str, Path]:
     """The uploads, with ``fields`` of site-2's ``upload.json`` replaced."""
     bad = tmp_path / "site-2"
-    bad.mkdir()
+    bad.mkdir(parents=True)
     for file in (uploads / "site-2").iterdir():
         (bad / file.name).write_bytes(file.read_bytes())
     about = json.loads((bad / "upload.json").read_text())
@@ -236,3 +239,194 @@ def test_a_federation_is_started_once_and_from_its_methods_family(tmp_path: Path
         FileServer.open(tmp_path / "nothing")
     with pytest.raises(FedcoreError, match=r"holds no folder with upload.json"):
         FileServer.open(tmp_path).round(tmp_path / "nothing")
+
+
+def dropped(server: FileServer, uploads: str | Path | dict[str, Path], **options: object) -> str:
+    """Why the second of two sites was left out."""
+    after = server.round(uploads, on_invalid="drop", **options)  # type: ignore[arg-type]
+    (drop,) = after.state.record["dropped"]
+    assert drop["client"] == "site-2"
+    assert after.state.record["clients"].keys() == {"site-1"}
+    return str(drop["reason"])
+
+
+@pytest.mark.parametrize(
+    "name", ["upload.json", "adapter_config.json", "adapter_model.safetensors"]
+)
+@pytest.mark.parametrize("kind", ["link", "link to a device", "pipe", "folder", "dangling link"])
+def test_an_upload_is_regular_files_alone(
+    rolora: tuple[FileServer, Path], tmp_path: Path, name: str, kind: str
+) -> None:
+    server, uploads = rolora
+    folders = spoiled(uploads, tmp_path)
+    file = folders["site-2"] / name
+    file.unlink()
+    if kind == "link":
+        file.symlink_to(uploads / "site-1" / name)
+    elif kind == "link to a device":
+        file.symlink_to("/dev/zero")
+    elif kind == "dangling link":
+        file.symlink_to(tmp_path / "nothing")
+    elif kind == "pipe":
+        os.mkfifo(file)
+    else:
+        file.mkdir()
+    reason = dropped(server, folders)
+    assert f"cannot read {file}: " in reason
+    assert ("it is a link" in reason) == ("link" in kind)
+
+
+def copied(uploads: Path, to: Path) -> Path:
+    """The two uploads in a folder of their own."""
+    shutil.copytree(uploads, to)
+    return to
+
+
+def test_a_folder_of_uploads_holds_no_links(
+    rolora: tuple[FileServer, Path], tmp_path: Path
+) -> None:
+    server, uploads = rolora
+    everyone = copied(uploads, tmp_path / "all")
+    shutil.rmtree(everyone / "site-2")
+    (everyone / "site-2").symlink_to(everyone / "site-1")
+    assert "its folder is a link; put the folder itself there" in dropped(server, everyone)
+    # Who names every folder has chosen the link.
+    named = {name: everyone / name for name in EXAMPLES}
+    assert server.round(named).state.record["clients"].keys() == EXAMPLES.keys()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"examples": 1e999}', "1e999 is not a finite number"),
+        ('{"examples": 1%s}' % ("0" * 400), "a number has 401 digits"),
+        ('{"examples": 1, "examples": 2}', "it names 'examples' twice"),
+        ("[" * 100_000, "nested deeper than 32 levels"),
+        ('{"a": ' * 100 + "1" + "}" * 100, "nested deeper than 32 levels"),
+        ('{"flags": "\\ud800"', "cannot read"),
+        ("", "cannot read"),
+    ],
+)
+def test_what_an_upload_says_is_read_by_bounds(
+    rolora: tuple[FileServer, Path], tmp_path: Path, text: str, message: str
+) -> None:
+    server, uploads = rolora
+    for name in ("upload.json", "adapter_config.json"):
+        folders = spoiled(uploads, tmp_path / name)
+        (folders["site-2"] / name).write_text(text)
+        assert message in dropped(server, folders)
+
+
+def test_names_and_shapes_are_compared_before_values_are_read(
+    rolora: tuple[FileServer, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server, uploads = rolora
+    folders = spoiled(uploads, tmp_path)
+    file = folders["site-2"] / "adapter_model.safetensors"
+    named = load_file(file)
+    key = next(key for key in named if "lora_B" in key)
+    save_file({**named, key: named[key][:, :1].contiguous()}, file)
+    read, genuine = [], TensorFile.read
+
+    def noted(self: TensorFile, names: list[str]) -> dict[str, torch.Tensor]:
+        read.append(self.path.parent.name)
+        return genuine(self, names)
+
+    monkeypatch.setattr(TensorFile, "read", noted)
+    assert "has shape (24, 1), expected (24, 3)" in dropped(server, folders)
+    assert "site-2" not in read
+
+
+def test_a_header_of_many_names_is_refused_by_its_size(
+    rolora: tuple[FileServer, Path], tmp_path: Path
+) -> None:
+    server, uploads = rolora
+    folders = spoiled(uploads, tmp_path)
+    file = folders["site-2"] / "adapter_model.safetensors"
+    named = load_file(file)
+    save_file({**named, **{f"x{i}": torch.zeros(1) for i in range(20_000)}}, file)
+    assert "more than the budget" in dropped(server, folders)
+
+
+@pytest.mark.parametrize("examples", [1e16, 1e308, 2**62])
+def test_a_number_of_examples_that_cannot_be_is_refused(
+    rolora: tuple[FileServer, Path], tmp_path: Path, examples: float
+) -> None:
+    server, uploads = rolora
+    folders = spoiled(uploads, tmp_path, examples=examples)
+    assert "more than 2**53" in dropped(server, folders)
+
+
+def test_a_share_of_the_weight_can_be_capped(
+    rolora: tuple[FileServer, Path], tmp_path: Path
+) -> None:
+    server, uploads = rolora
+    folders = spoiled(uploads, tmp_path, examples=1e12)
+    after = server.round(folders, largest_share=0.5)
+    assert after.state.record["clients"] == {"site-1": 6.0, "site-2": 6.0}
+    (flag,) = after.state.record["flags"]
+    assert flag.startswith("site-2: its share of the weight is 1, above largest_share 0.5")
+    equal = server.round(uploads, weighting="uniform")
+    assert torch.equal(after.state.row, equal.state.row)
+
+
+def test_a_result_that_is_too_large_leaves_the_state(tmp_path: Path) -> None:
+    server = FileServer.create(tmp_path / "federation", start_of(lora_bert()), "product_svd")
+    for site in EXAMPLES:
+        train_and_upload(lora_bert, server.broadcast, tmp_path, site)
+    file = tmp_path / "uploads-0" / "site-2" / "adapter_model.safetensors"
+    named = load_file(file)
+    save_file({key: torch.full_like(value, 3e38) for key, value in named.items()}, file)
+    after = server.round(tmp_path / "uploads-0")
+    assert after.state.round == 1
+    assert torch.equal(after.state.row, server.state.row)
+    (flag,) = after.state.record["flags"]
+    assert "the largest uploads: site-2 (norm " in flag
+    # The next clients start from it, and another process reads it.
+    assert torch.equal(read_broadcast(after.broadcast).row, server.state.row)
+    assert FileServer.open(server.folder).state.round == 1
+
+
+NASTY = "\x1b]0;owned\x07[red]<script>\u202e\n"
+SHOWN = r"\x1b]0;owned\x07[red]<script>\u202e\n"
+
+
+def test_names_and_flags_of_clients_are_recorded_printable(
+    rolora: tuple[FileServer, Path], tmp_path: Path
+) -> None:
+    server, uploads = rolora
+    everyone = tmp_path / "all"
+    good, bad = everyone / f"good {NASTY}", everyone / f"bad {NASTY}"
+    shutil.copytree(uploads / "site-1", good)
+    shutil.copytree(uploads / "site-2", bad)
+    for folder, fields in ((good, {"flags": [NASTY] * 20_000}), (bad, {"round": 7})):
+        about = json.loads((folder / "upload.json").read_text())
+        (folder / "upload.json").write_text(json.dumps({**about, **fields}))
+    record = server.round(everyone, on_invalid="drop").state.record
+    assert record["clients"] == {f"good {SHOWN}": 6.0}
+    assert record["dropped"] == [{"client": f"bad {SHOWN}", "reason": "its upload is for round 7"}]
+    assert record["flags"][0] == f"good {SHOWN}: {SHOWN}"
+    assert record["flags"][20:] == [f"good {SHOWN}: 19980 more flags"]
+    with pytest.raises(FedcoreError) as caught:
+        server.round(everyone)
+    assert str(caught.value).isprintable()
+    assert f"client bad {SHOWN}" in str(caught.value)
+
+
+def test_an_unexpected_name_of_a_tensor_is_quoted_printable(
+    rolora: tuple[FileServer, Path], tmp_path: Path
+) -> None:
+    server, uploads = rolora
+    folders = spoiled(uploads, tmp_path)
+    file = folders["site-2"] / "adapter_model.safetensors"
+    save_file({**load_file(file), NASTY: torch.ones(1)}, file)
+    reason = dropped(server, folders)
+    assert reason.isprintable()
+    assert "is not a printable name" in reason
+
+
+def test_a_start_of_a_rank_that_no_update_can_have_is_refused(tmp_path: Path) -> None:
+    tensors = {"m.lora_A.weight": torch.ones(5, 3), "m.lora_B.weight": torch.ones(4, 5)}
+    start = AdapterState.from_peft(tensors, {"r": 5, "lora_alpha": 5})
+    with pytest.raises(FedcoreError, match="start: module m has rank 5, its update has at most 3"):
+        FileServer.create(tmp_path, start, "fedit")

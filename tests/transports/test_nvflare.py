@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 from collections.abc import Callable, Mapping, Sequence
 from inspect import signature
 from pathlib import Path
@@ -479,3 +480,114 @@ def test_an_fp64_adapter_stays_fp64(tmp_path: Path) -> None:
         aggregator.accept_model(upload(aggregator, client))
     answer = aggregator.aggregate_model()
     assert {array.dtype for array in answer.params.values()} == {np.dtype("float64")}
+
+
+class Explodes:
+    """A reference to a file that cannot be read, in a way that nobody thought of."""
+
+    def materialize(self) -> torch.Tensor:
+        raise MemoryError("the data of a client: 42")
+
+
+WEIGHT_KEY = "NUM_STEPS_CURRENT_ROUND"
+
+
+def with_meta(**fields: Any) -> Callable[[Any], Any]:
+    return with_fields(meta={"client_name": "site-2", WEIGHT_KEY: 10.0, **fields})
+
+
+UNREADABLE: list[tuple[Callable[[Any], Any], str]] = [
+    (change("lora_B", Explodes()), r"it cannot be read \(MemoryError\)"),
+    (with_fields(params=3), r"it cannot be read \(AttributeError\)"),
+    (with_fields(params={3: torch.zeros(1)}), r"it cannot be read \(AttributeError\)"),
+    (with_fields(metrics=[1.0]), r"it cannot be read \(TypeError\)"),
+    (with_fields(metrics={"loss": float("nan")}), "its loss is not a finite number"),
+    (with_fields(metrics={"loss": 10**400}), "its loss is not a finite number"),
+    (with_fields(current_round=np.array([0, 0])), r"it cannot be read \(ValueError\)"),
+    (with_meta(**{WEIGHT_KEY: 10**400}), f"its {WEIGHT_KEY} is not a finite number"),
+    (with_meta(**{WEIGHT_KEY: 1e308}), "its weight is too large: more than 2"),
+    (with_meta(**{WEIGHT_KEY: True}), "pass its weight"),
+    (change("lora_B", lambda v: v.astype(object)), "is a ndarray, not a tensor"),
+]
+
+
+@pytest.mark.parametrize(("spoil", "message"), UNREADABLE)
+def test_whatever_one_upload_holds_the_round_is_that_of_the_others(
+    start: Callable[[str], str], spoil: Callable[[Any], Any], message: str
+) -> None:
+    folder = start("rolora")
+    aggregator = FedLoRAAggregator(folder, "rolora", on_invalid="drop")
+    aggregator.accept_model(upload(aggregator, "site-1"))
+    aggregator.accept_model(spoil(upload(aggregator, "site-2")))
+    result = aggregator.aggregate_model()
+    (dropped,) = aggregator.state.record["dropped"]
+    assert dropped["client"] == "site-2"
+    assert re.search(message, dropped["reason"])
+    assert "42" not in dropped["reason"]
+    alone = FedLoRAAggregator(folder, "rolora")
+    alone.accept_model(upload(alone, "site-1"))
+    assert result.metrics == alone.aggregate_model().metrics
+    assert torch.equal(aggregator.state.row, alone.state.row)
+
+
+def test_a_name_that_does_not_print_is_recorded_escaped(start: Callable[[str], str]) -> None:
+    aggregator = FedLoRAAggregator(start("rolora"), "rolora", on_invalid="drop")
+    nasty = "\x1b]0;owned\x07\u202e\n"
+    aggregator.accept_model(with_meta(client_name=nasty)(upload(aggregator, "site-2")))
+    aggregator.aggregate_model()
+    assert list(aggregator.state.record["clients"]) == [r"\x1b]0;owned\x07\u202e\n"]
+
+
+def test_a_result_that_is_too_large_leaves_the_state(
+    start: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    aggregator = FedLoRAAggregator(start("fedit"), "product_svd")
+    monkeypatch.setattr(aggregator, "warning", said.append)
+    before = aggregator.state.row.clone()
+    aggregator.accept_model(upload(aggregator, "site-1"))
+    aggregator.accept_model(
+        change("lora_B", lambda v: np.full_like(v, 3e38))(
+            change("lora_A", lambda v: np.full_like(v, 3e38))(upload(aggregator, "site-2"))
+        )
+    )
+    aggregator.aggregate_model()
+    assert aggregator.state.round == 1
+    assert torch.equal(aggregator.state.row, before)
+    (warning,) = said
+    assert "the largest uploads: site-2 (norm " in warning
+
+
+def test_weights_are_capped_or_the_servers_own(start: Callable[[str], str]) -> None:
+    folder = start("fedit")
+    rows = []
+    for options, claim in (
+        ({"weighting": "uniform"}, 1e12),
+        ({"weighting": "uniform"}, None),
+        ({"largest_share": 0.5}, 1e12),
+    ):
+        aggregator = FedLoRAAggregator(folder, "fedit", **options)  # type: ignore[arg-type]
+        aggregator.accept_model(upload(aggregator, "site-1"))
+        aggregator.accept_model(with_meta(**{WEIGHT_KEY: claim})(upload(aggregator, "site-2")))
+        assert aggregator.aggregate_model().metrics == {"loss": pytest.approx(1.5)}
+        rows.append(aggregator.state.row)
+    assert torch.equal(rows[0], rows[1])
+    torch.testing.assert_close(rows[0], rows[2])
+    with pytest.raises(FedcoreError, match="unknown weighting of FedLoRAAggregator 'all'"):
+        FedLoRAAggregator(folder, weighting="all")  # type: ignore[arg-type]
+
+
+def test_means_of_metrics_do_not_overflow(start: Callable[[str], str]) -> None:
+    aggregator = FedLoRAAggregator(start("fedit"))
+    for client in WEIGHTS:
+        model = upload(aggregator, client)
+        model.metrics = {"loss": 1.7e308}
+        aggregator.accept_model(model)
+    assert aggregator.aggregate_model().metrics == {"loss": pytest.approx(1.7e308)}
+
+
+def test_a_start_of_a_rank_that_no_update_can_have_is_refused(tmp_path: Path) -> None:
+    tensors = {"m.lora_A.weight": torch.ones(5, 3), "m.lora_B.weight": torch.ones(4, 5)}
+    folder = write_adapter(AdapterState.from_peft(tensors, {"r": 5, "lora_alpha": 5}), tmp_path)
+    with pytest.raises(FedcoreError, match="adapter: module m has rank 5, its update has at most"):
+        FedLoRAAggregator(str(folder))

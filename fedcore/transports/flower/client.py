@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from math import isfinite
 
 import torch
 from flwr.app import ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
@@ -29,6 +30,7 @@ from fedcore.transports.flower.messages import (
     from_arrays,
     to_arrays,
 )
+from fedcore.transports.flower.reply_metrics import METRICS
 
 _ROW, _OWN, _RESIDUAL, _RUN = (f"fedcore.{name}" for name in ("row", "own", "residual", "run"))
 
@@ -75,7 +77,7 @@ class ClientMemory:
                 del state[name]
 
 
-ARRAYS, METRICS, EXAMPLES = "arrays", "metrics", "num-examples"
+ARRAYS, EXAMPLES = "arrays", "num-examples"
 
 DROPPED_OUT = 4101
 """The code of the error by which a client says that it drops out of a round, as the recipe asks."""
@@ -155,11 +157,14 @@ def train(
     if experiment.recipe.round.codec == "bf16":
         # They are rounded already, so this changes their size alone.
         tensors = {key: tensor.to(torch.bfloat16) for key, tensor in tensors.items()}
-    metrics = {EXAMPLES: trained.weight, "train-loss": trained.loss}
-    if trained.accuracy is not None:
-        metrics["local-accuracy"] = trained.accuracy
-    if trained.held_out_loss is not None:
-        metrics["local-loss"] = trained.held_out_loss
+    measured = {
+        "train-loss": trained.loss,
+        "local-accuracy": trained.accuracy,
+        "local-loss": trained.held_out_loss,
+    }
+    # A server takes finite numbers alone; what was not measured is left out as well.
+    metrics = {EXAMPLES: trained.weight}
+    metrics |= {name: v for name, v in measured.items() if v is not None and isfinite(v)}
     answer = RecordDict(
         {
             ARRAYS: to_arrays(tensors),

@@ -6,20 +6,29 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from torch import Tensor
 
 from fedcore.data.adapter_state import AdapterState
 from fedcore.data.low_rank import packed
-from fedcore.data.rows import Ranks, row_from_tensors, slot_name, tensors_from_row
+from fedcore.data.npy import NpyArray
+from fedcore.data.rows import (
+    Ranks,
+    check_shapes,
+    row_from_tensors,
+    slot_name,
+    tensors_from_row,
+)
 from fedcore.data.validation import check_rounds
 from fedcore.errors import FedcoreError
 from fedcore.federation.downloads import Download
 from fedcore.federation.state import ServerState, personal_of, statistics_of
 from fedcore.methods.base import Method
+from fedcore.transports.flower.reply_metrics import read_metrics, read_weight
 from fedcore_kernels.layout import FactorLayout
+
+_NUMPY = "numpy.ndarray"
 
 BF16_TAG = ":bf16"
 """The end of the key under which a bf16 tensor travels as int16."""
@@ -49,21 +58,37 @@ def from_arrays(record: ArrayRecord) -> dict[str, Tensor]:
     Raises:
         FedcoreError: naming the key of an array that cannot be read.
     """
-    tensors: dict[str, Tensor] = {}
+    return {name: _decoded(array) for name, array in _opened(record).items()}
+
+
+def _opened(record: ArrayRecord) -> dict[str, tuple[NpyArray, bool]]:
+    """Name to an array whose header was checked, and whether its integers stand for bf16.
+
+    Raises:
+        FedcoreError: naming the key of an array that cannot be read.
+    """
+    arrays: dict[str, tuple[NpyArray, bool]] = {}
     for key, array in record.items():
         name = key.removesuffix(BF16_TAG)
-        if name in tensors:
+        if name in arrays:
             raise FedcoreError(f"{name} is there twice, once as bf16")
+        if array.stype != _NUMPY:
+            raise FedcoreError(f"{key} is stored as {array.stype[:60]!r}, which is not {_NUMPY!r}")
         try:
-            values = torch.from_numpy(np.array(array.numpy()))
-        except (TypeError, ValueError, OSError, EOFError) as error:
-            raise FedcoreError(f"{key} cannot be read: {error}") from error
-        if key != name:
-            if values.dtype != torch.int16:
-                raise FedcoreError(f"{key} holds {values.dtype}; bf16 travels as int16")
-            values = values.view(torch.bfloat16)
-        tensors[name] = values
-    return tensors
+            values = NpyArray.open(array.data)
+        except FedcoreError as error:
+            raise FedcoreError(f"{key} cannot be read: {error}") from None
+        if tuple(array.shape) != values.shape:
+            raise FedcoreError(f"{key} holds shape {values.shape}, its record says another")
+        if key != name and values.dtype != torch.int16:
+            raise FedcoreError(f"{key} holds {values.dtype}; bf16 travels as int16")
+        arrays[name] = values, key != name
+    return arrays
+
+
+def _decoded(array: tuple[NpyArray, bool]) -> Tensor:
+    values, is_bf16 = array
+    return values.tensor().view(torch.bfloat16) if is_bf16 else values.tensor()
 
 
 RECORD = "fedcore"
@@ -294,13 +319,15 @@ class ReplyContent:
 
     Attributes:
         row: ``(P,)`` in the upload layout of the round.
-        weight: the client's.
+        weight: the client's, 1 where the server weighs all alike.
+        metrics: all that it reports, by name, each one finite number.
         reply: what it says of its upload.
         statistics: what it says of its data, by name.
     """
 
     row: Tensor
     weight: float
+    metrics: Mapping[str, float]
     reply: ReplyInfo
     statistics: Mapping[str, Tensor]
 
@@ -313,13 +340,15 @@ def read_reply(
     ranks: Ranks | None,
     *,
     unchanged: Mapping[str, Tensor],
-    weight_key: str,
+    weight_key: str | None,
 ) -> ReplyContent:
     """One client's upload, a row of ``layout``; its values are not looked at.
 
+    Names and shapes are compared before any array is decoded.
+
     Args:
         unchanged: slot name to what may come along, if it is equal.
-        weight_key: the metric that holds the client's weight.
+        weight_key: the metric that holds the client's weight; None where all weigh the same.
 
     Raises:
         FedcoreError: what is wrong with the reply.
@@ -330,21 +359,17 @@ def read_reply(
     records = {name: r for name, r in content.array_records.items() if name != TOLD}
     if len(records) != 1:
         raise FedcoreError(f"its reply has {len(records)} array records; one is needed")
-    row = key_map.unpack(from_arrays(next(iter(records.values()))), layout, ranks, unchanged)
+    arrays = _opened(next(iter(records.values())))
+    shapes = {name: values.shape for name, (values, _) in arrays.items()}
+    check_shapes(shapes, layout, ranks, {**key_map.constants, **unchanged})
+    tensors = {name: _decoded(array) for name, array in arrays.items()}
+    row = key_map.unpack(tensors, layout, ranks, unchanged)
+    metrics = read_metrics(content)
     statistics = content.array_records.get(TOLD)
     return ReplyContent(
         row,
-        _weight(content, weight_key),
+        1.0 if weight_key is None else read_weight(metrics, weight_key),
+        metrics,
         reply,
         {} if statistics is None else from_arrays(statistics),
     )
-
-
-def _weight(content: RecordDict, key: str) -> float:
-    for metrics in content.metric_records.values():
-        if key in metrics:
-            weight = metrics[key]
-            if isinstance(weight, int | float):
-                return float(weight)
-            raise FedcoreError(f"its {key} is {weight!r}; pass one number")
-    raise FedcoreError(f"its reply does not say {key}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from time import perf_counter, sleep
@@ -12,6 +13,7 @@ from flwr.app import Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 
 from fedcore.data.rows import Ranks
+from fedcore.errors import FedcoreError, printable
 from fedcore.experiments.evaluation import Score, evaluates, score
 from fedcore.experiments.observer import Observer
 from fedcore.experiments.privacy import check_local
@@ -24,9 +26,15 @@ from fedcore.federation.diagnostics import ModuleDiagnosis, diagnose
 from fedcore.federation.server_round import ClosedRound
 from fedcore.federation.state import ServerState
 from fedcore.methods.base import Broadcast
-from fedcore.transports.flower.client import METRICS
 from fedcore.transports.flower.messages import ReplyInfo
+from fedcore.transports.flower.reply_metrics import METRICS
 from fedcore.transports.flower.strategy import FedLoRA, wait_for_nodes
+
+# A node that never says who it is delays only so many rounds.
+_MOST_SILENCES = 3
+
+_MOST_THREADS = 1 << 16
+_POLL = 1.0
 
 
 class RecipeStrategy(FedLoRA):
@@ -36,7 +44,8 @@ class RecipeStrategy(FedLoRA):
         experiment: what the recipe builds; the server evaluates with it and trains nothing.
         folder: where states and records go; None keeps nothing.
         observer: receives every round's record.
-        patience: seconds after which a node that has not named its client is asked again.
+        patience: seconds after which a node that has not named its client is asked again, and for
+            which clients are waited for once as many nodes as clients have been asked.
 
     Attributes:
         states: those after each round of this process.
@@ -56,6 +65,9 @@ class RecipeStrategy(FedLoRA):
             on_invalid=rounds.on_invalid,
             send="changed",
             allow_identical_uploads=rounds.allow_identical_uploads,
+            weighting=rounds.weighting,
+            max_growth=rounds.max_growth,
+            largest_share=rounds.largest_share,
             seed=experiment.recipe.seed,
             fraction_evaluate=0.0,
         )
@@ -66,6 +78,8 @@ class RecipeStrategy(FedLoRA):
         self.states: list[ServerState] = []
         self._names: dict[int, str] = {}
         self._strangers: set[int] = set()
+        self._silent: Counter[int] = Counter()
+        self._rivals: dict[int, str] = {}
         self._sampled: tuple[str, ...] = ()
         self._began = 0.0
         self._save_seconds = 0.0
@@ -84,6 +98,19 @@ class RecipeStrategy(FedLoRA):
     def ranks_of(self, node: int, client: str) -> Ranks | None:
         """The recipe's."""
         return self._experiment.ranks.get(client)
+
+    def weight_of(self, client: str, reported: float) -> float:
+        """The number of examples in the client's part of the partition.
+
+        Raises:
+            FedcoreError: the client reports another one.
+        """
+        examples = self._experiment.held[client]
+        if reported != examples:
+            raise FedcoreError(
+                f"it reports {reported:g} examples, and the partition gives it {examples}"
+            )
+        return float(examples)
 
     def record(self, closed: ClosedRound, replies: Mapping[str, RecordDict]) -> dict[str, Any]:
         """The same record as a local run's, without times that a server cannot know."""
@@ -138,47 +165,101 @@ class RecipeStrategy(FedLoRA):
 
     def _meet(self, grid: Grid, wanted: set[str]) -> None:
         """Ask every new node who it is, and again where it is slow, until all of ``wanted`` are
-        known.
+        known, or as many nodes as are wanted have been asked and the patience is over.
         """
-        wait_for_nodes(grid, max(1, len(wanted)))
+        connected = set(wait_for_nodes(grid, max(1, len(wanted))))
+        free = {name for node, name in self._names.items() if node not in connected}
+        self._rivals = {node: name for node, name in self._rivals.items() if name not in free}
+        waited = 0.0
         while True:
             new = [node for node in sorted(grid.get_node_ids()) if node not in self._known()]
+            if not wanted:
+                new = [node for node in new if self._silent[node] < _MOST_SILENCES]
             if new:
                 self._introduce(grid, new)
             missing = sorted(wanted - set(self._names.values()))
             if not missing:
                 return
             self._observer.message(f"waiting for {len(missing)} clients, first {missing[0]}")
-            while set(grid.get_node_ids()) <= self._known():
-                sleep(1.0)
+            while (connected := set(grid.get_node_ids())) <= self._known():
+                if len(connected) >= len(wanted) and waited >= self._patience:
+                    self._observer.message(f"the run starts without {', '.join(missing)}")
+                    return
+                sleep(_POLL)
+                waited += _POLL
 
     def _known(self) -> set[int]:
-        return set(self._names) | self._strangers
+        return set(self._names) | self._strangers | set(self._rivals)
 
     def _introduce(self, grid: Grid, nodes: list[int]) -> None:
+        """Learn whose nodes these are; what a node answers cannot end the run."""
+        answers = self._asked_who(grid, nodes)
+        claims: dict[int, ReplyInfo] = {}
+        for node in nodes:
+            reply = answers.get(node)
+            if reply is None:
+                self._silent[node] += 1
+            elif isinstance(reply, str):
+                self._observer.message(reply)
+                self._strangers.add(node)
+            else:
+                claims[node] = reply
+        self._compare_threads(self._named(grid, claims))
+
+    def _asked_who(self, grid: Grid, nodes: list[int]) -> dict[int, ReplyInfo | str]:
+        """Node to its answer who it is, or to what is wrong with that; silent ones are left out."""
+        if not nodes:
+            return {}
         questions = [
             Message(content=RecordDict(), message_type=MessageType.QUERY, dst_node_id=node)
             for node in nodes
         ]
-        threads: dict[str, int] = {}
+        answers: dict[int, ReplyInfo | str] = {}
         for answer in grid.send_and_receive(questions, timeout=self._patience):
             node = answer.metadata.src_node_id
             if answer.has_error():
-                self._observer.message(f"a node does not say who it is: {answer.error.reason}")
-                self._strangers.add(node)
+                answers[node] = f"a node does not say who it is: {printable(answer.error.reason)}"
                 continue
-            reply = ReplyInfo.read(answer.content)
-            name = reply.client
+            try:
+                reply = ReplyInfo.read(answer.content)
+                name, count = reply.client, reply.threads
+            except Exception as error:
+                answers[node] = f"node {node} answers with nonsense ({type(error).__name__})"
+                continue
             if name not in self._experiment.trainers:
-                self._observer.message(f"a node says it is {name!r}, which the recipe lacks")
-                self._strangers.add(node)
+                answers[node] = f"a node says it is {printable(name)!r}, which the recipe lacks"
+            elif not 0 <= count <= _MOST_THREADS:
+                answers[node] = f"node {node} says it computes on an impossible number of threads"
+            else:
+                answers[node] = reply
+        return answers
+
+    def _named(self, grid: Grid, claims: Mapping[int, ReplyInfo]) -> dict[str, int]:
+        """Note whose nodes these are; returns client to threads of those that are new.
+
+        A node that was started anew comes under another number, and holds nothing yet. Nobody takes
+        the place of a node that still answers to its name.
+        """
+        connected = set(grid.get_node_ids())
+        holders = {name: node for node, name in self._names.items()}
+        asked = {holders[reply.client] for reply in claims.values() if reply.client in holders}
+        answers = self._asked_who(grid, sorted(asked & connected))
+        threads: dict[str, int] = {}
+        for node, reply in claims.items():
+            name, holder = reply.client, holders.get(reply.client)
+            answer = answers.get(holder) if holder is not None else None
+            if isinstance(answer, ReplyInfo) and answer.client == name:
+                self._observer.message(
+                    f"node {node} says it is {name}, as node {holder} does, which keeps the name"
+                )
+                self._rivals[node] = name
                 continue
-            # A node that comes in another's place holds nothing yet.
-            self._names = {n: other for n, other in self._names.items() if other != name}
-            self._names[node] = name
+            if holder is not None:
+                del self._names[holder]
+            self._names[node], holders[name], answers[node] = name, node, reply
             self._forget(name)
             threads[name] = reply.threads
-        self._compare_threads(threads)
+        return threads
 
     def _compare_threads(self, threads: Mapping[str, int]) -> None:
         """Say which clients compute on other threads than the server; 0 is of one that gave none.

@@ -34,7 +34,6 @@ from flwr.common import (
     NDArrays,
     Parameters,
     ndarrays_to_parameters,
-    parameters_to_ndarrays,
 )
 from flwr.common.logger import log
 from flwr.server.client_manager import ClientManager
@@ -44,6 +43,7 @@ from torch import Tensor
 
 from fedcore.checks import count
 from fedcore.data.claims import claimed
+from fedcore.data.npy import NpyArray
 from fedcore.data.rows import slot_name
 from fedcore.errors import FedcoreError
 from fedcore.federation.checkpoints import begin, save
@@ -130,7 +130,7 @@ class SecureFedLoRA(FedAvg):
         if not results:
             return None, {}
         state, t = self.state, self.state.round
-        uploads = [parameters_to_ndarrays(result.parameters) for _, result in results]
+        uploads = [_read(result.parameters, f"round {t}: an upload") for _, result in results]
         if any(not _equal(uploads[0], other) for other in uploads[1:]):
             raise FedcoreError(
                 f"round {t}: the uploads differ, so nobody summed them before the server saw them; "
@@ -226,7 +226,8 @@ def upload_arrays(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> N
         if not torch.isfinite(tensor).all():
             raise FedcoreError(f"{key} holds values that are not finite")
         # NumPy has fp64 and fp32; narrower formats are summed as fp32.
-        arrays.append((tensor if tensor.dtype == torch.float64 else tensor.float()).numpy())
+        wide = tensor if tensor.dtype == torch.float64 else tensor.float()
+        arrays.append(wide.contiguous().numpy())
     return arrays
 
 
@@ -235,6 +236,13 @@ def _listed(config: Mapping[str, Any], name: str) -> list[str]:
     if not isinstance(text, str):
         raise FedcoreError(f"the configuration has no {name}; the server runs no SecureFedLoRA")
     return text.split("\n")
+
+
+def _read(parameters: Parameters, what: str) -> NDArrays:
+    try:
+        return [NpyArray.open(data).tensor().numpy() for data in parameters.tensors]
+    except FedcoreError as error:
+        raise FedcoreError(f"{what} cannot be read: {error}") from None
 
 
 def _equal(one: NDArrays, other: NDArrays) -> bool:

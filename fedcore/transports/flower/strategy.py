@@ -8,7 +8,7 @@ from functools import partial
 from logging import INFO, WARNING
 from pathlib import Path
 from time import sleep
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
@@ -17,11 +17,21 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Result
 from torch import Tensor
 
+from fedcore.checks import choice
+from fedcore.data.adapter_state import AdapterState
 from fedcore.data.claims import claimed
 from fedcore.data.rows import Ranks, tensors_from_row
 from fedcore.data.seeding import derive_seed
-from fedcore.data.validation import OnInvalid, digest
+from fedcore.data.validation import (
+    Dropped,
+    OnInvalid,
+    Weighting,
+    digest,
+    enforce,
+    refuse_ranks,
+)
 from fedcore.errors import FedcoreError
+from fedcore.federation.acceptance import MAX_GROWTH, Limits
 from fedcore.federation.checkpoints import begin, save
 from fedcore.federation.downloads import download
 from fedcore.federation.server_round import ClosedRound, OpenRound
@@ -35,6 +45,12 @@ from fedcore.transports.flower.messages import (
     from_arrays,
     read_reply,
     to_arrays,
+)
+from fedcore.transports.flower.reply_metrics import (
+    aggregated,
+    log_replies,
+    read_evaluations,
+    with_metrics,
 )
 from fedcore_kernels.layout import FactorLayout
 
@@ -82,6 +98,10 @@ class FedLoRA(FedAvg):
             ``"changed"`` what is new since the client last took part.
         ranks: node id to the client's rank, where it is below that of the initial adapter.
         allow_identical_uploads: accept a round in which all uploads are identical.
+        weighting: by the examples that clients report, or all alike.
+        max_growth: how many times as large as state and uploads a result may be; a larger one
+            leaves the state as it is, with a flag in ``state.record``.
+        largest_share: of the total weight, that one client may have; None sets no bound.
         seed: of the draw of the nodes that take part.
         fedavg: FedAvg's own keyword arguments.
 
@@ -97,6 +117,9 @@ class FedLoRA(FedAvg):
         send: str = "all",
         ranks: Mapping[int, int] | None = None,
         allow_identical_uploads: bool = False,
+        weighting: Weighting = "examples",
+        max_growth: float = MAX_GROWTH,
+        largest_share: float | None = None,
         seed: int = 0,
         **fedavg: Any,
     ) -> None:
@@ -111,6 +134,9 @@ class FedLoRA(FedAvg):
         self.send = send
         self.seed = seed
         self.allow_identical_uploads = allow_identical_uploads
+        choice("FedLoRA", "weighting", weighting, get_args(Weighting))
+        self.weighting: Weighting = weighting
+        self._limits = Limits(max_growth, largest_share)
         self._node_ranks = dict(ranks or {})
         self._state: ServerState | None = None
         self._key_map: KeyMap | None = None
@@ -200,8 +226,10 @@ class FedLoRA(FedAvg):
             return result
 
     def _prepare(self, initial: ArrayRecord, folder: Path | None, resume: bool) -> None:
-        key_map, row = KeyMap.of(from_arrays(initial))
+        tensors = from_arrays(initial)
+        key_map, row = KeyMap.of(tensors)
         check_start(self.method, key_map.family, key_map.keys.values(), "initial_arrays")
+        refuse_ranks(AdapterState.from_tensors(tensors), "initial_arrays")
         state = begin(folder, resume, ServerState(round=0, layout=key_map.layout, row=row))
         self._key_map, self._folder, self._state = key_map, folder, state
 
@@ -330,19 +358,44 @@ class FedLoRA(FedAvg):
                 that of the round before.
         """
         messages = list(replies)
-        self._check_and_log_replies(messages, is_train=True, validate=False)
+        log_replies("aggregate_train", messages)
         opened, contents = self._received(messages)
         closed = opened.close(name_personal=partial(self._pack_upload, opened.layout))
         for drop in closed.cohort.dropped:
             log(WARNING, "round %s: %s: %s", server_round, drop.client_id, drop.reason)
         for flag in closed.flags:
             log(WARNING, "round %s: %s", server_round, flag)
-        valid = {client: contents[client] for client in closed.cohort.client_ids}
+        cohort = closed.cohort
+        valid = {client: contents[client] for client in cohort.client_ids}
         self._state = self.keep(replace(closed.state, record=self.record(closed, valid)))
-        metrics = None
-        if valid:
-            metrics = self.train_metrics_aggr_fn(list(valid.values()), self.weighted_by_key)
+        weights = dict(zip(cohort.client_ids, cohort.weights.tolist(), strict=True))
+        metrics = aggregated(self.train_metrics_aggr_fn, valid, weights, self.weighted_by_key)
         return self.arrays(), metrics
+
+    def aggregate_evaluate(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> MetricRecord | None:
+        """The mean of what the nodes report of an evaluation.
+
+        Raises:
+            FedcoreError: a reply is invalid and ``on_invalid`` is ``"raise"``.
+        """
+        messages = list(replies)
+        log_replies("aggregate_evaluate", messages)
+        contents, weights, problems = read_evaluations(messages, self.weighted_by_key)
+        bad = [Dropped(node, reason) for node, reason in sorted(problems.items())]
+        enforce(bad, self.on_invalid, server_round - 1)
+        for drop in bad:
+            log(WARNING, "round %s: %s: %s", server_round, drop.client_id, drop.reason)
+        return aggregated(self.evaluate_metrics_aggr_fn, contents, weights, self.weighted_by_key)
+
+    def weight_of(self, client: str, reported: float) -> float:
+        """The weight of an upload whose client reports ``reported`` examples.
+
+        Raises:
+            FedcoreError: that cannot be true.
+        """
+        return reported
 
     def _received(self, replies: Iterable[Message]) -> tuple[OpenRound, dict[str, RecordDict]]:
         """The round with all that came back, and the clients' replies by name."""
@@ -353,10 +406,12 @@ class FedLoRA(FedAvg):
             [who.client for who in asked.values()],
             on_invalid=self.on_invalid,
             allow_identical_uploads=self.allow_identical_uploads,
+            limits=self._limits,
             starts={who.client: who.start for who in asked.values() if who.ranks is not None},
         )
         constants = [self.key_map.constants[name] for name in sorted(self.key_map.constants)]
         layout, frozen = self.state.layout, opened.frozen
+        by_examples = self.weighting == "examples"
         contents: dict[str, RecordDict] = {}
         for message in replies:
             who = asked.get(message.metadata.src_node_id)
@@ -377,25 +432,27 @@ class FedLoRA(FedAvg):
                     who.client,
                     ranks,
                     unchanged=unchanged,
-                    weight_key=self.weighted_by_key,
+                    weight_key=self.weighted_by_key if by_examples else None,
                 )
+                reply = upload.reply
+                expected = digest(layout.gather(who.start, frozen), frozen, constants)
+                opened.receive(
+                    who.client,
+                    upload.row,
+                    self.weight_of(who.client, upload.weight) if by_examples else 1.0,
+                    round=reply.round if reply.round >= 0 else None,
+                    frozen=reply.frozen or None,
+                    expected_frozen=expected if reply.frozen else None,
+                    ranks=ranks,
+                    flags=reply.flags,
+                    statistics=upload.statistics,
+                )
+                contents[who.client] = with_metrics(message.content, upload.metrics)
             except FedcoreError as error:
                 opened.refuse(who.client, str(error))
-                continue
-            reply = upload.reply
-            expected = digest(layout.gather(who.start, frozen), frozen, constants)
-            opened.receive(
-                who.client,
-                upload.row,
-                upload.weight,
-                round=reply.round if reply.round >= 0 else None,
-                frozen=reply.frozen or None,
-                expected_frozen=expected if reply.frozen else None,
-                ranks=ranks,
-                flags=reply.flags,
-                statistics=upload.statistics,
-            )
-            contents[who.client] = message.content
+            except Exception as error:
+                # Whatever a reply does to the code that reads it is the fault of that reply.
+                opened.refuse(who.client, f"its reply cannot be read ({type(error).__name__})")
         return opened, contents
 
     def _pack_upload(self, layout: FactorLayout, row: Tensor) -> dict[str, Tensor]:

@@ -124,17 +124,22 @@ def _fit_class(
     }
 
 
-def read_class_mixtures(statistics: Mapping[str, Tensor], client_id: str) -> ClassMixtures:
+def read_class_mixtures(
+    statistics: Mapping[str, Tensor], client_id: str | None = None
+) -> ClassMixtures:
     """The mixtures that a client sent, checked; rounding of the weights' sum is divided out.
 
     Classes whose sizes were not sent have equal shares.
+
+    Args:
+        client_id: whom errors name, where the caller does not.
 
     Raises:
         FedcoreError: naming the client and the value: a tensor is missing or of the wrong shape,
             weights are negative or do not sum to one, a variance is not positive, classes are not
             numbered 0, 1, ... in order, or a count is not positive.
     """
-    who = f"client {client_id}: its statistics"
+    who = "its statistics" if client_id is None else f"client {client_id}: its statistics"
     for name in ("weights", "means", "variances", "classes"):
         if name not in statistics:
             raise FedcoreError(f"{who} lack {name!r}; they hold {sorted(statistics)}")
@@ -142,6 +147,8 @@ def read_class_mixtures(statistics: Mapping[str, Tensor], client_id: str) -> Cla
         statistics[name].double().cpu().numpy() for name in ("weights", "means", "variances")
     )
     classes = statistics["classes"].cpu().numpy()
+    if classes.dtype.kind not in "iu":
+        raise FedcoreError(f"{who} have classes of dtype {classes.dtype}; pass whole numbers")
     shape = means.shape
     if means.ndim != 2 or not means.size or variances.shape != shape:
         raise FedcoreError(

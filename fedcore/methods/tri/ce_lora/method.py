@@ -160,6 +160,14 @@ class CELoRA(Method):
             features, labels, seed, self.min_per_component, share_counts=self.share_counts
         )
 
+    def check_statistics(self, statistics: Mapping[str, Tensor]) -> None:
+        """Refuse mixtures that are malformed.
+
+        Raises:
+            FedcoreError: as :func:`.read_class_mixtures`.
+        """
+        read_class_mixtures(statistics)
+
     def aggregate(self, cohort: Cohort, previous: Broadcast) -> Aggregate:
         """A mix of the cores for every participant, the weighted mean for the global row.
 
