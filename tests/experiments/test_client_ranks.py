@@ -25,8 +25,8 @@ def test_lower_ranks_train_upload_and_count_as_such(method, home, tmp_path, monk
     def recorded(experiment, opened, *others):
         trained, close = genuine(experiment, opened, *others), opened.close
 
-        def closing(aggregation):
-            closed = close(aggregation)
+        def closing(aggregation, **options):
+            closed = close(aggregation, **options)
             cohorts.append(trained.factors or closed.cohort)
             return closed
 
