@@ -9,6 +9,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+from fedcore.data.base_identity import BaseIdentity, base_differences
 from fedcore.errors import FedcoreError
 from fedcore.experiments.adapters import generation_sample, write_adapters
 from fedcore.experiments.environment import (
@@ -57,6 +58,7 @@ def start(
         folder = RunFolder.create(path, recipe)
         folder.write_json("environment.json", describe_environment())
         folder.write_json("partition.json", experiment.counts)
+        experiment.base.save(folder.path)
         return _go_on(experiment, folder, None, watcher, rounds or _rounds)
 
 
@@ -72,7 +74,8 @@ def resume(
     finished run is left as it is and its summary returned.
 
     Raises:
-        FedcoreError: ``path`` holds no run, or its state is damaged.
+        FedcoreError: ``path`` holds no run, its state is damaged, or the base model here is another
+            than the one that the run began with.
     """
     watcher = observer or Observer()
     folder = RunFolder.open(path)
@@ -92,7 +95,9 @@ def resume(
         if state is None:
             folder.write_json("environment.json", environment)
             folder.write_json("partition.json", experiment.counts)
+            experiment.base.save(folder.path)
         else:
+            experiment = _on_the_same_base(experiment, folder)
             watcher.message(f"resuming: {state.round} of {recipe.rounds} rounds are done")
         return _go_on(experiment, folder, state, watcher, rounds or _rounds)
 
@@ -142,6 +147,23 @@ def _go_on(
         folder.write_json("sample.json", generation_sample(experiment, start_row, state))
     folder.write_json("summary.json", summary)
     return summary.plain()
+
+
+def _on_the_same_base(experiment: Experiment, folder: RunFolder) -> Experiment:
+    """``experiment`` with flags that say in what its base differs as it may.
+
+    Raises:
+        FedcoreError: it differs otherwise from the one that the run began with.
+    """
+    before = BaseIdentity.read(folder.path)
+    if before is None:  # A run of version 0.1.
+        return experiment
+    problem, allowed = base_differences(
+        experiment.base, before, experiment.recipe.model.allow, "the run's"
+    )
+    if problem is not None:
+        raise FedcoreError(f"{folder.path} cannot be resumed: {problem}")
+    return replace(experiment, flags=allowed)
 
 
 def _recorded(state: ServerState, record: Round) -> ServerState:

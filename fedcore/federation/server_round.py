@@ -13,10 +13,12 @@ from typing import Any
 
 from torch import Tensor
 
+from fedcore.data.announcement import Announcement
 from fedcore.data.cohort import Cohort, UploadedRow, gather
 from fedcore.data.rows import Ranks
 from fedcore.data.validation import Dropped, OnInvalid, identical_rows
 from fedcore.errors import FedcoreError
+from fedcore.federation.announcements import Repeats
 from fedcore.federation.state import (
     HELD,
     PERSONAL_PREFIX,
@@ -71,6 +73,9 @@ class OpenRound:
             server keeps it for those that report.
         statistics: client id to what is known of its data before the round, besides what the state
             holds.
+        announced: what the broadcast says of itself and every upload has to repeat; None where no
+            message carries it.
+        plain_clients: whether clients may repeat nothing.
 
     Attributes:
         layout: of an upload.
@@ -87,6 +92,8 @@ class OpenRound:
         allow_identical_uploads: bool = False,
         starts: Mapping[str, Tensor] | None = None,
         statistics: Mapping[str, Mapping[str, Tensor]] | None = None,
+        announced: Announcement | None = None,
+        plain_clients: bool = True,
     ) -> None:
         self.method, self.state = method, state
         self.layout = method.upload_layout(state.layout, state.round)
@@ -102,11 +109,23 @@ class OpenRound:
         self._unreachable: dict[str, str] = {}
         self._new_statistics: dict[str, Mapping[str, Tensor]] = {}
         self._flags: list[str] = []
+        self._repeats = Repeats(announced, state, plain_clients)
 
     @property
     def previous(self) -> Broadcast:
         """The global state that the clients started from."""
         return Broadcast(self.state.layout, self.state.row)
+
+    def check_repeats(self, client: str, said: Announcement | None) -> None:
+        """Compare what an upload says of its broadcast with what this round announced.
+
+        A transport calls it before :meth:`receive`, and refuses the client where it raises.
+
+        Raises:
+            FedcoreError: it is of another round or broadcast, or of another adapter or base; or it
+                says nothing and has to.
+        """
+        self._repeats.check(client, said)
 
     def receive(
         self,
@@ -205,6 +224,8 @@ class OpenRound:
         self._reported.append(client)
 
     def _cohort(self) -> Cohort:
+        valid = [client for client in self._reported if client not in self._refused]
+        self._refused |= self._repeats.disagreeing(valid)
         cohort = gather(
             self.layout,
             self._clients,
@@ -242,7 +263,7 @@ class OpenRound:
         self, cohort: Cohort, result: Aggregate, waiting: Mapping[str, Mapping[str, Tensor]]
     ) -> ClosedRound:
         reported = tuple(self._reported)
-        flags = (*self._flags, *result.flags)
+        flags = (*self._flags, *self._repeats.flags, *result.flags)
         state = self.state.advanced(
             result.row,
             result.changed,
@@ -252,6 +273,7 @@ class OpenRound:
             held_for_clients=self._remembered(cohort, reported, waiting),
             record=_record(cohort, flags),
         )
+        state = self._repeats.after(state, cohort.client_ids)
         return ClosedRound(cohort, result, state, reported, flags)
 
     def _remembered(

@@ -59,6 +59,9 @@ class ServerState:
         client_versions: client id to the round up to which it holds everything.
         traffic: bytes so far, by direction and category, summed over clients.
         record: what was measured in the last round.
+        agreed: what clients say of their adapters and base, as JSON, where the server does not know
+            it and compares them with each other.
+        repeating: clients whose uploads repeat what their broadcast announced.
     """
 
     round: int
@@ -72,6 +75,8 @@ class ServerState:
     client_versions: Mapping[str, int] = field(default_factory=dict)
     traffic: Mapping[str, int] = field(default_factory=dict)
     record: Mapping[str, Any] = field(default_factory=dict)
+    agreed: Mapping[str, Any] = field(default_factory=dict)
+    repeating: tuple[str, ...] = ()
 
     def stale_for(self, client_id: str) -> FactorLayout:
         """What ``client_id`` must download: the slots that changed since it last took part."""
@@ -176,7 +181,7 @@ def write_state(state: ServerState, folder: Path) -> Path:
 
 def _about(state: ServerState) -> dict[str, Any]:
     """What ``state.json`` says."""
-    return {
+    about = {
         "round": state.round,
         "layout": [
             [slot.module, slot.factor, slot.rows, slot.width, slot.shape] for slot in state.layout
@@ -189,6 +194,12 @@ def _about(state: ServerState) -> dict[str, Any]:
         "traffic": dict(state.traffic),
         "record": dict(state.record),
     }
+    # Where no message carries announcements there is nothing to remember of them.
+    if state.agreed:
+        about["agreed"] = dict(state.agreed)
+    if state.repeating:
+        about["repeating"] = list(state.repeating)
+    return about
 
 
 def read_about(folder: Path) -> dict[str, Any]:
@@ -236,6 +247,8 @@ def read_state(folder: Path) -> ServerState:
             client_versions=about["client_versions"],
             traffic=about["traffic"],
             record=about["record"],
+            agreed=dict(about.get("agreed", {})),
+            repeating=tuple(about.get("repeating", ())),
         )
     except (OSError, KeyError, ValueError, TypeError) as error:
         raise FedcoreError(f"cannot read the state in {folder}: {error}") from error

@@ -24,11 +24,15 @@ class Section(BaseModel):
 class ModelSection(Section):
     """Which pretrained model.
 
-    ``source``: ``minilm`` or ``smollm2``, a local folder, or a hub id ``org/name``.
+    ``source``: ``minilm`` or ``smollm2``, a local folder, or a hub id ``org/name``. ``identity``:
+    whether the digest by which server and clients compare their base model is of sampled blocks of
+    its weights or of all; ``allow``: the parts of it that may differ.
     """
 
     source: str = "minilm"
     max_length: int = Field(64, ge=4)
+    identity: Literal["sampled", "full"] = "sampled"
+    allow: tuple[Literal["config", "quantisation", "weights", "tokenizer", "template"], ...] = ()
 
 
 class DataSection(Section):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from fedcore.data.adapter_state import AdapterState
+from fedcore.data.announcement import Announcement
+from fedcore.data.base_identity import BaseIdentity, check_allow
 from fedcore.data.exchange import (
     BROADCAST_FILE,
     UPLOAD_FILE,
@@ -19,6 +21,7 @@ from fedcore.data.exchange import (
 from fedcore.data.peft_files import read_adapter
 from fedcore.data.validation import OnInvalid
 from fedcore.errors import FedcoreError
+from fedcore.federation.announcements import known_base
 from fedcore.federation.server_round import OpenRound
 from fedcore.federation.state import ServerState, latest_state, read_state, write_state
 from fedcore.methods import create_method
@@ -54,23 +57,43 @@ class FileServer:
 
     @classmethod
     def create(
-        cls, folder: str | Path, start: str | Path | AdapterState, method: str, **options: Any
+        cls,
+        folder: str | Path,
+        start: str | Path | AdapterState,
+        method: str,
+        *,
+        base: BaseIdentity | None = None,
+        allow: Iterable[str] = (),
+        **options: Any,
     ) -> FileServer:
         """Start a federation in ``folder`` from the adapter ``start``.
 
+        Args:
+            base: the base model that every client has to hold; by default what ``base.json`` beside
+                the adapter says, else what most clients of the first round hold.
+            allow: parts of the base that may differ, each flagged in the record of every round.
+            options: the method's own.
+
         Raises:
             FedcoreError: the folder holds a federation; the adapter is not of the method's family;
-                or the method needs more of its clients than what folders carry.
+                the method needs more of its clients than what folders carry; or a base has no such
+                part to allow.
         """
         path, chosen = Path(folder), create_method(method, **options)
         if latest_state(path / "state") is not None:
             raise FedcoreError(f"{path} holds a federation; open it, or pass another folder")
         refuse(chosen, ONE_BROADCAST, "a server of folders")
         adapter = start if isinstance(start, AdapterState) else read_adapter(start)
+        if base is None and not isinstance(start, AdapterState):
+            base = BaseIdentity.read(start)
         check_family(chosen, adapter.family, "start")
         layout = adapter.layout()
         state = ServerState(round=0, layout=layout, row=adapter.to_row(layout))
-        served = BroadcastFolder(adapter, 0, chosen.name, options_of(chosen))
+        if base is not None:
+            base = base.without(slot.name for slot in layout.dense_slots)
+        served = BroadcastFolder(
+            adapter, 0, chosen.name, options_of(chosen), base=base, allow=check_allow(allow)
+        )
         return cls(path, chosen, state, served)._written()
 
     @classmethod
@@ -127,6 +150,7 @@ class FileServer:
             list(folders),
             on_invalid=on_invalid,
             allow_identical_uploads=allow_identical_uploads,
+            announced=self._announced(),
         )
         frozen = self.served.digest_of(opened.frozen)
         for client in sorted(folders):
@@ -138,6 +162,7 @@ class FileServer:
                     factors=method.capabilities.uploads == "factors",
                     round=t,
                 )
+                opened.check_repeats(client, upload.said)
             except FedcoreError as error:
                 opened.refuse(client, str(error))
                 continue
@@ -150,10 +175,13 @@ class FileServer:
                 expected_frozen=frozen,
                 flags=upload.flags,
             )
-            if upload.started_from != self.served.identity:
-                opened.refuse(client, "it started from another broadcast than this server's")
         after = opened.close().state
         return replace(self, state=after, served=_next(self.served, after))._written()
+
+    def _announced(self) -> Announcement:
+        announced = self.served.announcement
+        # What clients agreed on is no more than that: one of version 0.1 need not say it.
+        return announced if known_base(self.state) is None else replace(announced, base=None)
 
     def _written(self) -> FileServer:
         write_state(self.state, self.folder / "state")
@@ -163,7 +191,13 @@ class FileServer:
 
 def _next(before: BroadcastFolder, state: ServerState) -> BroadcastFolder:
     adapter = before.adapter.with_row(state.row, state.layout)
-    return replace(before, adapter=adapter, round=state.round, residual=state.residual)
+    return replace(
+        before,
+        adapter=adapter,
+        round=state.round,
+        residual=state.residual,
+        base=before.base or known_base(state),
+    )
 
 
 def _folders(uploads: str | Path | Mapping[str, str | Path]) -> dict[str, Path]:

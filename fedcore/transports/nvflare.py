@@ -6,7 +6,8 @@ that its clients started from; the controller's model is replaced by it whole (`
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,10 +16,14 @@ from torch import Tensor
 
 from fedcore.checks import is_number
 from fedcore.data.adapter_state import AdapterState
+from fedcore.data.announcement import Announcement
+from fedcore.data.base_identity import BaseIdentity, check_allow
+from fedcore.data.exchange import BroadcastFolder
 from fedcore.data.peft_files import read_adapter, write_adapter
 from fedcore.data.rows import row_from_tensors, tensors_from_row
 from fedcore.data.validation import OnInvalid
 from fedcore.errors import FedcoreError, missing_extra
+from fedcore.federation.announcements import with_agreed
 from fedcore.federation.server_round import OpenRound
 from fedcore.federation.state import ServerState, newest_or, save
 from fedcore.methods import create_method
@@ -38,6 +43,20 @@ if TYPE_CHECKING:
 NUM_STEPS = "NUM_STEPS_CURRENT_ROUND"
 """Where NVFlare's own aggregators look for a client's weight."""
 
+ANNOUNCED = "fedcore"
+"""The entry of a model's meta that holds what the server announces and clients repeat."""
+
+
+@dataclass(frozen=True)
+class _Received:
+    """One client's upload, or what is wrong with it."""
+
+    problem: str = ""
+    row: Tensor | None = None
+    weight: float = 0.0
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    said: Announcement | None = None
+
 
 class FedLoRAAggregator(ModelAggregator):  # type: ignore[misc,unused-ignore]
     """Aggregates PEFT adapters by one of our methods, for the ``aggregator`` of a FedAvg recipe.
@@ -47,7 +66,8 @@ class FedLoRAAggregator(ModelAggregator):  # type: ignore[misc,unused-ignore]
     name, and uploads are aggregated in the order of their clients' names, whenever they came.
 
     Args:
-        adapter: folder of the PEFT adapter that all start from, on the server.
+        adapter: folder of the PEFT adapter that all start from, on the server; what ``base.json`` in
+            it says is the base model that every client has to hold.
         method: its name.
         options: the method's own.
         weight_key: the entry of ``FLModel.meta`` that holds a client's weight.
@@ -55,6 +75,9 @@ class FedLoRAAggregator(ModelAggregator):  # type: ignore[misc,unused-ignore]
         checkpoints: folder for the state after every round, from which a job that is started again
             resumes; give the controller that round as its ``start_round``.
         allow_identical_uploads: accept a round in which all uploads are identical.
+        allow: parts of the base that may differ, each flagged in the record of every round.
+        plain_clients: accept uploads that repeat nothing of what was announced, of clients that
+            never did.
 
     Methods that send each client something of its own, or update base weights, are refused: an
     aggregator of NVFlare answers with one model of the adapter's tensors.
@@ -72,12 +95,15 @@ class FedLoRAAggregator(ModelAggregator):  # type: ignore[misc,unused-ignore]
         on_invalid: OnInvalid = "raise",
         checkpoints: str | None = None,
         allow_identical_uploads: bool = False,
+        allow: Sequence[str] = (),
+        plain_clients: bool = True,
     ) -> None:
         super().__init__()
         # Jobs are written as the arguments of their components, found by these names.
         self.adapter, self.method, self.options = adapter, method, options
         self.weight_key, self.on_invalid, self.checkpoints = weight_key, on_invalid, checkpoints
         self.allow_identical_uploads = allow_identical_uploads
+        self.allow, self.plain_clients = allow, plain_clients
         if on_invalid not in ("raise", "drop"):
             raise FedcoreError(f"on_invalid is {on_invalid!r}; pass 'raise' or 'drop'")
         self._method = create_method(method, **(options or {}))
@@ -86,7 +112,8 @@ class FedLoRAAggregator(ModelAggregator):  # type: ignore[misc,unused-ignore]
         self._start = read_adapter(adapter)
         check_family(self._method, self._start.family, "adapter")
         self._state = _begin(self._start, checkpoints)
-        self._received: dict[str, tuple[Tensor | None, float, str, Mapping[str, float]]] = {}
+        self._announced = _served(self._start, self._state, adapter, allow).announcement
+        self._received: dict[str, _Received] = {}
 
     @property
     def state(self) -> ServerState:
@@ -98,16 +125,17 @@ class FedLoRAAggregator(ModelAggregator):  # type: ignore[misc,unused-ignore]
         meta = dict(model.meta or {})
         client = str(meta.get("client_name", ""))
         if client in self._received:
-            self._received[client] = (None, 0.0, "it reported twice", {})
+            self._received[client] = _Received("it reported twice")
             return
         try:
             if not client:
                 raise FedcoreError("its meta has no client_name")
+            said = _announcement(meta)
             row, weight = self._row(model), self._weight(meta)
         except FedcoreError as error:
-            self._received[client] = (None, 0.0, str(error), {})
+            self._received[client] = _Received(str(error))
             return
-        self._received[client] = (row, weight, "", dict(model.metrics or {}))
+        self._received[client] = _Received("", row, weight, dict(model.metrics or {}), said)
 
     def aggregate_model(self) -> Any:
         """The next global adapter, whole, with the clients' metrics averaged by weight.
@@ -124,27 +152,38 @@ class FedLoRAAggregator(ModelAggregator):  # type: ignore[misc,unused-ignore]
             list(received),
             on_invalid=self.on_invalid,
             allow_identical_uploads=self.allow_identical_uploads,
+            announced=self._announced,
+            plain_clients=self.plain_clients,
         )
-        for client, (row, weight, problem, _) in sorted(received.items()):
-            if row is None:
-                opened.refuse(client, problem)
-            else:
-                opened.receive(client, row, weight)
+        for client in sorted(received):
+            upload = received[client]
+            if upload.row is None:
+                opened.refuse(client, upload.problem)
+                continue
+            try:
+                opened.check_repeats(client, upload.said)
+            except FedcoreError as error:
+                opened.refuse(client, str(error))
+                continue
+            opened.receive(client, upload.row, upload.weight)
         closed = opened.close()
         cohort, self._state = closed.cohort, closed.state
         for drop in cohort.dropped:
             self.warning(f"round {t}: {drop.client_id} was left out: {drop.reason}")
         for flag in closed.flags:
             self.warning(f"round {t}: {flag}")
+        served = _served(self._start, self._state, self.adapter, self.allow)
+        self._announced = served.announcement
         if self.checkpoints is not None:
             save(self._state, Path(self.checkpoints))
         weights = dict(zip(cohort.client_ids, cohort.weights.tolist(), strict=True))
-        metrics = {client: received[client][3] for client in weights}
+        metrics = {client: received[client].metrics for client in weights}
         return FLModel(
             params_type=ParamsType.FULL,
-            params=self.global_params(),
+            params=_arrays(served.adapter),
             metrics=_mean_metrics(metrics, weights),
             current_round=t,
+            meta={ANNOUNCED: with_agreed(self._announced, self._state).text()},
         )
 
     def reset_stats(self) -> None:
@@ -183,17 +222,27 @@ class AdapterPersistor(ModelPersistor):  # type: ignore[misc,unused-ignore]
         adapter: folder of the adapter that the job starts from; the aggregator's.
         out: folder that holds the newest global adapter, which PEFT loads.
         checkpoints: the aggregator's, if it has them.
+        allow: the aggregator's, if it has any.
     """
 
-    def __init__(self, adapter: str, out: str, checkpoints: str | None = None) -> None:
+    def __init__(
+        self,
+        adapter: str,
+        out: str,
+        checkpoints: str | None = None,
+        allow: Sequence[str] = (),
+    ) -> None:
         super().__init__()
         self.adapter, self.out, self.checkpoints = adapter, out, checkpoints
+        self.allow = allow
 
     def load_model(self, fl_ctx: Any) -> Any:
         """What the aggregator takes for broadcast in its first round."""
         start = read_adapter(self.adapter)
         state = _begin(start, self.checkpoints)
-        return make_model_learnable(_arrays(start.with_row(state.row, state.layout)), {})
+        served = _served(start, state, self.adapter, self.allow)
+        announced = with_agreed(served.announcement, state)
+        return make_model_learnable(_arrays(served.adapter), {ANNOUNCED: announced.text()})
 
     def save_model(self, model: Any, fl_ctx: Any) -> None:
         """Write the global adapter."""
@@ -206,11 +255,13 @@ def receive(client: FederatedClient, model: Any) -> None:
     """Load what the server sent (``flare.receive()``) into the client's model.
 
     Raises:
-        FedcoreError: it does not fit; see :meth:`FederatedClient.receive`.
+        FedcoreError: it does not fit, or is not what the server announced; see
+            :meth:`FederatedClient.receive`.
     """
     tensors = {key: _tensor(key, value) for key, value in model.params.items()}
     adapter = AdapterState.from_peft(tensors, client.outline.config, name="the global model")
-    client.receive(adapter, round=model.current_round)
+    announced = _announcement(model.meta or {})
+    client.receive(adapter, round=model.current_round, announced=announced)
 
 
 def reply(client: FederatedClient) -> Any:
@@ -226,10 +277,15 @@ def reply(client: FederatedClient) -> Any:
         keys.get(name, name): tensor
         for name, tensor in tensors_from_row(upload.row, layout).items()
     }
-    meta = {NUM_STEPS: client.examples}
+    meta = {NUM_STEPS: client.examples, ANNOUNCED: client.announcement.text()}
     return FLModel(
         params_type=ParamsType.FULL, params=params, current_round=client.round, meta=meta
     )
+
+
+def _announcement(meta: Mapping[str, Any]) -> Announcement | None:
+    text = meta.get(ANNOUNCED)
+    return None if text is None else Announcement.parse(text, "its meta")
 
 
 def _begin(start: AdapterState, checkpoints: str | None) -> ServerState:
@@ -237,6 +293,17 @@ def _begin(start: AdapterState, checkpoints: str | None) -> ServerState:
     layout = start.layout()
     fresh = ServerState(round=0, layout=layout, row=start.to_row(layout))
     return newest_or(fresh, None if checkpoints is None else Path(checkpoints))
+
+
+def _served(
+    start: AdapterState, state: ServerState, folder: str, allow: Sequence[str]
+) -> BroadcastFolder:
+    """What the clients of the round after ``state`` receive, as a folder would hold it."""
+    adapter = start.with_row(state.row, state.layout)
+    base = BaseIdentity.read(folder)
+    if base is not None:
+        base = base.without(slot.name for slot in state.layout.dense_slots)
+    return BroadcastFolder(adapter, state.round, "", base=base, allow=check_allow(allow))
 
 
 def _arrays(adapter: AdapterState) -> dict[str, Any]:

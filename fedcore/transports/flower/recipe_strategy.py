@@ -56,6 +56,10 @@ class RecipeStrategy(FedLoRA):
             on_invalid=rounds.on_invalid,
             send="changed",
             allow_identical_uploads=rounds.allow_identical_uploads,
+            adapter_config=experiment.adapter_config,
+            base=experiment.base,
+            allow=experiment.recipe.model.allow,
+            plain_clients=False,
             seed=experiment.recipe.seed,
             fraction_evaluate=0.0,
         )
