@@ -1,4 +1,4 @@
-"""What a broadcast announces and every upload of its round repeats, in one record for all transports.
+"""What a broadcast announces and every upload of its round repeats, one record for all transports.
 
 Two uploads with equal keys and shapes may still mean different things: they may be of another round
 or start from another broadcast, be scaled otherwise, be adapters of another kind, or have been

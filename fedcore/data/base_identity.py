@@ -15,7 +15,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from fedcore.data.folders import read_object, write_text
 from fedcore.errors import FedcoreError, unknown_name
@@ -23,9 +23,11 @@ from fedcore.errors import FedcoreError, unknown_name
 BASE_FILE = "base.json"
 """The file that holds an identity with its entries, beside an adapter or in a run's folder."""
 
-PARTS = ("config", "quantisation", "weights", "tokenizer", "template")
+Part = Literal["config", "quantisation", "weights", "tokenizer", "template"]
+PARTS = get_args(Part)
 
-MODES = ("sampled", "full")
+Mode = Literal["sampled", "full"]
+MODES = get_args(Mode)
 """Whether the weights' digests are of blocks of each tensor or of all its bytes."""
 
 WRAPPERS = ("base_layer", "original_module", "_orig_mod")
@@ -234,9 +236,7 @@ def base_differences(
     return None, tuple(allowed)
 
 
-def _difference(
-    part: str, base: BaseIdentity, expected: BaseIdentity, owner: str
-) -> str:
+def _difference(part: str, base: BaseIdentity, expected: BaseIdentity, owner: str) -> str:
     if part not in base.parts:
         return f"it does not say the {part} of its base, to compare with {owner}"
     names = {**expected.entries.get(part, {}), **base.entries.get(part, {})}
@@ -280,7 +280,7 @@ def _entries(value: Any, label: str) -> Entries:
     entries: dict[str, dict[str, str]] = {}
     for part, pairs in value.items() if isinstance(value, Mapping) else ():
         if part in PARTS and isinstance(pairs, list) and all(map(_is_pair, pairs)):
-            entries[part] = {name: text for name, text in pairs}
+            entries[part] = dict(pairs)
     if not isinstance(value, Mapping) or len(entries) != len(value):
         raise FedcoreError(f"{label}: its base identity has entries that are not pairs of names")
     return entries

@@ -2,9 +2,9 @@
 
 A *broadcast* is a PEFT folder with the global adapter and ``broadcast.json``; where the method
 updates base weights, ``residual.safetensors`` lies beside them, and where the server knows the base
-model, ``base.json``. An *upload* holds what a client sends and no more, with ``upload.json``: factors
-under their PEFT keys and the adapter's configuration, or ``statistics.safetensors`` where a method
-sends something else than factors.
+model, ``base.json``. An *upload* holds what a client sends and no more, with ``upload.json``:
+factors under their PEFT keys and the adapter's configuration, or ``statistics.safetensors`` where a
+method sends something else than factors.
 """
 
 from __future__ import annotations
@@ -289,7 +289,7 @@ def read_upload(
 
 
 def _about_base(base: BaseIdentity | None, folder: Path) -> dict[str, Any]:
-    """What the JSON file of ``folder`` says of ``base``; its entries go into a file of their own."""
+    """What the JSON file of ``folder`` says of ``base``, whose entries have a file of their own."""
     if base is None:
         return {}
     if base.entries:
@@ -305,4 +305,3 @@ def _read_base(named: BaseIdentity | None, folder: Path, label: str) -> BaseIden
     if named != whole.brief:
         raise FedcoreError(f"{label}: {BASE_FILE} is not of the base that is named beside it")
     return whole
-

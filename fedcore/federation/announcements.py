@@ -43,9 +43,10 @@ def with_agreed(announced: Announcement, state: ServerState) -> Announcement:
 class Repeats:
     """One round's comparison of uploads with what was announced.
 
-    What the server does not know (the base, or in a Flower app the scalings) is what most clients of
-    the first round say, and from then on compared like the rest. Clients that say nothing at all are
-    accepted with ``plain`` until they once did: a reply of an earlier round would look the same.
+    What the server does not know (the base, or in a Flower app the scalings) is what most clients
+    of the first round say, and from then on compared like the rest. Clients that say nothing at all
+    are accepted with ``plain`` until they once did: a reply of an earlier round would look the
+    same.
 
     Attributes:
         announced: by the server; None where no message carries it, and nothing is compared.
@@ -125,7 +126,9 @@ class Repeats:
         if self.announced is None:
             return []
         sources = (self.announced, _learned(self.state))
-        return [name for name in _LEARNED if all(_value(source, name) is None for source in sources)]
+        return [
+            name for name in _LEARNED if all(_value(source, name) is None for source in sources)
+        ]
 
     def _check_silence(self, client: str) -> None:
         if client in self.state.repeating:

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from fedcore.data.base_identity import Mode, Part
 from fedcore.data.validation import OnInvalid
 from fedcore.methods import Method, create_method, find_method
 from fedcore.privacy.accounting import AccountantName
@@ -31,8 +32,8 @@ class ModelSection(Section):
 
     source: str = "minilm"
     max_length: int = Field(64, ge=4)
-    identity: Literal["sampled", "full"] = "sampled"
-    allow: tuple[Literal["config", "quantisation", "weights", "tokenizer", "template"], ...] = ()
+    identity: Mode = "sampled"
+    allow: tuple[Part, ...] = ()
 
 
 class DataSection(Section):

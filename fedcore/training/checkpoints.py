@@ -84,7 +84,9 @@ class Start:
                     "or give each round an output_dir of its own"
                 )
             rounded.add(str(dtype).removeprefix("torch."))
-        return tuple(f"training started from values rounded to {dtype}" for dtype in sorted(rounded))
+        return tuple(
+            f"training started from values rounded to {dtype}" for dtype in sorted(rounded)
+        )
 
     def _names(self) -> dict[str, Any]:
         return {"round": self.round, "broadcast": self.broadcast}

@@ -317,7 +317,9 @@ class Folders(Federation):
             )
             if sent.says is not None:
                 said = sent.says(announced)
-                upload = UploadFolder.of(said, sent.row, sent.weight, received.digest_of(frozen), ())
+                upload = UploadFolder.of(
+                    said, sent.row, sent.weight, received.digest_of(frozen), ()
+                )
                 config = {**received.adapter.config, **_declaring(said, announced)}
                 adapter = replace(received.adapter, config=config)
                 write_upload(upload, layout, adapter, folders[sent.client], factors=factors)

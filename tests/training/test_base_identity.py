@@ -56,6 +56,7 @@ def with_lora(name: str, **fields: Any) -> nn.Module:
     return get_peft_model(BUILD[name](), LoraConfig(**{**known, **fields}))
 
 
+EMBEDDINGS = {"bert": ["word_embeddings"], "llama": ["embed_tokens"], "gpt2": ["wte"]}
 HEADS = {"bert": ["classifier"], "llama": ["lm_head", "embed_tokens"], "gpt2": ["lm_head"]}
 
 WRAPPED: dict[str, Callable[[str], nn.Module]] = {
@@ -64,7 +65,9 @@ WRAPPED: dict[str, Callable[[str], nn.Module]] = {
     "modules_to_save": lambda name: with_lora(name, modules_to_save=HEADS[name]),
     "trained biases": lambda name: with_lora(name, bias="all"),
     "gram": adapted,
-    "tokens": lambda name: get_peft_model(BUILD[name](), TrainableTokensConfig(token_indices=[1])),
+    "tokens": lambda name: get_peft_model(
+        BUILD[name](), TrainableTokensConfig(target_modules=EMBEDDINGS[name], token_indices=[1])
+    ),
     "added to transformers' model": lambda name: added(BUILD[name](), name),
 }
 
@@ -77,8 +80,6 @@ def added(model: Any, name: str) -> nn.Module:
 @pytest.mark.parametrize("name", list(BUILD))
 @pytest.mark.parametrize("wrapper", list(WRAPPED))
 def test_a_wrapped_base_is_the_plain_one(name: str, wrapper: str) -> None:
-    if wrapper == "tokens" and name == "gpt2":
-        pytest.skip("peft 0.21 finds no embedding of GPT-2 by itself")
     plain = identity_of(BUILD[name]())
     assert identity_of(WRAPPED[wrapper](name)) == plain
     assert plain.tensors
@@ -194,7 +195,9 @@ def test_four_bits_beside_fp32_are_refused_and_scales_are_compared() -> None:
 
     expected, found = identity_of(llama()), identity_of(packed())
     problem, _ = base_differences(found, expected)
-    assert "in its quantisation, first model.layers.0.self_attn.q_proj.weight: uint8" in str(problem)
+    assert "in its quantisation, first model.layers.0.self_attn.q_proj.weight: uint8" in str(
+        problem
+    )
     assert identity_of(packed()) == found
     assert any("absmax" in name for name in found.tensors)
     model = packed()
@@ -245,7 +248,7 @@ def test_the_same_bytes_give_the_same_digest_on_every_machine() -> None:
     assert tensor_digest("a.weight", small.T.contiguous().T) == GOLDEN[0]
 
 
-GOLDEN = ["", ""]
+GOLDEN = ["70bb272e66138868", "9e88ca28affbfa30"]
 
 
 def test_modes_are_not_compared_with_each_other() -> None:
@@ -315,12 +318,13 @@ def test_foreign_json_is_an_identity_or_an_error(data: st.DataObject) -> None:
     about = copy.deepcopy(SMALL.to_json())
     container, key = data.draw(st.sampled_from(places(about)))
     container[key] = data.draw(st.sampled_from(ODD))
+    problem = ""
     try:
         found = BaseIdentity.from_json(about, "site-1")
-    except FedcoreError as error:
-        assert str(error).startswith("site-1: ")
-    else:
         assert all(len(digest) == 32 for digest in found.parts.values())
+    except FedcoreError as error:
+        problem = str(error)
+    assert not problem or problem.startswith("site-1: ")
 
 
 SMALL = identity_of(nn.Linear(2, 2), tokenizer())

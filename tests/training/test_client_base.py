@@ -137,7 +137,9 @@ def test_the_first_rounds_base_holds_where_the_server_names_none(tmp_path: Path)
 def test_a_broadcast_whose_base_file_is_anothers_is_refused(tmp_path: Path) -> None:
     server = federation(tmp_path, base=identity_of(bert()))
     identity_of(quantised()).save(server.broadcast)
-    with pytest.raises(FedcoreError, match=r"base\.json is not of the base that is named beside it"):
+    with pytest.raises(
+        FedcoreError, match=r"base\.json is not of the base that is named beside it"
+    ):
         FederatedClient(lora_bert()).receive(server.broadcast)
 
 

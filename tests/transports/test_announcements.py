@@ -37,7 +37,9 @@ def opened(transport: str, folder: Path, on_invalid: Any = "drop") -> Federation
     return ANNOUNCING[transport](method, start_adapter("lora"), folder, on_invalid=on_invalid)
 
 
-def own(federation: Federation, base: BaseIdentity = BASE) -> Callable[[Announcement], Announcement]:
+def own(
+    federation: Federation, base: BaseIdentity = BASE
+) -> Callable[[Announcement], Announcement]:
     """What an honest client answers."""
     scaling = dict(federation.start.scaling)
     return lambda announced: announced.answer(base, kind={"peft_type": "LORA"}, scaling=scaling)
@@ -60,9 +62,15 @@ def scaled(said: Announcement, factor: float) -> Announcement:
     return replace(said, scaling={module: factor * s for module, s in said.scaling.items()})
 
 
-FAULTS: dict[str, tuple[Callable[[Announcement], Announcement], str]] = {
-    "another round": (lambda said: replace(said, round=said.round - 1), "its upload is for round 0"),
-    "a later round": (lambda said: replace(said, round=said.round + 1), "its upload is for round 2"),
+FAULTS: dict[str, tuple[Says, str]] = {
+    "another round": (
+        lambda said: replace(said, round=said.round - 1),
+        "its upload is for round 0",
+    ),
+    "a later round": (
+        lambda said: replace(said, round=said.round + 1),
+        "its upload is for round 2",
+    ),
     "another broadcast": (
         lambda said: replace(said, broadcast="0" * 64),
         "it started from another broadcast than this server's",
@@ -163,7 +171,9 @@ def test_the_base_that_most_clients_hold_becomes_the_federations(
     assert outcome.dropped == ("node-1",)
     reason = reasons(federation)["node-1"]
     assert "its base differs from node-2's in its weights, first q.weight" in reason
-    assert "if node-2 is the one that is wrong, give the server its adapter_config or base" in reason
+    assert (
+        "if node-2 is the one that is wrong, give the server its adapter_config or base" in reason
+    )
     base = BaseIdentity.from_json(federation.state.agreed["base"], "state")
     assert base == BASE
     # Who joins later is compared with it; clients that say nothing of a base may stay.
@@ -176,8 +186,9 @@ def test_the_base_that_most_clients_hold_becomes_the_federations(
         ]
     )
     assert outcome.dropped == ("node-1",)
-    assert "differs from the server's in its weights, first q.weight" in (
-        reasons(federation)["node-1"]
+    assert (
+        "differs from the server's in its weights, first q.weight"
+        in (reasons(federation)["node-1"])
     )
 
 

@@ -212,9 +212,7 @@ def _check_start(
 ) -> None:
     """Refuse to train from a memory of another broadcast than the message's."""
     assert memory.row is not None
-    identity = broadcast_identity(
-        memory.row, key_map.layout, key_map.constants, memory.residual
-    )
+    identity = broadcast_identity(memory.row, key_map.layout, key_map.constants, memory.residual)
     if identity != announced.broadcast:
         raise FedcoreError(
             f"what {client} remembers and the partial update it received are not the broadcast of "

@@ -1,6 +1,7 @@
 """Recipe clients and clients of an app behind Flower: base, scaling, and replies played again."""
 
 import logging
+import re
 import shutil
 
 import pytest
@@ -8,7 +9,6 @@ import torch
 from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
 from transformers import BertForSequenceClassification
 
-from fedcore.data.base_identity import BaseIdentity
 from fedcore.errors import FedcoreError
 from fedcore.experiments.observer import Observer
 from fedcore.experiments.setup import build_experiment
@@ -153,7 +153,9 @@ def test_a_reply_of_an_equal_round_of_another_run_is_refused(home):
     recipe = tiny_recipe(home, **{"round.on_invalid": "drop"})
     again = recorded([], 993, lambda r, m: Message(next(foreign).content, reply_to=m))
     strategy, _ = run(recipe, again)
-    assert reasons(strategy) == {"client-01": "it started from another broadcast than this server's"}
+    assert reasons(strategy) == {
+        "client-01": "it started from another broadcast than this server's"
+    }
 
 
 def test_a_client_whose_memory_is_of_another_broadcast_does_not_train(home):
@@ -215,12 +217,8 @@ def test_another_scaling_or_kind_is_refused_in_an_app(change, message, knows):
     options = {"adapter_config": CONFIG} if knows else {}
     strategy = app({2: own_client(2, {**CONFIG, **change})}, **options)
     (reason,) = reasons(strategy).values()
-    pytest.raises(FedcoreError, lambda: raised(reason)).match(message)
+    assert re.search(message, reason)
     assert strategy.state.record["clients"] == {"node-1": 1.0, "node-3": 1.0}
-
-
-def raised(text):
-    raise FedcoreError(text)
 
 
 def test_the_configuration_may_be_a_folder_with_the_base_beside_it(tmp_path):
@@ -262,7 +260,7 @@ def test_an_announcement_that_cannot_be_read_costs_that_client(text):
 
 
 def test_a_configuration_of_another_adapter_is_refused_at_the_start():
-    with pytest.raises(FedcoreError, match="says that module .* has rank 4, the adapter has 3"):
+    with pytest.raises(FedcoreError, match=r"says that module .* has rank 4, the adapter has 3"):
         app({}, adapter_config={**CONFIG, "r": 4})
 
 
@@ -272,7 +270,6 @@ def test_messages_hold_the_parts_of_the_base_and_not_its_tensors(home):
     text = message.content["config"]["fedcore.announced"]
     assert len(text) < 2000
     assert "word_embeddings" not in text
-    assert isinstance(BaseIdentity, type)
 
 
 @pytest.fixture(autouse=True)
