@@ -1,4 +1,4 @@
-"""The identity of the base model in memory: its weights as they are stored, and what is around them.
+"""The identity of the base model in memory: its weights as they are stored, and what is around it.
 
 Of every tensor that the model would save, sampled blocks are hashed as they lie in memory, packed
 low-bit weights and their scales too, so that quantisation is part of the identity. Blocks are drawn

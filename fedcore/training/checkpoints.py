@@ -2,8 +2,8 @@
 
 ``trainer.train(resume_from_checkpoint=True)`` loads the newest checkpoint of the output folder over
 whatever the model holds. In the next round that is the last round's: the broadcast is overwritten,
-and the upload is that of the round before. So a checkpoint bears the round and the broadcast that it
-belongs to, and training starts from the broadcast or from such a checkpoint.
+and the upload is that of the round before. So a checkpoint bears the round and the broadcast that
+it belongs to, and training starts from the broadcast or from such a checkpoint.
 """
 
 from __future__ import annotations
@@ -55,18 +55,24 @@ class Start:
             text = json.dumps(about, indent=2, sort_keys=True)
             write_text(text + "\n", folder / CHECKPOINT_FILE)
 
-    def check(self, binding: ModelBinding, arguments: Any) -> tuple[str, ...]:
+    def check(self, binding: ModelBinding, arguments: Any, step: int = 0) -> tuple[str, ...]:
         """Compare what the model is about to train with what was received.
 
         Values that a Trainer has rounded to a narrower dtype are accepted, and flagged.
+
+        Args:
+            step: where the Trainer continues; above 0 it has loaded a checkpoint.
 
         Returns:
             Flags for the upload.
 
         Raises:
-            FedcoreError: the model holds other values, and they are not those of a checkpoint of
-                this round.
+            FedcoreError: the model holds other values, or a checkpoint, that are not those of a
+                checkpoint of this round.
         """
+        if step > 0:
+            # Its values may equal the broadcast's, as those of a federation of one client do.
+            return self._resumed(binding, arguments, f"the Trainer continues at step {step}")
         rounded = set()
         values = binding.read(self.layout)
         for slot in self.layout:
@@ -75,14 +81,7 @@ class Start:
             if torch.equal(now.to(received.dtype), received):
                 continue
             if not torch.equal(now.to(dtype), received.to(dtype)):
-                if self._resumed(binding, arguments):
-                    return ("training resumed from a checkpoint of this round",)
-                raise FedcoreError(
-                    f"round {self.round}: training would not start from the broadcast: {slot.name} "
-                    "holds other values than were received, as after resume_from_checkpoint of "
-                    "another round; call receive again and train without resume_from_checkpoint, "
-                    "or give each round an output_dir of its own"
-                )
+                return self._resumed(binding, arguments, f"{slot.name} holds other values")
             rounded.add(str(dtype).removeprefix("torch."))
         return tuple(
             f"training started from values rounded to {dtype}" for dtype in sorted(rounded)
@@ -94,11 +93,16 @@ class Start:
     def _digest(self, binding: ModelBinding) -> str:
         return digest(binding.read(self.layout), self.layout)
 
-    def _resumed(self, binding: ModelBinding, arguments: Any) -> bool:
-        """Whether the model holds a checkpoint of this round."""
+    def _resumed(self, binding: ModelBinding, arguments: Any, why: str) -> tuple[str, ...]:
+        """The flag for a model that holds a checkpoint of this round; refuse any other."""
         wanted = {**self._names(), "values": self._digest(binding)}
-        return any(
-            {name: about.get(name) for name in wanted} == wanted for about in _marks(arguments)
+        for about in _marks(arguments):
+            if {name: about.get(name) for name in wanted} == wanted:
+                return ("training resumed from a checkpoint of this round",)
+        raise FedcoreError(
+            f"round {self.round}: training would not start from the broadcast: {why}, as after "
+            "resume_from_checkpoint of another round; call receive again and train without "
+            "resume_from_checkpoint, or give each round an output_dir of its own"
         )
 
 

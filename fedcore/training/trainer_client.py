@@ -153,7 +153,7 @@ class FederatedClient(TrainerCallback):  # type: ignore[misc,unused-ignore]
 
     @property
     def announcement(self) -> Announcement:
-        """What this round's upload repeats of its broadcast, and says of the adapter and the base."""
+        """What this round's upload repeats of its broadcast, and says of adapter and base."""
         return self._answer(self._current().broadcast)
 
     def receive(
@@ -217,15 +217,15 @@ class FederatedClient(TrainerCallback):  # type: ignore[misc,unused-ignore]
             )
         trains = now.method.plan(now.broadcast.round).trains
         check_optimiser(self._binding, trains, optimizer)
-        now.problem = ""
-        try:
-            now.flags = now.start.check(self._binding, args)
-        except FedcoreError as error:
-            now.problem = str(error)
-            raise
         if self._examples is None:
             dataset = getattr(train_dataloader, "dataset", None)
             now.examples = float(len(dataset)) if isinstance(dataset, Sized) else None
+        now.problem = ""
+        try:
+            now.flags = now.start.check(self._binding, args, getattr(state, "global_step", 0))
+        except FedcoreError as error:
+            now.problem = str(error)
+            raise
 
     def on_save(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
         """Write beside a checkpoint to which broadcast it belongs."""
@@ -359,8 +359,8 @@ class FederatedClient(TrainerCallback):  # type: ignore[misc,unused-ignore]
         problem, _ = compare(broadcast.announcement, announced)
         if problem is not None:
             raise FedcoreError(
-                f"what was received is not what its message announces: {problem}; leave out filters "
-                "that change tensors on their way"
+                f"what was received is not what its message announces: {problem}; leave out "
+                "filters that change tensors on their way"
             )
         return broadcast
 

@@ -66,8 +66,8 @@ class FedLoRAAggregator(ModelAggregator):  # type: ignore[misc,unused-ignore]
     name, and uploads are aggregated in the order of their clients' names, whenever they came.
 
     Args:
-        adapter: folder of the PEFT adapter that all start from, on the server; what ``base.json`` in
-            it says is the base model that every client has to hold.
+        adapter: folder of the PEFT adapter that all start from, on the server; a ``base.json`` in
+            it says which base model every client has to hold.
         method: its name.
         options: the method's own.
         weight_key: the entry of ``FLModel.meta`` that holds a client's weight.

@@ -37,9 +37,10 @@ def opened(transport: str, folder: Path, on_invalid: Any = "drop") -> Federation
     return ANNOUNCING[transport](method, start_adapter("lora"), folder, on_invalid=on_invalid)
 
 
-def own(
-    federation: Federation, base: BaseIdentity = BASE
-) -> Callable[[Announcement], Announcement]:
+Says = Callable[[Announcement], Announcement]
+
+
+def own(federation: Federation, base: BaseIdentity = BASE) -> Says:
     """What an honest client answers."""
     scaling = dict(federation.start.scaling)
     return lambda announced: announced.answer(base, kind={"peft_type": "LORA"}, scaling=scaling)

@@ -75,10 +75,11 @@ class FedLoRA(FedAvg):
     before it is aggregated: keys, shapes, ranks, finite values, weights. A node that dies or sends
     an error is left out of its round.
 
-    Replies that repeat what their message announced (:func:`repeat`; the clients of a recipe do) are
-    compared with it: round, broadcast, scalings, kind of adapter, base model. What the server was not
-    given is compared between the clients. Of clients that say nothing, none of this is known: set
-    ``lora_alpha`` so that ``alpha / r`` is that of the server's adapter, also for another rank.
+    Replies that repeat what their message announced (:func:`repeat`; the clients of a recipe do)
+    are compared with it: round, broadcast, scalings, kind of adapter, base model. What the server
+    was not given is compared between the clients. Of clients that say nothing, none of this is
+    known: set ``lora_alpha`` so that ``alpha / r`` is that of the server's adapter, also for
+    another rank.
 
     Args:
         method: by name, or an instance with options of its own.
