@@ -110,17 +110,19 @@ class Announcement:
             raise FedcoreError(f"{label}: its announcement is not JSON: {error}") from None
         return cls.from_json(about, label)
 
-    def answer(self, base: BaseIdentity | None, **fields: Any) -> Announcement:
+    def answer(
+        self, base: BaseIdentity | None, kind: Mapping[str, Any], scaling: Mapping[str, float]
+    ) -> Announcement:
         """What an upload of this broadcast's round says.
 
         Args:
             base: the client's, if it is known; its entries travel where the parts are not those
                 announced.
-            fields: the client's own ``kind`` and ``scaling``.
+            kind, scaling: of the client's adapter.
         """
         if base is not None and self.base is not None and self.base.parts == base.parts:
             base = base.brief
-        return replace(self, base=base, allow=(), **fields)
+        return replace(self, base=base, kind=kind, scaling=scaling, allow=())
 
 
 def kind_of(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -165,7 +167,7 @@ def broadcast_identity(
     return digest(row, layout, [*fixed, *(beside[name] for name in sorted(beside))])
 
 
-def compare(
+def differences(
     said: Announcement,
     announced: Announcement,
     *,
@@ -210,13 +212,12 @@ def compare(
 
 
 def _kind_problem(said: Mapping[str, Any], expected: Mapping[str, Any], owner: str) -> str | None:
-    for name, value in expected.items():
-        if said.get(name) != value:
-            shown = [f"{v!r:.{_SHOWN}}" for v in (said.get(name), value)]
-            return f"its adapter has {name} = {shown[0]}, {owner} {shown[1]}"
-    unknown = sorted(set(said) - set(expected)) if expected else []
-    if unknown:
-        return f"its adapter has {unknown[0]!r:.{_SHOWN}}, which {owner} has not"
+    # A field that is null and one that is missing mean the same.
+    for name in dict.fromkeys([*expected, *said]) if expected else ():
+        values = said.get(name), expected.get(name)
+        if values[0] != values[1]:
+            shown = [f"{value!r:.{_SHOWN}}" for value in (*values, name)]
+            return f"its adapter has {shown[2][1:-1]} = {shown[0]}, {owner} {shown[1]}"
     return None
 
 

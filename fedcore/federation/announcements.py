@@ -9,7 +9,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from fedcore.data.announcement import Announcement, compare
+from fedcore.data.announcement import Announcement, differences
 from fedcore.data.base_identity import BaseIdentity
 from fedcore.errors import FedcoreError
 from fedcore.federation.state import ServerState
@@ -72,10 +72,10 @@ class Repeats:
         if said is None:
             self._check_silence(client)
             return
-        problem, allowed = compare(said, self.announced, allow=self.announced.allow)
+        problem, allowed = differences(said, self.announced, allow=self.announced.allow)
         if problem is None:
             learned = _learned(self.state)
-            problem, more = compare(said, learned, allow=self.announced.allow, lenient=True)
+            problem, more = differences(said, learned, allow=self.announced.allow, lenient=True)
             allowed += more
         if problem is not None:
             raise FedcoreError(problem)
@@ -92,7 +92,7 @@ class Repeats:
                 continue
             expected = replace(Announcement(self.state.round), **{name: getattr(said[first], name)})
             for client, theirs in said.items():
-                problem, allowed = compare(
+                problem, allowed = differences(
                     replace(theirs, broadcast=""),
                     expected,
                     allow=self._allow,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fedcore.data.adapter_state import AdapterState
-from fedcore.data.announcement import Announcement, compare, kind_of
+from fedcore.data.announcement import Announcement, differences, kind_of
 from fedcore.data.base_identity import BaseIdentity
 from fedcore.data.exchange import (
     BROADCAST_FILE,
@@ -182,7 +182,9 @@ class FederatedClient(TrainerCallback):  # type: ignore[misc,unused-ignore]
         row = self._start(broadcast, method)
         frozen = method.frozen_layout(broadcast.layout, broadcast.round)
         check_fits(self._binding, self._outline, broadcast, method)
-        problem, _ = compare(self._answer(broadcast), broadcast.announcement, allow=broadcast.allow)
+        problem, _ = differences(
+            self._answer(broadcast), broadcast.announcement, allow=broadcast.allow
+        )
         if problem is not None:
             raise FedcoreError(f"this client does not fit round {broadcast.round}: {problem}")
         check_holds(self._binding, row, broadcast.layout, frozen)
@@ -321,8 +323,9 @@ class FederatedClient(TrainerCallback):  # type: ignore[misc,unused-ignore]
             replaced = [slot.name for slot in self._binding.layout.dense_slots]
             base = identity_of(self._model, self._tokenizer, mode)
             self._bases[mode] = base.without(replaced)
-        own = {"kind": kind_of(self._outline.config), "scaling": dict(self._outline.scaling)}
-        return broadcast.announcement.answer(self._bases[mode], **own)
+        return broadcast.announcement.answer(
+            self._bases[mode], kind_of(self._outline.config), self._outline.scaling
+        )
 
     def _broadcast(
         self,
@@ -356,7 +359,7 @@ class FederatedClient(TrainerCallback):  # type: ignore[misc,unused-ignore]
         if announced is None:
             return broadcast
         broadcast = replace(broadcast, base=announced.base, allow=announced.allow)
-        problem, _ = compare(broadcast.announcement, announced)
+        problem, _ = differences(broadcast.announcement, announced)
         if problem is not None:
             raise FedcoreError(
                 f"what was received is not what its message announces: {problem}; leave out "

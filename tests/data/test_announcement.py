@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedcore.data.announcement import Announcement, compare, kind_of
+from fedcore.data.announcement import Announcement, differences, kind_of
 from fedcore.data.base_identity import BaseIdentity
 from fedcore.errors import FedcoreError
 
@@ -24,7 +24,7 @@ ANNOUNCEMENTS = st.builds(
     Announcement,
     st.integers(0, 10**6),
     st.text(max_size=64),
-    st.dictionaries(NAMES, st.one_of(st.none(), st.integers(), st.text(max_size=5))),
+    st.dictionaries(NAMES, st.one_of(st.booleans(), st.text(max_size=5))),
     SCALINGS,
     st.one_of(st.none(), BASES),
     st.lists(st.sampled_from(["template", "weights"]), unique=True).map(tuple),
@@ -34,13 +34,13 @@ ANNOUNCEMENTS = st.builds(
 @given(ANNOUNCEMENTS)
 def test_what_is_written_is_read(announced: Announcement) -> None:
     assert Announcement.parse(announced.text(), "site-1") == announced
-    assert compare(announced, announced) == (None, ())
+    assert differences(announced, announced) == (None, ())
 
 
 @settings(max_examples=50)
 @given(ANNOUNCEMENTS, ANNOUNCEMENTS)
 def test_equal_in_what_is_known_or_refused(one: Announcement, other: Announcement) -> None:
-    problem, _ = compare(one, other)
+    problem, _ = differences(one, other)
     known = [f.name for f in fields(other) if f.name != "allow" and getattr(other, f.name)]
     equal = one.round == other.round and all(
         getattr(one, name) == getattr(other, name) for name in known
@@ -89,9 +89,11 @@ def test_a_client_answers_with_its_own_and_with_entries_only_where_they_are_need
     announced = Announcement(2, "b", {"k": 1}, {"q": 2.0}, base, ("weights",))
     said = announced.answer(base, kind={"k": 2}, scaling={"q": 1.0})
     assert said == Announcement(2, "b", {"k": 2}, {"q": 1.0}, base.brief)
-    assert announced.answer(other).base == other
-    assert replace(announced, base=None).answer(base).base == base
-    assert compare(announced.answer(other), announced, allow=("weights",)) == (
+    assert announced.answer(other, {}, {}).base == other
+    assert replace(announced, base=None).answer(base, {}, {}).base == base
+    assert differences(
+        announced.answer(other, announced.kind, announced.scaling), announced, allow=("weights",)
+    ) == (
         None,
         ("its base differs from the server's in its weights, first w, as allowed",),
     )

@@ -14,7 +14,7 @@ from torch import Tensor
 from fedcore.data.announcement import (
     Announcement,
     broadcast_identity,
-    compare,
+    differences,
     kind_of,
     scalings_of,
 )
@@ -145,7 +145,7 @@ def train(
     announced, said = round_config.announced, None
     if announced is not None:
         said = own_announcement(experiment, announced)
-        problem, _ = compare(said, announced, allow=announced.allow)
+        problem, _ = differences(said, announced, allow=announced.allow)
         if problem is not None:
             log(WARNING, "%s does not train in round %s: %s", client, round_config.round, problem)
             refusal = ReplyInfo(client, round_config.round, said=said).record()
@@ -200,11 +200,10 @@ def train(
 def own_announcement(experiment: Experiment, announced: Announcement) -> Announcement:
     """What a client of ``experiment`` answers to what a message announces."""
     config = experiment.adapter_config
-    own = {"kind": {}, "scaling": {}}
-    if config is not None:
-        modules = experiment.binding.layout.modules
-        own = {"kind": kind_of(config), "scaling": scalings_of(config, modules)}
-    return announced.answer(experiment.base, **own)
+    if config is None:
+        return announced.answer(experiment.base, {}, {})
+    scaling = scalings_of(config, experiment.binding.layout.modules)
+    return announced.answer(experiment.base, kind_of(config), scaling)
 
 
 def _check_start(

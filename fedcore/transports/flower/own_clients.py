@@ -7,7 +7,7 @@ from typing import Any
 
 from flwr.app import ConfigRecord, RecordDict
 
-from fedcore.data.announcement import Announcement, compare, kind_of, scalings_of
+from fedcore.data.announcement import Announcement, differences, kind_of, scalings_of
 from fedcore.data.base_identity import BaseIdentity
 from fedcore.data.peft_keys import parse_key
 from fedcore.errors import FedcoreError
@@ -39,11 +39,11 @@ def repeat(
     keys = {key for record in content.array_records.values() for key in record}
     meanings = [parse_key(key.removesuffix(BF16_TAG)) for key in keys]
     modules = {m.module for m in meanings if m.role == "factor"} | set(announced.scaling)
-    own = {"kind": kind_of(adapter_config), "scaling": scalings_of(adapter_config, sorted(modules))}
     if base is not None:
         base = base.without(m.module for m in meanings if m.role == "dense")
-    said = announced.answer(base, **own)
-    problem, _ = compare(said, announced, allow=announced.allow)
+    scaling = scalings_of(adapter_config, sorted(modules))
+    said = announced.answer(base, kind_of(adapter_config), scaling)
+    problem, _ = differences(said, announced, allow=announced.allow)
     if problem is not None:
         raise FedcoreError(f"this client does not fit round {round_config.round}: {problem}")
     return ReplyInfo(round=round_config.round, said=said).record()
