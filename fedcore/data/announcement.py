@@ -9,7 +9,7 @@ and ``upload.json``, Flower and NVFlare as the text of this record.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -242,7 +242,7 @@ def _is_scaling(value: Any) -> bool:
     )
 
 
-_CHECKS = {
+_CHECKS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "round": (is_integer, "an integer"),
     "broadcast": (lambda value: isinstance(value, str), "a text"),
     "kind": (lambda value: isinstance(value, Mapping), "an object"),

@@ -218,7 +218,7 @@ def base_differences(
     for part in PARTS:
         if part not in expected.parts or base.parts.get(part) == expected.parts[part]:
             continue
-        difference = _difference(part, base, expected, owner)
+        difference: str | None = _difference(part, base, expected, owner)
         if part == "weights" and "quantisation" in allow:
             names = _stored_alike(base, expected)
             if names is not None:

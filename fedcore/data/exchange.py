@@ -275,13 +275,12 @@ def read_upload(
     stored = TensorFile.open(file, label, budget)
     row = row_from_tensors(stored.read(stored.tensors), layout)
     said = Announcement.from_json(about, label)
+    # Version 0.1 said neither.
+    kind, scaling = said.kind or kind_of(like.config), said.scaling or like.scaling
     if factors:
         # What PEFT reads counts.
         config = read_object(folder / CONFIG_FILE, label)
         kind, scaling = kind_of(config), scalings_of(config, like.scaling)
-    else:
-        # Version 0.1 said neither.
-        kind, scaling = said.kind or kind_of(like.config), said.scaling or like.scaling
     fields = {name: about[name] for name in _UPLOAD_FIELDS}
     fields["flags"] = tuple(map(str, about["flags"]))
     base = _read_base(said.base, folder, label)

@@ -73,7 +73,8 @@ def identity_of(model: nn.Module, tokenizer: Any = None, mode: str = "sampled") 
         ['weight', 'bias']
     """
     choice("", "mode", mode, MODES)
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    unwrap: Any = getattr(model, "get_base_model", None)
+    base = model if unwrap is None else unwrap()
     config, quantisation = _configuration(base)
     weights = {}
     for name, tensor in stored_tensors(base):
@@ -158,7 +159,7 @@ def _parts(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
 
 def _configuration(base: nn.Module) -> tuple[dict[str, str], dict[str, str]]:
     """Field to digest: of the model's configuration, and of its quantisation."""
-    config = getattr(base, "config", None)
+    config: Any = getattr(base, "config", None)
     values = _plain(config.to_dict()) if hasattr(config, "to_dict") else {}
     quantisation = values.pop("quantization_config", None) or {}
     return (
