@@ -85,6 +85,7 @@ def test_a_wrapped_base_is_the_plain_one(name: str, wrapper: str) -> None:
     assert plain.tensors
     # One tensor for each that the plain model saves; tied ones once.
     assert set(plain.tensors) <= set(BUILD[name]().state_dict())
+    assert ("lm_head.weight" in plain.tensors) == (name == "llama")
 
 
 def test_use_leaves_it_as_it_is() -> None:

@@ -218,6 +218,8 @@ def test_another_scaling_or_kind_is_refused_in_an_app(change, message, knows):
     strategy = app({2: own_client(2, {**CONFIG, **change})}, **options)
     (reason,) = reasons(strategy).values()
     assert re.search(message, reason)
+    # Where the server says what it is, the client knows before it trains.
+    assert ("its node sent an error: this client does not fit round 0" in reason) == knows
     assert strategy.state.record["clients"] == {"node-1": 1.0, "node-3": 1.0}
 
 
