@@ -471,11 +471,9 @@ def test_a_trainer_on_another_base_does_not_train(
     foreign = lora_bert()
     with torch.no_grad():
         foreign.get_base_model().bert.pooler.dense.weight.add_(1)
-    with pytest.raises(
-        FedcoreError, match=r"in its weights, first bert\.pooler\.dense\.weight; load"
-    ):
+    with pytest.raises(FedcoreError, match=r"in its weights, first bert\.pooler\.dense\.weight"):
         received(foreign)
-    with pytest.raises(FedcoreError, match="not what its message announces: .*leave out filters"):
+    with pytest.raises(FedcoreError, match=r"not what its message announces: .*leave out filters"):
         received(lora_bert(), change=1e-3)
     aggregator = FedLoRAAggregator(folder, "fedit", plain_clients=False)
     for site in EXAMPLES:
