@@ -156,8 +156,10 @@ def meaning_of(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def kind_of(config: Mapping[str, Any]) -> dict[str, Any]:
     """What clients of a round have in common with the server, as JSON: :func:`meaning_of` and the
-    tokens whose rows are trained, in their order.
+    tokens whose rows are trained, in their order; empty where the configuration names no kind.
     """
+    if config.get("peft_type") is None:
+        return {}
     tokens = _plain(config.get("trainable_token_indices"))
     return {**meaning_of(config), **({"trainable_token_indices": tokens} if tokens else {})}
 

@@ -1,9 +1,10 @@
 """What a server and its clients hand each other as folders.
 
 A *broadcast* is a PEFT folder with the global adapter and ``broadcast.json``; where the method
-updates base weights, ``residual.safetensors`` lies beside them. An *upload* holds what a client
-sends and no more, with ``upload.json``: factors under their PEFT keys and the adapter's
-configuration, or ``statistics.safetensors`` where a method sends something else than factors.
+updates base weights, ``residual.safetensors`` lies beside them, and where the server knows the base
+model, ``base.json``. An *upload* holds what a client sends and no more, with ``upload.json``:
+factors under their PEFT keys and the adapter's configuration, or ``statistics.safetensors`` where a
+method sends something else than factors.
 """
 
 from __future__ import annotations
@@ -19,8 +20,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedcore.data.adapter_kind import config_problem, kind_of
 from fedcore.data.adapter_state import AdapterState
-from fedcore.data.declared import declared_rank_and_scaling
+from fedcore.data.announcement import (
+    Announcement,
+    broadcast_identity,
+    fixed_tensors,
+    scalings_of,
+)
+from fedcore.data.base_identity import BASE_FILE, BaseIdentity
 from fedcore.data.folders import read_object, replace_folder, write_text
 from fedcore.data.low_rank import LowRank, packed, unpacked
 from fedcore.data.peft_files import (
@@ -64,6 +72,8 @@ class BroadcastFolder:
         round: counted from 0.
         method, options: the name of the method and its hyper-parameters.
         residual: module to the low-rank update of its base weight.
+        base: the base model that clients have to hold; None where it is not known.
+        allow: parts of it that may differ.
     """
 
     adapter: AdapterState
@@ -71,6 +81,8 @@ class BroadcastFolder:
     method: str
     options: Mapping[str, Any] = field(default_factory=dict)
     residual: Mapping[str, LowRank] = field(default_factory=dict)
+    base: BaseIdentity | None = None
+    allow: tuple[str, ...] = ()
 
     @cached_property
     def layout(self) -> FactorLayout:
@@ -85,9 +97,19 @@ class BroadcastFolder:
     @cached_property
     def identity(self) -> str:
         """A hash of every tensor in it: clients say by it what they started from."""
-        beside = packed(self.residual)
-        fixed = fixed_tensors(self.adapter.constants)
-        return digest(self.row, self.layout, [*fixed, *(beside[name] for name in sorted(beside))])
+        return broadcast_identity(self.row, self.layout, self.adapter.constants, self.residual)
+
+    @property
+    def announcement(self) -> Announcement:
+        """What its clients' uploads have to repeat."""
+        return Announcement(
+            self.round,
+            self.identity,
+            kind_of(self.adapter.config),
+            self.adapter.scaling,
+            self.base,
+            self.allow,
+        )
 
     def digest_of(self, part: FactorLayout) -> str:
         """The hash of the tensors in ``part`` and of the constants."""
@@ -107,6 +129,7 @@ class UploadFolder:
         frozen: digest of what it must not have changed, as it held it after training.
         started_from: identity of the broadcast that it started from.
         flags: trouble that the client half met.
+        kind, scaling, base: of its adapter and its base model, as :class:`Announcement` has them.
     """
 
     row: Tensor
@@ -115,11 +138,22 @@ class UploadFolder:
     frozen: str
     started_from: str
     flags: tuple[str, ...] = ()
+    kind: Mapping[str, Any] = field(default_factory=dict)
+    scaling: Mapping[str, float] = field(default_factory=dict)
+    base: BaseIdentity | None = None
 
+    @classmethod
+    def of(
+        cls, said: Announcement, row: Tensor, examples: float, frozen: str, flags: tuple[str, ...]
+    ) -> UploadFolder:
+        """The upload that says ``said``."""
+        about = (said.kind, said.scaling, said.base)
+        return cls(row, said.round, examples, frozen, said.broadcast, flags, *about)
 
-def fixed_tensors(constants: Mapping[str, Tensor]) -> list[Tensor]:
-    """The constants in fp32 and in order of their names, so that equal values hash alike."""
-    return [constants[name].detach().float() for name in sorted(constants)]
+    @property
+    def said(self) -> Announcement:
+        """What it repeats of its broadcast."""
+        return Announcement(self.round, self.started_from, self.kind, self.scaling, self.base)
 
 
 def write_broadcast(broadcast: BroadcastFolder, folder: Path) -> Path:
@@ -138,7 +172,9 @@ def write_broadcast(broadcast: BroadcastFolder, folder: Path) -> Path:
             "method": broadcast.method,
             "options": dict(broadcast.options),
             "identity": broadcast.identity,
-        }
+        } | _about_base(broadcast.base, new)
+        if broadcast.allow:
+            about["allow"] = list(broadcast.allow)
         write_text(json.dumps(about, indent=2, sort_keys=True) + "\n", new / BROADCAST_FILE)
     return folder
 
@@ -162,8 +198,15 @@ def read_broadcast(folder: Path) -> BroadcastFolder:
             residual = unpacked(stored.read(stored.tensors))
         except KeyError as error:
             raise FedcoreError(f"{label}: {RESIDUAL_FILE} lacks {error}") from error
+    said = Announcement.from_json(about, label)
     broadcast = BroadcastFolder(
-        adapter, about["round"], about["method"], about["options"], residual
+        adapter,
+        about["round"],
+        about["method"],
+        about["options"],
+        residual,
+        _read_base(said.base, folder, label),
+        said.allow,
     )
     if about.get("identity") != broadcast.identity:
         raise FedcoreError(f"{label}: its tensors are not those that {BROADCAST_FILE} announces")
@@ -203,7 +246,10 @@ def write_upload(
             "frozen": upload.frozen,
             "started_from": upload.started_from,
             "flags": list(upload.flags),
-        }
+        } | _about_base(upload.base, new)
+        for name in ("kind", "scaling"):
+            if value := getattr(upload, name):
+                about[name] = dict(value)
         write_text(json.dumps(about, indent=2, sort_keys=True) + "\n", new / UPLOAD_FILE)
     return folder
 
@@ -214,12 +260,12 @@ def read_upload(
     """Read what a client wrote by :func:`write_upload`.
 
     Args:
-        like: the server's adapter; a client's scalings have to be its own.
+        like: the server's adapter.
         round: the round it has to be for: another one may have other tensors.
 
     Raises:
-        FedcoreError: it is for another round, a file is missing, a link, malformed or too large, a
-            tensor is missing, unexpected or of another shape, or a module's scaling differs.
+        FedcoreError: it is for another round, a file is missing, a link, malformed or too large, or
+            a tensor is missing, unexpected or of another shape.
     """
     label = "its upload"
     about = read_object(folder / UPLOAD_FILE, label, _UPLOAD_FIELDS, links=False)
@@ -233,14 +279,36 @@ def read_upload(
     stored = TensorFile.open(file, label, budget, links=False)
     check_shapes({key: tensor.shape for key, tensor in stored.tensors.items()}, layout)
     row = row_from_tensors(stored.read(stored.tensors), layout)
+    said = Announcement.from_json(about, label)
+    # Version 0.1 said neither.
+    kind, scaling = said.kind or kind_of(like.config), said.scaling or like.scaling
     if factors:
+        # What PEFT reads counts.
         config = read_object(folder / CONFIG_FILE, label, links=False)
-        for module in layout.modules:
-            _, scaling = declared_rank_and_scaling(config, module)
-            if scaling != like.scaling[module]:
-                raise FedcoreError(
-                    f"module {module} has scaling {scaling:g}, the server's is "
-                    f"{like.scaling[module]:g}"
-                )
+        problem = config_problem(config)
+        if problem:
+            raise FedcoreError(problem)
+        kind, scaling = kind_of(config), scalings_of(config, like.scaling)
     fields = {name: about[name] for name in _UPLOAD_FIELDS}
-    return UploadFolder(row, **{**fields, "flags": tuple(map(str, about["flags"]))})
+    fields["flags"] = tuple(map(str, about["flags"]))
+    base = _read_base(said.base, folder, label)
+    return UploadFolder(row, **fields, kind=kind, scaling=scaling, base=base)
+
+
+def _about_base(base: BaseIdentity | None, folder: Path) -> dict[str, Any]:
+    """What the JSON file of ``folder`` says of ``base``, whose entries have a file of their own."""
+    if base is None:
+        return {}
+    if base.entries:
+        base.save(folder)
+    return {"base": base.brief.to_json()}
+
+
+def _read_base(named: BaseIdentity | None, folder: Path, label: str) -> BaseIdentity | None:
+    """The base that the JSON file of ``folder`` names, with its entries where they are there."""
+    whole = BaseIdentity.read(folder, label)
+    if whole is None:
+        return named
+    if named != whole.brief:
+        raise FedcoreError(f"{label}: {BASE_FILE} is not of the base that is named beside it")
+    return whole

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from hashlib import sha256
 
+from fedcore.data.base_identity import BASE_FILE, BaseIdentity
 from fedcore.data.tensor_digest import digest_of_tensors
 from fedcore.errors import FedcoreError
 from fedcore.experiments.run_folder import RunFolder
@@ -13,20 +14,17 @@ from fedcore.experiments.setup import Experiment
 
 RECIPE, DATA, MODEL = "recipe", "data", "model"
 
-_BLOCKS = 8
-"""Of a weight, half a megabyte: enough to tell two models apart, and read in no time."""
-
 
 def run_origin(experiment: Experiment, folder: RunFolder) -> dict[str, str]:
     """The hashes of what ``experiment`` is made of, before anything is trained.
 
-    The data are the encoded texts with their labels and who holds which; the recipe is what the
-    folder's file says.
+    The data are the encoded texts with their labels and who holds which; recipe and model are what
+    the folder's files say.
     """
     return {
         RECIPE: folder.recipe_digest(),
         DATA: _data(experiment),
-        MODEL: _model(experiment),
+        MODEL: _model(folder),
     }
 
 
@@ -52,13 +50,14 @@ def check_origin(began: Mapping[str, str], now: Mapping[str, str], experiment: E
         FedcoreError: naming the source, with what to do.
     """
     recipe = experiment.recipe
+    source = recipe.data.source
     for kind, what in (
-        (DATA, f"the data of data.source = {recipe.data.source!r}: texts, labels or their split"),
-        (MODEL, f"the weights of model.source = {recipe.model.source!r}"),
+        (DATA, f"the data of data.source = {source!r}: texts, labels or their split have"),
+        (MODEL, f"{BASE_FILE}, which says what the base model was, has"),
     ):
         if began.get(kind, now[kind]) != now[kind]:
             raise FedcoreError(
-                f"{what} have changed since the run began; restore them, or start another run"
+                f"{what} changed since the run began; restore it, or start another run"
             )
 
 
@@ -77,7 +76,7 @@ def _data(experiment: Experiment) -> str:
     return total.hexdigest()
 
 
-def _model(experiment: Experiment) -> str:
-    """Of the base model: what no client trains."""
-    frozen = ((n, p) for n, p in experiment.model.named_parameters() if not p.requires_grad)
-    return digest_of_tensors(sorted(frozen, key=lambda item: item[0]), blocks=_BLOCKS)
+def _model(folder: RunFolder) -> str:
+    """Of what the run wrote down of its base model, with which the one here is compared."""
+    base = BaseIdentity.read(folder.path)
+    return "" if base is None else sha256(json.dumps(base.to_json()).encode()).hexdigest()

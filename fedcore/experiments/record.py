@@ -59,7 +59,7 @@ def round_record(
         clients=_clients(experiment, outcome, reports),
         sampled=tuple(sampled),
         dropped=tuple(DroppedClient(client=c, reason=r) for c, r in sorted(dropped.items())),
-        flags=tuple(flags),
+        flags=(*experiment.flags, *flags),
         bytes_up=Traffic(**up),
         bytes_down=Traffic(**down),
         upload_error=upload_error,

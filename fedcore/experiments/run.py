@@ -9,6 +9,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+from fedcore.data.base_identity import BaseIdentity, base_differences
 from fedcore.data.claims import claimed
 from fedcore.errors import FedcoreError
 from fedcore.experiments.adapters import generation_sample, write_adapters
@@ -63,6 +64,7 @@ def start(
             folder = RunFolder.create(path, recipe)
             folder.write_json("environment.json", describe_environment())
             folder.write_json("partition.json", experiment.counts)
+            experiment.base.save(folder.path)
             origin = run_origin(experiment, folder)
             return _go_on(experiment, folder, None, origin, watcher, rounds or _rounds)
 
@@ -107,6 +109,10 @@ def resume(
         with recipe_threads(recipe):
             _say_what_changed(folder, watcher, begun=state is not None)
             experiment = build_experiment(recipe, watcher, cache)
+            if state is None:
+                experiment.base.save(folder.path)
+            else:
+                experiment = _on_the_same_base(experiment, folder)
             origin = run_origin(experiment, folder)
             if state is not None:
                 if not state.origin:
@@ -183,6 +189,23 @@ def _go_on(
         folder.write_json("sample.json", generation_sample(experiment, start_row, state))
     folder.write_json("summary.json", summary)
     return summary.plain()
+
+
+def _on_the_same_base(experiment: Experiment, folder: RunFolder) -> Experiment:
+    """``experiment`` with flags that say in what its base differs as it may.
+
+    Raises:
+        FedcoreError: it differs otherwise from the one that the run began with.
+    """
+    before = BaseIdentity.read(folder.path)
+    if before is None:  # A run of version 0.1.
+        return experiment
+    problem, allowed = base_differences(
+        experiment.base, before, experiment.recipe.model.allow, "the run's"
+    )
+    if problem is not None:
+        raise FedcoreError(f"{folder.path} cannot be resumed: {problem}")
+    return replace(experiment, flags=allowed)
 
 
 def _recorded(state: ServerState, record: Round) -> ServerState:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fedcore.data.base_identity import BaseIdentity
 from fedcore.data.seeding import derive_seed
 from fedcore.errors import FedcoreError
 from fedcore.experiments.observer import Observer
@@ -18,6 +20,7 @@ from fedcore.federation import records
 from fedcore.methods import Method
 from fedcore.methods.requirements import MIXED_RANKS, SECURE_SUM, of_family, refuse
 from fedcore.recipes import Recipe
+from fedcore.training.base_identity import identity_of
 from fedcore.training.binding import ModelBinding
 from fedcore.training.datasets import (
     TextDataset,
@@ -28,6 +31,7 @@ from fedcore.training.datasets import (
 from fedcore.training.encoding import EncodedDataset
 from fedcore.training.features import encoder_digest, mean_states
 from fedcore.training.forward import Forward
+from fedcore.training.live_adapter import ADAPTER_NAME
 from fedcore.training.partitions import Partition, assign_like, partition
 from fedcore.training.prefix import FrozenPrefix
 from fedcore.training.residual import FrozenResidual
@@ -62,6 +66,7 @@ class Experiment:
         ranks: client id to module to rank, where clients differ in rank; otherwise empty.
         statistics: client id to the statistics of its data that it sends before its first
             round.
+        flags: what every round's record says of the run as a whole.
     """
 
     recipe: Recipe
@@ -80,6 +85,19 @@ class Experiment:
     residual: FrozenResidual
     ranks: Mapping[str, Mapping[str, int]]
     statistics: Mapping[str, Mapping[str, Tensor]]
+    flags: tuple[str, ...] = ()
+
+    @cached_property
+    def base(self) -> BaseIdentity:
+        """The identity of the base model, without the tensors that clients train."""
+        base = identity_of(self.model, self.tokenizer, self.recipe.model.identity)
+        return base.without(slot.name for slot in self.binding.layout.dense_slots)
+
+    @property
+    def adapter_config(self) -> dict[str, Any] | None:
+        """The adapter's configuration; None where the head alone trains."""
+        configs: Any = getattr(self.model, "peft_config", None)
+        return None if configs is None else configs[ADAPTER_NAME].to_dict()
 
     @property
     def trainers(self) -> tuple[str, ...]:

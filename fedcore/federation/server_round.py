@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedcore.data.announcement import Announcement
 from fedcore.data.cohort import Cohort, UploadedRow, gather
 from fedcore.data.rows import Ranks
 from fedcore.data.validation import Dropped, OnInvalid, identical_rows
@@ -27,6 +28,7 @@ from fedcore.federation.acceptance import (
     norm,
     result_problem,
 )
+from fedcore.federation.announcements import Repeats
 from fedcore.federation.state import (
     HELD,
     PERSONAL_PREFIX,
@@ -89,6 +91,9 @@ class OpenRound:
         min_cohort: the fewest valid uploads of a round; with fewer, all are left out and the state
             stays.
         limits: what is accepted of clients' weights and of the result.
+        announced: what the broadcast says of itself and every upload has to repeat; None where no
+            message carries it.
+        plain_clients: whether clients may repeat nothing.
 
     Attributes:
         layout: of an upload.
@@ -107,6 +112,8 @@ class OpenRound:
         statistics: Mapping[str, Mapping[str, Tensor]] | None = None,
         min_cohort: int = 0,
         limits: Limits | None = None,
+        announced: Announcement | None = None,
+        plain_clients: bool = True,
     ) -> None:
         self.method, self.state = method, state
         self.layout = method.upload_layout(state.layout, state.round)
@@ -124,11 +131,23 @@ class OpenRound:
         self._unreachable: dict[str, str] = {}
         self._new_statistics: dict[str, Mapping[str, Tensor]] = {}
         self._flags: list[str] = []
+        self._repeats = Repeats(announced, state, plain_clients)
 
     @property
     def previous(self) -> Broadcast:
         """The global state that the clients started from."""
         return Broadcast(self.state.layout, self.state.row)
+
+    def check_repeats(self, client: str, said: Announcement | None) -> None:
+        """Compare what an upload says of its broadcast with what this round announced.
+
+        A transport calls it before :meth:`receive`, and refuses the client where it raises.
+
+        Raises:
+            FedcoreError: it is of another round or broadcast, or of another adapter or base; or it
+                says nothing and has to.
+        """
+        self._repeats.check(client, said)
 
     def receive(
         self,
@@ -266,6 +285,8 @@ class OpenRound:
         self._reported.append(client)
 
     def _cohort(self) -> Cohort:
+        valid = [client for client in self._reported if client not in self._refused]
+        self._refused |= self._repeats.disagreeing(valid)
         cohort = gather(
             self.layout,
             self._clients,
@@ -323,7 +344,7 @@ class OpenRound:
         self, cohort: Cohort, result: Aggregate, waiting: Mapping[str, Mapping[str, Tensor]]
     ) -> ClosedRound:
         reported = tuple(self._reported)
-        flags = (*self._flags, *result.flags)
+        flags = (*self._flags, *self._repeats.flags, *result.flags)
         state = self.state.advanced(
             result.row,
             result.changed,
@@ -333,6 +354,7 @@ class OpenRound:
             held_for_clients=self._remembered(cohort, reported, waiting),
             record=_record(cohort, flags),
         )
+        state = self._repeats.after(state, cohort.client_ids)
         return ClosedRound(cohort, result, state, reported, flags)
 
     def _remembered(

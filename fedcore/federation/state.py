@@ -67,6 +67,9 @@ class ServerState:
         traffic: bytes so far, by direction and category, summed over clients.
         record: what was measured in the last round.
         origin: hashes of what the run began from, by kind; empty where nothing is known of it.
+        agreed: what clients say of their adapters and base, as JSON, where the server does not know
+            it and compares them with each other.
+        repeating: clients whose uploads repeat what their broadcast announced.
     """
 
     round: int
@@ -81,6 +84,8 @@ class ServerState:
     traffic: Mapping[str, int] = field(default_factory=dict)
     record: Mapping[str, Any] = field(default_factory=dict)
     origin: Mapping[str, str] = field(default_factory=dict)
+    agreed: Mapping[str, Any] = field(default_factory=dict)
+    repeating: tuple[str, ...] = ()
 
     def stale_for(self, client_id: str) -> FactorLayout:
         """What ``client_id`` must download: the slots that changed since it last took part."""
@@ -186,7 +191,7 @@ def write_state(state: ServerState, folder: Path) -> Path:
 
 def _about(state: ServerState) -> dict[str, Any]:
     """What ``state.json`` says."""
-    return {
+    about = {
         "round": state.round,
         "layout": [
             [slot.module, slot.factor, slot.rows, slot.width, slot.shape] for slot in state.layout
@@ -200,6 +205,12 @@ def _about(state: ServerState) -> dict[str, Any]:
         "record": dict(state.record),
         ORIGIN: dict(state.origin),
     }
+    # Where no message carries announcements there is nothing to remember of them.
+    if state.agreed:
+        about["agreed"] = dict(state.agreed)
+    if state.repeating:
+        about["repeating"] = list(state.repeating)
+    return about
 
 
 def read_about(folder: Path) -> dict[str, Any]:
@@ -268,6 +279,8 @@ def read_state(folder: Path, *, clients: bool = True) -> ServerState:
             traffic=about["traffic"],
             record=about["record"],
             origin=about.get(ORIGIN, {}),
+            agreed=dict(about.get("agreed", {})),
+            repeating=tuple(about.get("repeating", ())),
         )
     except (OSError, KeyError, ValueError, TypeError) as error:
         raise FedcoreError(f"cannot read the state in {folder}: {error}") from error

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from fedcore.data.base_identity import Mode, Part
 from fedcore.data.validation import OnInvalid, Weighting
 from fedcore.errors import FedcoreError
 from fedcore.federation.acceptance import MAX_GROWTH
@@ -26,11 +27,15 @@ class Section(BaseModel):
 class ModelSection(Section):
     """Which pretrained model.
 
-    ``source``: ``minilm`` or ``smollm2``, a local folder, or a hub id ``org/name``.
+    ``source``: ``minilm`` or ``smollm2``, a local folder, or a hub id ``org/name``. ``identity``:
+    whether the digest by which server and clients compare their base model is of sampled blocks of
+    its weights or of all; ``allow``: the parts of it that may differ.
     """
 
     source: str = "minilm"
     max_length: int = Field(64, ge=4)
+    identity: Mode = "sampled"
+    allow: tuple[Part, ...] = ()
 
 
 class DataSection(Section):

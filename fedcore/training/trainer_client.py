@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sized
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fedcore.data.adapter_kind import kind_of
 from fedcore.data.adapter_state import AdapterState
+from fedcore.data.announcement import Announcement, differences
+from fedcore.data.base_identity import BaseIdentity
 from fedcore.data.exchange import (
     BROADCAST_FILE,
     BroadcastFolder,
@@ -26,7 +29,9 @@ from fedcore.errors import FedcoreError, missing_extra
 from fedcore.methods import create_method
 from fedcore.methods.base import Broadcast, Method, Upload
 from fedcore.methods.registry import options_of
+from fedcore.training.base_identity import identity_of
 from fedcore.training.binding import ModelBinding
+from fedcore.training.checkpoints import Start
 from fedcore.training.live_adapter import live_adapter
 from fedcore.training.residual import FrozenResidual
 from fedcore.training.round_checks import check_fits, check_holds, check_optimiser
@@ -44,8 +49,11 @@ class _Round:
 
     broadcast: BroadcastFolder
     method: Method
+    start: Start
     examples: float | None = None
     sent: bool = False
+    flags: tuple[str, ...] = ()
+    problem: str = ""
 
 
 class FederatedClient(TrainerCallback):  # type: ignore[misc,unused-ignore]
@@ -72,6 +80,8 @@ class FederatedClient(TrainerCallback):  # type: ignore[misc,unused-ignore]
         examples: the client's weight; the length of the Trainer's training set by default.
         private: folder for what stays with this client from one round to the next; needed where a
             method leaves factors or the head to the clients. It is never sent.
+        tokenizer: the tokenizer or processor of the model, which is compared with the server's,
+            its chat template too, where the server announces one.
 
     Optimiser moments are not carried from one round to the next.
 
@@ -87,6 +97,7 @@ class FederatedClient(TrainerCallback):  # type: ignore[misc,unused-ignore]
         round: int | None = None,
         examples: float | None = None,
         private: str | Path | None = None,
+        tokenizer: Any = None,
     ) -> None:
         self._model = model
         self._outline = live_adapter(model)
@@ -97,6 +108,8 @@ class FederatedClient(TrainerCallback):  # type: ignore[misc,unused-ignore]
         self._examples = examples
         self._private = None if private is None else Path(private)
         self._trained_before = {name: p.requires_grad for name, p in model.named_parameters()}
+        self._tokenizer = tokenizer
+        self._bases: dict[str, BaseIdentity] = {}
         self._now: _Round | None = None
         if examples is not None and (problem := check_weight(examples)):
             raise FedcoreError(f"examples: {problem}")
@@ -139,8 +152,17 @@ class FederatedClient(TrainerCallback):  # type: ignore[misc,unused-ignore]
             )
         return examples
 
+    @property
+    def announcement(self) -> Announcement:
+        """What this round's upload repeats of its broadcast, and says of adapter and base."""
+        return self._answer(self._current().broadcast)
+
     def receive(
-        self, source: str | Path | AdapterState | Tensor, *, round: int | None = None
+        self,
+        source: str | Path | AdapterState | Tensor,
+        *,
+        round: int | None = None,
+        announced: Announcement | None = None,
     ) -> None:
         """Load the global values and freeze what the round's plan does not train.
 
@@ -148,21 +170,33 @@ class FederatedClient(TrainerCallback):  # type: ignore[misc,unused-ignore]
             source: a broadcast folder; or a PEFT folder, an adapter, or a row in the layout of this
                 model's adapter, where the constructor received the method.
             round: of what is received; the constructor's by default.
+            announced: what a transport's message says of a ``source`` that is not a broadcast
+                folder.
 
         Raises:
-            FedcoreError: it is not of this model, method or round; nothing has changed then.
+            FedcoreError: it is not of this model, base, method or round, or not what was announced;
+                nothing has changed then.
         """
         expected = self._round_number if round is None else round
-        broadcast = self._broadcast(source, expected)
+        broadcast = self._broadcast(source, expected, announced)
         method = create_method(broadcast.method, **broadcast.options)
         row = self._start(broadcast, method)
         frozen = method.frozen_layout(broadcast.layout, broadcast.round)
         check_fits(self._binding, self._outline, broadcast, method)
+        problem, _ = differences(
+            self._answer(broadcast), broadcast.announcement, allow=broadcast.allow
+        )
+        if problem is not None:
+            raise FedcoreError(f"this client does not fit round {broadcast.round}: {problem}")
         check_holds(self._binding, row, broadcast.layout, frozen)
         self._binding.load(row, broadcast.layout)
         self._residual.load(broadcast.residual)
-        self._binding.trained(method.plan(broadcast.round).trains)
-        self._now = _Round(broadcast, method, self._examples)
+        trains = method.plan(broadcast.round).trains
+        self._binding.trained(trains)
+        layout = broadcast.layout
+        part = layout.part(slot.name for slot in layout if slot.dense or slot.factor in trains)
+        start = Start(broadcast.round, broadcast.identity, part, layout.gather(row, part))
+        self._now = _Round(broadcast, method, start, self._examples)
 
     def on_train_begin(
         self,
@@ -173,7 +207,8 @@ class FederatedClient(TrainerCallback):  # type: ignore[misc,unused-ignore]
         train_dataloader: Any = None,
         **rest: Any,
     ) -> None:
-        """Refuse to train what was not received, or with an optimiser of another round.
+        """Refuse to train what was not received, from values that were not, or with an optimiser of
+        another round.
 
         Raises:
             FedcoreError: naming the parameter.
@@ -188,6 +223,16 @@ class FederatedClient(TrainerCallback):  # type: ignore[misc,unused-ignore]
         if self._examples is None:
             dataset = getattr(train_dataloader, "dataset", None)
             now.examples = float(len(dataset)) if isinstance(dataset, Sized) else None
+        now.problem = ""
+        try:
+            now.flags = now.start.check(self._binding, args, getattr(state, "global_step", 0))
+        except FedcoreError as error:
+            now.problem = str(error)
+            raise
+
+    def on_save(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
+        """Write beside a checkpoint to which broadcast it belongs."""
+        self._current().start.mark(self._binding, args, state.global_step)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
         """Refuse what the server would refuse: see :meth:`check`."""
@@ -197,10 +242,12 @@ class FederatedClient(TrainerCallback):  # type: ignore[misc,unused-ignore]
         """Compare the model with the broadcast.
 
         Raises:
-            FedcoreError: a frozen factor or a constant changed, or a tensor holds values that are
-                not finite.
+            FedcoreError: a frozen factor or a constant changed, a tensor holds values that are not
+                finite, or training was refused since it would have started from other values.
         """
         now = self._current()
+        if now.problem:
+            raise FedcoreError(now.problem)
         layout, t = now.broadcast.layout, now.broadcast.round
         frozen = now.method.frozen_layout(layout, t)
         values = self._binding.read(frozen)
@@ -233,7 +280,7 @@ class FederatedClient(TrainerCallback):  # type: ignore[misc,unused-ignore]
             tensors = tensors_from_row(self._binding.read(private), private)
             write_tensors(tensors, self._private / "private.safetensors")
         now.sent = True
-        return made
+        return replace(made, flags=(*now.flags, *made.flags))
 
     @property
     def upload_layout(self) -> FactorLayout:
@@ -250,21 +297,13 @@ class FederatedClient(TrainerCallback):  # type: ignore[misc,unused-ignore]
             FedcoreError: see :meth:`check`; or the number of examples is not known.
         """
         now = self._current()
-        broadcast, method, t = now.broadcast, now.method, now.broadcast.round
-        examples, made = self.examples, self.prepare()
+        examples, made, said = self.examples, self.prepare(), self.announcement
         return write_upload(
-            UploadFolder(
-                made.row,
-                round=t,
-                examples=examples,
-                frozen=self._frozen_digest(now),
-                started_from=broadcast.identity,
-                flags=made.flags,
-            ),
+            UploadFolder.of(said, made.row, examples, self._frozen_digest(now), made.flags),
             self.upload_layout,
             self._outline,
             Path(folder),
-            factors=method.capabilities.uploads == "factors",
+            factors=now.method.capabilities.uploads == "factors",
         )
 
     def _current(self) -> _Round:
@@ -279,8 +318,21 @@ class FederatedClient(TrainerCallback):  # type: ignore[misc,unused-ignore]
         constants = fixed_tensors(live)
         return digest(self._binding.read(frozen), frozen, constants)
 
+    def _answer(self, broadcast: BroadcastFolder) -> Announcement:
+        mode = "sampled" if broadcast.base is None else broadcast.base.mode
+        if mode not in self._bases:
+            replaced = [slot.name for slot in self._binding.layout.dense_slots]
+            base = identity_of(self._model, self._tokenizer, mode)
+            self._bases[mode] = base.without(replaced)
+        return broadcast.announcement.answer(
+            self._bases[mode], kind_of(self._outline.config), self._outline.scaling
+        )
+
     def _broadcast(
-        self, source: str | Path | AdapterState | Tensor, round: int | None
+        self,
+        source: str | Path | AdapterState | Tensor,
+        round: int | None,
+        announced: Announcement | None,
     ) -> BroadcastFolder:
         if isinstance(source, str | Path) and (Path(source) / BROADCAST_FILE).is_file():
             broadcast = read_broadcast(Path(source))
@@ -304,7 +356,17 @@ class FederatedClient(TrainerCallback):  # type: ignore[misc,unused-ignore]
             adapter = self._outline.with_row(source, layout)
         else:
             adapter = source
-        return BroadcastFolder(adapter, round, self._method.name, options_of(self._method))
+        broadcast = BroadcastFolder(adapter, round, self._method.name, options_of(self._method))
+        if announced is None:
+            return broadcast
+        broadcast = replace(broadcast, base=announced.base, allow=announced.allow)
+        problem, _ = differences(broadcast.announcement, announced)
+        if problem is not None:
+            raise FedcoreError(
+                f"what was received is not what its message announces: {problem}; leave out "
+                "filters that change tensors on their way"
+            )
+        return broadcast
 
     def _check_announced(self, broadcast: BroadcastFolder, round: int | None) -> None:
         method = create_method(broadcast.method, **broadcast.options)

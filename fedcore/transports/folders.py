@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from fedcore.data.adapter_state import AdapterState
+from fedcore.data.announcement import Announcement
+from fedcore.data.base_identity import BaseIdentity, check_allow
 from fedcore.data.claims import claimed
 from fedcore.data.exchange import (
     BROADCAST_FILE,
@@ -21,6 +23,7 @@ from fedcore.data.peft_files import read_adapter
 from fedcore.data.validation import OnInvalid, Weighting, check_rounds, refuse_ranks
 from fedcore.errors import FedcoreError, printable
 from fedcore.federation.acceptance import MAX_GROWTH, Limits
+from fedcore.federation.announcements import known_base
 from fedcore.federation.checkpoints import check_newest, offering_newest_good, read_newest
 from fedcore.federation.server_round import OpenRound
 from fedcore.federation.state import ServerState, latest_state, write_state
@@ -58,25 +61,45 @@ class FileServer:
 
     @classmethod
     def create(
-        cls, folder: str | Path, start: str | Path | AdapterState, method: str, **options: Any
+        cls,
+        folder: str | Path,
+        start: str | Path | AdapterState,
+        method: str,
+        *,
+        base: BaseIdentity | None = None,
+        allow: Iterable[str] = (),
+        **options: Any,
     ) -> FileServer:
         """Start a federation in ``folder`` from the adapter ``start``.
 
+        Args:
+            base: the base model that every client has to hold; by default what ``base.json`` beside
+                the adapter says, else what most clients of the first round hold.
+            allow: parts of the base that may differ, each flagged in the record of every round.
+            options: the method's own.
+
         Raises:
             FedcoreError: the folder holds a federation or is in use; the adapter is not of the
-                method's family; or the method needs more of its clients than what folders carry.
+                method's family; the method needs more of its clients than what folders carry; or a
+                base has no such part to allow.
         """
         path, chosen = Path(folder), create_method(method, **options)
         if latest_state(path / "state") is not None:
             raise FedcoreError(f"{path} holds a federation; open it, or pass another folder")
         refuse(chosen, ONE_BROADCAST, "a server of folders")
         adapter = start if isinstance(start, AdapterState) else read_adapter(start)
+        if base is None and not isinstance(start, AdapterState):
+            base = BaseIdentity.read(start)
         check_start(chosen, adapter.family, adapter.keys.values(), "start", adapter.config)
         check_rounds(adapter, "start")
         refuse_ranks(adapter, "start")
         layout = adapter.layout()
         state = ServerState(round=0, layout=layout, row=adapter.to_row(layout))
-        served = BroadcastFolder(adapter, 0, chosen.name, options_of(chosen))
+        if base is not None:
+            base = base.without(slot.name for slot in layout.dense_slots)
+        served = BroadcastFolder(
+            adapter, 0, chosen.name, options_of(chosen), base=base, allow=check_allow(allow)
+        )
         with claimed(path):
             check_newest(-1, path / "state")
             return cls(path, chosen, state, served)._written()
@@ -150,6 +173,7 @@ class FileServer:
                 on_invalid=on_invalid,
                 allow_identical_uploads=allow_identical_uploads,
                 limits=Limits(max_growth, largest_share),
+                announced=self._announced(),
             )
             after = self._closed(opened, folders, links, weighting)
             return replace(self, state=after, served=_next(self.served, after))._written()
@@ -175,6 +199,7 @@ class FileServer:
                     factors=method.capabilities.uploads == "factors",
                     round=t,
                 )
+                opened.check_repeats(client, upload.said)
             except FedcoreError as error:
                 opened.refuse(client, str(error))
                 continue
@@ -187,9 +212,12 @@ class FileServer:
                 expected_frozen=frozen,
                 flags=upload.flags,
             )
-            if upload.started_from != self.served.identity:
-                opened.refuse(client, "it started from another broadcast than this server's")
         return opened.close().state
+
+    def _announced(self) -> Announcement:
+        announced = self.served.announcement
+        # What clients agreed on is no more than that: one of version 0.1 need not say it.
+        return announced if known_base(self.state) is None else replace(announced, base=None)
 
     def _written(self) -> FileServer:
         write_state(self.state, self.folder / "state")
@@ -199,7 +227,13 @@ class FileServer:
 
 def _next(before: BroadcastFolder, state: ServerState) -> BroadcastFolder:
     adapter = before.adapter.with_row(state.row, state.layout)
-    return replace(before, adapter=adapter, round=state.round, residual=state.residual)
+    return replace(
+        before,
+        adapter=adapter,
+        round=state.round,
+        residual=state.residual,
+        base=before.base or known_base(state),
+    )
 
 
 def _folders(uploads: str | Path | Mapping[str, str | Path]) -> dict[str, Path]:

@@ -6,7 +6,7 @@ that its clients started from; the controller's model is replaced by it whole (`
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -16,6 +16,9 @@ from torch import Tensor
 
 from fedcore.checks import choice, is_number
 from fedcore.data.adapter_state import AdapterState
+from fedcore.data.announcement import Announcement
+from fedcore.data.base_identity import BaseIdentity, check_allow
+from fedcore.data.exchange import BroadcastFolder
 from fedcore.data.peft_files import read_adapter, write_adapter
 from fedcore.data.rows import row_from_tensors, tensors_from_row
 from fedcore.data.validation import (
@@ -27,6 +30,7 @@ from fedcore.data.validation import (
 )
 from fedcore.errors import FedcoreError, missing_extra, printable
 from fedcore.federation.acceptance import MAX_GROWTH, Limits
+from fedcore.federation.announcements import with_agreed
 from fedcore.federation.checkpoints import newest_or, save
 from fedcore.federation.server_round import OpenRound
 from fedcore.federation.state import ServerState
@@ -47,14 +51,18 @@ if TYPE_CHECKING:
 NUM_STEPS = "NUM_STEPS_CURRENT_ROUND"
 """Where NVFlare's own aggregators look for a client's weight."""
 
+ANNOUNCED = "fedcore"
+"""The entry of a model's meta that holds what the server announces and clients repeat."""
+
 
 @dataclass(frozen=True)
 class _Received:
-    """One upload: its row, weight and metrics, or what is wrong with it."""
+    """One upload: its row, weight and metrics and what it says, or what is wrong with it."""
 
     row: Tensor | None = None
     weight: float = 0.0
     metrics: Mapping[str, float] = field(default_factory=dict)
+    said: Announcement | None = None
     problem: str = ""
 
 
@@ -66,7 +74,8 @@ class FedLoRAAggregator(ModelAggregator):  # type: ignore[misc,unused-ignore]
     name, and uploads are aggregated in the order of their clients' names, whenever they came.
 
     Args:
-        adapter: folder of the PEFT adapter that all start from, on the server.
+        adapter: folder of the PEFT adapter that all start from, on the server; a ``base.json`` in
+            it says which base model every client has to hold.
         method: its name.
         options: the method's own.
         weight_key: the entry of ``FLModel.meta`` that holds a client's weight.
@@ -78,6 +87,9 @@ class FedLoRAAggregator(ModelAggregator):  # type: ignore[misc,unused-ignore]
         max_growth: how many times as large as state and uploads a result may be; a larger one
             leaves the state as it is, with a warning.
         largest_share: of the total weight, that one client may have; None sets no bound.
+        allow: parts of the base that may differ, each flagged in the record of every round.
+        plain_clients: accept uploads that repeat nothing of what was announced, of clients that
+            never did.
 
     Methods that send each client something of its own, or update base weights, are refused: an
     aggregator of NVFlare answers with one model of the adapter's tensors.
@@ -98,6 +110,8 @@ class FedLoRAAggregator(ModelAggregator):  # type: ignore[misc,unused-ignore]
         weighting: Weighting = "examples",
         max_growth: float = MAX_GROWTH,
         largest_share: float | None = None,
+        allow: Sequence[str] = (),
+        plain_clients: bool = True,
     ) -> None:
         super().__init__()
         # Jobs are written as the arguments of their components, found by these names.
@@ -108,6 +122,7 @@ class FedLoRAAggregator(ModelAggregator):  # type: ignore[misc,unused-ignore]
         self.max_growth, self.largest_share = max_growth, largest_share
         choice("FedLoRAAggregator", "weighting", weighting, get_args(Weighting))
         self._limits = Limits(max_growth, largest_share)
+        self.allow, self.plain_clients = allow, plain_clients
         if on_invalid not in ("raise", "drop"):
             raise FedcoreError(f"on_invalid is {on_invalid!r}; pass 'raise' or 'drop'")
         self._method = create_method(method, **(options or {}))
@@ -124,6 +139,7 @@ class FedLoRAAggregator(ModelAggregator):  # type: ignore[misc,unused-ignore]
         check_rounds(self._start, "adapter")
         refuse_ranks(self._start, "adapter")
         self._state = _begin(self._start, checkpoints)
+        self._announced = _served(self._start, self._state, adapter, allow).announcement
         self._received: dict[str, _Received] = {}
 
     @property
@@ -139,7 +155,9 @@ class FedLoRAAggregator(ModelAggregator):  # type: ignore[misc,unused-ignore]
             client = printable(meta.get("client_name", ""))
             if not client:
                 raise FedcoreError("its meta has no client_name")
-            received = _Received(self._row(model), self._weight(meta), _numbers(model.metrics))
+            said = _announcement(meta)
+            row, weight = self._row(model), self._weight(meta)
+            received = _Received(row, weight, _numbers(model.metrics), said)
         except FedcoreError as error:
             received = _Received(problem=str(error))
         except Exception as error:
@@ -165,27 +183,38 @@ class FedLoRAAggregator(ModelAggregator):  # type: ignore[misc,unused-ignore]
             on_invalid=self.on_invalid,
             allow_identical_uploads=self.allow_identical_uploads,
             limits=self._limits,
+            announced=self._announced,
+            plain_clients=self.plain_clients,
         )
-        for client, upload in sorted(received.items()):
+        for client in sorted(received):
+            upload = received[client]
             if upload.row is None:
                 opened.refuse(client, upload.problem)
-            else:
-                opened.receive(client, upload.row, upload.weight)
+                continue
+            try:
+                opened.check_repeats(client, upload.said)
+            except FedcoreError as error:
+                opened.refuse(client, str(error))
+                continue
+            opened.receive(client, upload.row, upload.weight)
         closed = opened.close()
         cohort, self._state = closed.cohort, closed.state
         for drop in cohort.dropped:
             self.warning(f"round {t}: {drop.client_id} was left out: {drop.reason}")
         for flag in closed.flags:
             self.warning(f"round {t}: {flag}")
+        served = _served(self._start, self._state, self.adapter, self.allow)
+        self._announced = served.announcement
         if self.checkpoints is not None:
             save(self._state, Path(self.checkpoints))
         weights = dict(zip(cohort.client_ids, cohort.weights.tolist(), strict=True))
         metrics = {client: received[client].metrics for client in weights}
         return FLModel(
             params_type=ParamsType.FULL,
-            params=self.global_params(),
+            params=_arrays(served.adapter),
             metrics=_mean_metrics(metrics, weights),
             current_round=t,
+            meta={ANNOUNCED: with_agreed(self._announced, self._state).text()},
         )
 
     def reset_stats(self) -> None:
@@ -226,17 +255,27 @@ class AdapterPersistor(ModelPersistor):  # type: ignore[misc,unused-ignore]
         adapter: folder of the adapter that the job starts from; the aggregator's.
         out: folder that holds the newest global adapter, which PEFT loads.
         checkpoints: the aggregator's, if it has them.
+        allow: the aggregator's, if it has any.
     """
 
-    def __init__(self, adapter: str, out: str, checkpoints: str | None = None) -> None:
+    def __init__(
+        self,
+        adapter: str,
+        out: str,
+        checkpoints: str | None = None,
+        allow: Sequence[str] = (),
+    ) -> None:
         super().__init__()
         self.adapter, self.out, self.checkpoints = adapter, out, checkpoints
+        self.allow = allow
 
     def load_model(self, fl_ctx: Any) -> Any:
         """What the aggregator takes for broadcast in its first round."""
         start = read_adapter(self.adapter)
         state = _begin(start, self.checkpoints)
-        return make_model_learnable(_arrays(start.with_row(state.row, state.layout)), {})
+        served = _served(start, state, self.adapter, self.allow)
+        announced = with_agreed(served.announcement, state)
+        return make_model_learnable(_arrays(served.adapter), {ANNOUNCED: announced.text()})
 
     def save_model(self, model: Any, fl_ctx: Any) -> None:
         """Write the global adapter."""
@@ -249,11 +288,13 @@ def receive(client: FederatedClient, model: Any) -> None:
     """Load what the server sent (``flare.receive()``) into the client's model.
 
     Raises:
-        FedcoreError: it does not fit; see :meth:`FederatedClient.receive`.
+        FedcoreError: it does not fit, or is not what the server announced; see
+            :meth:`FederatedClient.receive`.
     """
     tensors = {key: _tensor(key, value) for key, value in model.params.items()}
     adapter = AdapterState.from_peft(tensors, client.outline.config, name="the global model")
-    client.receive(adapter, round=model.current_round)
+    announced = _announcement(model.meta or {})
+    client.receive(adapter, round=model.current_round, announced=announced)
 
 
 def reply(client: FederatedClient) -> Any:
@@ -269,10 +310,15 @@ def reply(client: FederatedClient) -> Any:
         keys.get(name, name): tensor
         for name, tensor in tensors_from_row(upload.row, layout).items()
     }
-    meta = {NUM_STEPS: client.examples}
+    meta = {NUM_STEPS: client.examples, ANNOUNCED: client.announcement.text()}
     return FLModel(
         params_type=ParamsType.FULL, params=params, current_round=client.round, meta=meta
     )
+
+
+def _announcement(meta: Mapping[str, Any]) -> Announcement | None:
+    text = meta.get(ANNOUNCED)
+    return None if text is None else Announcement.parse(text, "its meta")
 
 
 def _begin(start: AdapterState, checkpoints: str | None) -> ServerState:
@@ -280,6 +326,17 @@ def _begin(start: AdapterState, checkpoints: str | None) -> ServerState:
     layout = start.layout()
     fresh = ServerState(round=0, layout=layout, row=start.to_row(layout))
     return newest_or(fresh, None if checkpoints is None else Path(checkpoints))
+
+
+def _served(
+    start: AdapterState, state: ServerState, folder: str, allow: Sequence[str]
+) -> BroadcastFolder:
+    """What the clients of the round after ``state`` receive, as a folder would hold it."""
+    adapter = start.with_row(state.row, state.layout)
+    base = BaseIdentity.read(folder)
+    if base is not None:
+        base = base.without(slot.name for slot in state.layout.dense_slots)
+    return BroadcastFolder(adapter, state.round, "", base=base, allow=check_allow(allow))
 
 
 def _arrays(adapter: AdapterState) -> dict[str, Any]:

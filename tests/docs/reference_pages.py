@@ -101,7 +101,8 @@ def _type(annotation: Any) -> str:
     if origin in (Union, types.UnionType):
         return _type(next(one for one in inner if one is not type(None)))
     if origin is tuple:
-        return f"list of {_type(inner[0])}s"
+        choice = get_origin(inner[0]) is Literal
+        return f"list of {_type(inner[0])}" + "s" * (not choice)
     if origin is dict:
         return "table of numbers"
     return _WORDS[annotation]

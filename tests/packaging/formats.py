@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from dataclasses import fields
 from inspect import signature
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -36,6 +37,7 @@ from bench.case import Row
 from bench.report import to_json
 from fedcore.cli import _build as command_line
 from fedcore.data.adapter_state import AdapterState
+from fedcore.data.base_identity import BaseIdentity
 from fedcore.data.codecs import CODECS
 from fedcore.data.exchange import BroadcastFolder, UploadFolder, write_broadcast, write_upload
 from fedcore.data.low_rank import LowRank
@@ -302,9 +304,13 @@ def _exchange(folder: Path) -> Formats:
     folder.mkdir()
     adapter = _lora()
     layout = adapter.layout()
-    broadcast = BroadcastFolder(adapter, 2, "fedex", {"seed": 1}, _residual(adapter))
+    base = BaseIdentity.of("sampled", {"weights": {"w": "0" * 16}})
+    rest: dict[str, Any] = {"base": base, "allow": ("template",)}
+    broadcast = BroadcastFolder(adapter, 2, "fedex", {"seed": 1}, _residual(adapter), **rest)
     write_broadcast(broadcast, folder / "broadcast")
-    about = UploadFolder(adapter.to_row(layout), 2, 8.0, "f" * 64, "b" * 64, ("a flag",))
+    said: tuple[Any, ...] = ({"peft_type": "LORA"}, adapter.scaling, base)
+    row = adapter.to_row(layout)
+    about = UploadFolder(row, 2, 8.0, "f" * 64, "b" * 64, ("a flag",), *said)
     write_upload(about, layout, adapter, folder / "upload of factors", factors=True)
     write_upload(about, layout, adapter, folder / "upload of statistics", factors=False)
     parts = _folder(folder)
@@ -341,7 +347,10 @@ def _file_client(folder: Path) -> Formats:
     client = _client(folder, method="fedsa", round=0)
     client.receive(client.outline)
     client.prepare()
-    return {"private": _folder(folder)}
+    (folder.parent / "checkpoint-1").mkdir()
+    state = SimpleNamespace(output_dir=folder.parent, global_step=1)
+    client.on_save(state, state, None)
+    return {"private": _folder(folder), "checkpoint": _folder(folder.parent / "checkpoint-1")}
 
 
 def _file_server(folder: Path) -> Formats:

@@ -8,7 +8,7 @@ any. Nothing is trained.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fedcore.data.adapter_state import AdapterState
+from fedcore.data.announcement import Announcement
 from fedcore.data.cohort import Cohort
 from fedcore.data.exchange import UploadFolder, read_broadcast, write_upload
 from fedcore.data.low_rank import LowRank, accumulated
@@ -32,6 +33,7 @@ from fedcore.federation.state import ServerState, personal_of
 from fedcore.methods import Broadcast, Method
 from fedcore.methods.registry import options_of
 from fedcore.transports.flower import FedLoRA, from_arrays, to_arrays
+from fedcore.transports.flower.messages import ReplyInfo, RoundConfig
 from fedcore.transports.folders import FileServer
 from fedcore_kernels import FactorLayout
 from tests.property.method_rounds import family_layout, random_row
@@ -42,7 +44,12 @@ install()
 
 from nvflare.app_common.abstract.fl_model import FLModel  # noqa: E402
 
-from fedcore.transports.nvflare import NUM_STEPS, FedLoRAAggregator  # noqa: E402
+from fedcore.transports.nvflare import (  # noqa: E402
+    ANNOUNCED,
+    NUM_STEPS,
+    AdapterPersistor,
+    FedLoRAAggregator,
+)
 
 RANK = 3
 
@@ -61,6 +68,8 @@ class Sent:
         statistics: of its data, sent once.
         round: the round that it says it trained for; the server's where it is None.
         tensors: slot name to tensor in place of that of the row, None for one that is left out.
+        says: what it repeats of what the round's broadcast announced; by default what its transport
+            has to say of itself, and no more.
     """
 
     client: str
@@ -70,6 +79,7 @@ class Sent:
     statistics: Mapping[str, Tensor] = field(default_factory=dict)
     round: int | None = None
     tensors: Mapping[str, Tensor | None] = field(default_factory=dict)
+    says: Callable[[Announcement], Announcement] | None = None
 
     def named(self, layout: FactorLayout) -> dict[str, Tensor]:
         """What travels, by slot name."""
@@ -138,6 +148,10 @@ class Federation(ABC):
     @abstractmethod
     def play(self, uploads: Sequence[Sent]) -> Outcome:
         """One round of clients that send ``uploads``, which arrive in this order."""
+
+    def announced(self) -> Announcement:
+        """What the clients of the coming round read in the message that reaches them."""
+        raise NotImplementedError(f"{type(self).__name__} carries no message")
 
     @property
     def previous(self) -> Broadcast:
@@ -277,9 +291,13 @@ class Folders(Federation):
     def state(self) -> ServerState:
         return self._server.state
 
+    def announced(self) -> Announcement:
+        return read_broadcast(self._server.broadcast).announcement
+
     def play(self, uploads: Sequence[Sent]) -> Outcome:
         server, layout, t = self._server, self.upload_layout, self.state.round
         received = read_broadcast(server.broadcast)
+        announced = self.announced()
         frozen = self.method.frozen_layout(received.layout, t)
         factors = self.method.capabilities.uploads == "factors"
         folders = {}
@@ -297,6 +315,14 @@ class Folders(Federation):
                 self.folder / f"uploads-{t}" / sent.client,
                 factors=factors,
             )
+            if sent.says is not None:
+                said = sent.says(announced)
+                upload = UploadFolder.of(
+                    said, sent.row, sent.weight, received.digest_of(frozen), ()
+                )
+                config = {**received.adapter.config, **_declaring(said, announced)}
+                adapter = replace(received.adapter, config=config)
+                write_upload(upload, layout, adapter, folders[sent.client], factors=factors)
             if sent.tensors or sent.ranks:
                 _rewrite(folders[sent.client], sent.named(layout), received.adapter, factors)
         self._server = server.round(
@@ -307,6 +333,15 @@ class Folders(Federation):
         after = read_broadcast(self._server.broadcast)
         assert after.residual.keys() == self.state.residual.keys()
         return self._outcome(after.row, {})
+
+
+def _declaring(said: Announcement, announced: Announcement) -> dict[str, Any]:
+    """The fields of a configuration that declares what ``said`` says."""
+    fields = dict(said.kind)
+    if said.scaling != announced.scaling:
+        (scaling,) = set(said.scaling.values())
+        fields["lora_alpha"] = scaling * RANK
+    return fields
 
 
 def _rewrite(
@@ -324,12 +359,15 @@ def _rewrite(
 class Flower(Federation):
     """Messages of Flower, through a grid in this process."""
 
+    knows_adapter = False
+
     def open(self) -> None:
         self._strategy = FedLoRA(
             self.method,
             on_invalid=self.on_invalid,
             allow_identical_uploads=self.allow_identical_uploads,
             ranks={_node(client): min(ranks.values()) for client, ranks in self.ranks.items()},
+            adapter_config=self.start.config if self.knows_adapter else None,
             fraction_evaluate=0.0,
             min_train_nodes=1,
             min_available_nodes=1,
@@ -358,6 +396,9 @@ class Flower(Federation):
         }
         return self._outcome(self._row(arrays, state.layout), personal)
 
+    def announced(self) -> Announcement:
+        return self._strategy.announcement
+
     def _reply(self, sent: Sent, message: Message, context: Context) -> Message:
         state = self.state
         if sent.client not in self.ranks:
@@ -372,6 +413,10 @@ class Flower(Federation):
             content["told"] = to_arrays(sent.statistics)
         if sent.round is not None:
             content["fedcore"] = ConfigRecord({"round": sent.round})
+        if sent.says is not None:
+            announced = RoundConfig.read(message.content).announced
+            assert announced is not None
+            content["fedcore"] = ReplyInfo(said=sent.says(announced)).record()
         return Message(RecordDict(content), reply_to=message)
 
     def _row(self, arrays: ArrayRecord, layout: FactorLayout) -> Tensor:
@@ -394,10 +439,15 @@ class NVFlare(Federation):
             on_invalid=self.on_invalid,
             allow_identical_uploads=self.allow_identical_uploads,
         )
+        persistor = AdapterPersistor(str(start), str(self.folder / "final"))
+        self._meta = persistor.load_model(None)["meta"]
 
     @property
     def state(self) -> ServerState:
         return self._aggregator.state
+
+    def announced(self) -> Announcement:
+        return Announcement.parse(self._meta[ANNOUNCED], "the global model")
 
     def play(self, uploads: Sequence[Sent]) -> Outcome:
         layout, t = self.upload_layout, self.state.round
@@ -408,11 +458,20 @@ class NVFlare(Federation):
                 current_round=t if sent.round is None else sent.round,
                 meta={"client_name": sent.client, NUM_STEPS: sent.weight},
             )
+            if sent.says is not None:
+                model.meta[ANNOUNCED] = sent.says(self.announced()).text()
             self._aggregator.accept_model(model)
         served = self._aggregator.aggregate_model()
+        self._meta = served.meta
         tensors = {key: torch.from_numpy(value) for key, value in served.params.items()}
         row = row_from_tensors(tensors, self.state.layout, held=self.start.constants)
         return self._outcome(row, {})
+
+
+class FlowerWithConfig(Flower):
+    """The same with a server that knows the adapter's configuration."""
+
+    knows_adapter = True
 
 
 TRANSPORTS: Mapping[str, type[Federation]] = {
@@ -423,6 +482,14 @@ TRANSPORTS: Mapping[str, type[Federation]] = {
     "flower": Flower,
     "nvflare": NVFlare,
 }
+
+ANNOUNCING: Mapping[str, type[Federation]] = {
+    "folders": Folders,
+    "flower": Flower,
+    "flower with config": FlowerWithConfig,
+    "nvflare": NVFlare,
+}
+"""Those whose messages announce what uploads have to repeat."""
 
 
 def start_adapter(family: str, dtype: torch.dtype = torch.float64, seed: int = 0) -> AdapterState:

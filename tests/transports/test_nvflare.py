@@ -19,11 +19,13 @@ from fedcore.errors import FedcoreError
 from fedcore.methods import create_method
 from fedcore.methods.base import Broadcast, Method
 from fedcore.methods.requirements import EXCHANGES, methods_meeting, of_family
+from fedcore.training.base_identity import identity_of
 from fedcore.training.live_adapter import live_adapter
 from fedcore.training.trainer_client import FederatedClient
 from fedcore_kernels.layout import FactorLayout
 from tests.training.trainer_rounds import EXAMPLES, gram_llama, lora_bert, trainer
 from tests.transports.nvflare_stand_in import PARTS, install
+from tests.tuners.tiny import bert
 
 install()
 
@@ -451,6 +453,39 @@ def test_trainers_take_part(tmp_path: Path, start: Callable[[str], str]) -> None
             mean = (6 * replies[0].params[key] + 10 * replies[1].params[key]) / 16
             np.testing.assert_allclose(value, mean, rtol=1e-5, atol=1e-7)
             assert not np.array_equal(value, before[key])
+
+
+def test_a_trainer_on_another_base_does_not_train(
+    tmp_path: Path, start: Callable[[str], str]
+) -> None:
+    folder = start("fedit")
+    identity_of(bert()).save(folder)
+    served = AdapterPersistor(folder, str(tmp_path / "final")).load_model(None)
+
+    def received(model: Any, change: float = 0.0) -> FederatedClient:
+        params = {key: value + np.float32(change) for key, value in served["weights"].items()}
+        client = FederatedClient(model, method="fedit")
+        sent = FLModel(params_type="FULL", params=params, current_round=0, meta=served["meta"])
+        nvflare.receive(client, sent)
+        return client
+
+    foreign = lora_bert()
+    with torch.no_grad():
+        foreign.get_base_model().bert.pooler.dense.weight.add_(1)
+    with pytest.raises(FedcoreError, match=r"in its weights, first bert\.pooler\.dense\.weight"):
+        received(foreign)
+    with pytest.raises(FedcoreError, match=r"not what its message announces: .*leave out filters"):
+        received(lora_bert(), change=1e-3)
+    aggregator = FedLoRAAggregator(folder, "fedit", plain_clients=False)
+    for site in EXAMPLES:
+        client = received(model := lora_bert())
+        trainer(model, tmp_path, client, site).train()
+        answer = nvflare.reply(client)
+        answer.meta["client_name"] = site
+        aggregator.accept_model(answer)
+    assert aggregator.aggregate_model().meta["fedcore"]
+    assert aggregator.state.record["dropped"] == []
+    assert aggregator.state.repeating == tuple(sorted(EXAMPLES))
 
 
 def test_identical_uploads_are_refused_unless_they_are_accepted(

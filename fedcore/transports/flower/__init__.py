@@ -16,6 +16,7 @@ except ImportError as error:
     raise missing_extra("flwr", "flower") from error
 
 from fedcore.transports.flower.messages import from_arrays, to_arrays
+from fedcore.transports.flower.own_clients import repeat
 from fedcore.transports.flower.strategy import FedLoRA
 
-__all__ = ["FedLoRA", "from_arrays", "to_arrays"]
+__all__ = ["FedLoRA", "from_arrays", "repeat", "to_arrays"]

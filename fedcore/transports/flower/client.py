@@ -4,12 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from logging import WARNING
 from math import isfinite
 
 import torch
 from flwr.app import ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
+from flwr.common.logger import log
 from torch import Tensor
 
+from fedcore.data.adapter_kind import kind_of
+from fedcore.data.announcement import (
+    Announcement,
+    broadcast_identity,
+    differences,
+    scalings_of,
+)
 from fedcore.data.low_rank import LowRank, packed, unpacked
 from fedcore.errors import FedcoreError
 from fedcore.experiments.client_models import OWN, with_own
@@ -116,6 +125,10 @@ def train(
         client: its id in the recipe.
         run: of which run the client's memory may be.
 
+    Returns:
+        The upload; or, where the client's adapter or base is not what the message announces, what
+        they are, so that the server refuses it by name. Nothing was trained then.
+
     Raises:
         FedcoreError: a message that does not fit the recipe, or one that holds a part of the
             adapter for a client that has lost the rest.
@@ -131,12 +144,22 @@ def train(
     if drops_out(experiment, round_config.round, client):
         reason = f"{client} drops out of round {round_config.round}"
         return Message(Error(code=DROPPED_OUT, reason=reason), reply_to=message)
+    announced, said = round_config.announced, None
+    if announced is not None:
+        said = own_announcement(experiment, announced)
+        problem, _ = differences(said, announced, allow=announced.allow)
+        if problem is not None:
+            log(WARNING, "%s does not train in round %s: %s", client, round_config.round, problem)
+            refusal = ReplyInfo(client, round_config.round, said=said).record()
+            return Message(RecordDict({RECORD: refusal}), reply_to=message)
     key_map, _ = KeyMap.of(model_tensors(experiment))
     memory = _updated(
         ClientMemory.read(context.state, run), content, round_config, key_map, experiment, client
     )
     assert memory.row is not None
     layout, ranks = key_map.layout, experiment.ranks.get(client)
+    if announced is not None and ranks is None:
+        _check_start(memory, announced, key_map, client)
     broadcast = memory.row
     if BROADCAST in content.array_records:
         broadcast = key_map.unpack(from_arrays(content.array_records[BROADCAST]), layout)
@@ -169,12 +192,36 @@ def train(
         {
             ARRAYS: to_arrays(tensors),
             METRICS: MetricRecord(dict(metrics)),
-            RECORD: ReplyInfo(client, round_config.round, trained.frozen, trained.flags).record(),
+            RECORD: ReplyInfo(
+                client, round_config.round, trained.frozen, trained.flags, said=said
+            ).record(),
         }
     )
     if round_config.tell and client in experiment.statistics:
         answer[TOLD] = to_arrays(experiment.statistics[client])
     return Message(answer, reply_to=message)
+
+
+def own_announcement(experiment: Experiment, announced: Announcement) -> Announcement:
+    """What a client of ``experiment`` answers to what a message announces."""
+    config = experiment.adapter_config
+    if config is None:
+        return announced.answer(experiment.base, {}, {})
+    scaling = scalings_of(config, experiment.binding.layout.modules)
+    return announced.answer(experiment.base, kind_of(config), scaling)
+
+
+def _check_start(
+    memory: ClientMemory, announced: Announcement, key_map: KeyMap, client: str
+) -> None:
+    """Refuse to train from a memory of another broadcast than the message's."""
+    assert memory.row is not None
+    identity = broadcast_identity(memory.row, key_map.layout, key_map.constants, memory.residual)
+    if identity != announced.broadcast:
+        raise FedcoreError(
+            f"what {client} remembers and the partial update it received are not the broadcast of "
+            f"round {announced.round}; the server sends it the whole adapter in its next round"
+        )
 
 
 def _updated(

@@ -11,6 +11,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from torch import Tensor
 
 from fedcore.data.adapter_state import AdapterState
+from fedcore.data.announcement import ANNOUNCED, Announcement
 from fedcore.data.low_rank import packed
 from fedcore.data.npy import NpyArray
 from fedcore.data.rows import (
@@ -109,6 +110,7 @@ class RoundConfig:
         trains, sends: the factors that train and that are sent in this round.
         whole: whether the message holds the whole adapter, or what is new to this client.
         ``tell``: whether the client is to send statistics of its data.
+        announced: what the client's reply has to repeat; None from a server of version 0.1.
     """
 
     round: int
@@ -117,11 +119,15 @@ class RoundConfig:
     sends: str
     whole: bool
     tell: bool
+    announced: Announcement | None = None
 
     def write(self, config: ConfigRecord) -> None:
         """Add it to ``config``."""
         for name, value in vars(self).items():
-            config[f"{RECORD}.{name}"] = value
+            if name != ANNOUNCED:
+                config[f"{RECORD}.{name}"] = value
+        if self.announced is not None:
+            config[f"{RECORD}.{ANNOUNCED}"] = self.announced.text()
         config["server-round"] = self.round + 1
 
     @classmethod
@@ -129,14 +135,13 @@ class RoundConfig:
         """The configuration in a message.
 
         Raises:
-            FedcoreError: the message holds none.
+            FedcoreError: the message holds none, or what it announces cannot be read.
         """
         for config in content.config_records.values():
             if f"{RECORD}.round" in config:
-                values: dict[str, Any] = {
-                    name: config[f"{RECORD}.{name}"] for name in cls.__dataclass_fields__
-                }
-                return cls(**values)
+                names = set(cls.__dataclass_fields__) - {ANNOUNCED}
+                values: dict[str, Any] = {name: config[f"{RECORD}.{name}"] for name in names}
+                return cls(**values, announced=_announcement(config, f"{RECORD}.{ANNOUNCED}"))
         raise FedcoreError(
             "the message is not one of FedLoRA: it names no round; run FedLoRA on the server"
         )
@@ -152,6 +157,8 @@ class ReplyInfo:
         frozen: digest of what it must not have changed, empty where it does not say.
         flags: trouble that it met.
         threads: on which its process computes, 0 where it does not say.
+        said: what it repeats of the message, and says of its adapter and base; None where it does
+            not.
     """
 
     client: str = ""
@@ -159,6 +166,7 @@ class ReplyInfo:
     frozen: str = ""
     flags: tuple[str, ...] = ()
     threads: int = 0
+    said: Announcement | None = None
 
     def record(self) -> ConfigRecord:
         """As it travels."""
@@ -172,6 +180,8 @@ class ReplyInfo:
         )
         if self.threads:
             record["threads"] = self.threads
+        if self.said is not None:
+            record[ANNOUNCED] = self.said.text()
         return record
 
     @classmethod
@@ -196,7 +206,12 @@ class ReplyInfo:
         if not isinstance(threads, int):
             raise FedcoreError(f"its record 'fedcore' names {threads!r} threads")
         lines = tuple(line for line in flags.split("\n") if line)
-        return cls(client, round, frozen, lines, threads)
+        return cls(client, round, frozen, lines, threads, _announcement(record, ANNOUNCED))
+
+
+def _announcement(record: ConfigRecord, key: str) -> Announcement | None:
+    text = record.get(key)
+    return None if text is None else Announcement.parse(text, f"its record {RECORD!r}")
 
 
 @dataclass(frozen=True)
@@ -276,6 +291,7 @@ def broadcast_content(
     client: str,
     ranks: Ranks | None,
     download: Download,
+    announced: Announcement,
     *,
     config: ConfigRecord,
     arrays_key: str,
@@ -284,6 +300,7 @@ def broadcast_content(
     """The content of the message that brings ``download`` to ``client``.
 
     Args:
+        announced: what the reply has to repeat.
         config: the user's; the round's configuration is added to a copy of it.
         arrays_key, config_key: the names under which Flower's strategy sends its records.
     """
@@ -299,6 +316,7 @@ def broadcast_content(
         sends=",".join(sorted(plan.sends)),
         whole=download.whole,
         tell=method.capabilities.wants_features and not statistics_of(state, client),
+        announced=announced,
     )
     sent_config = ConfigRecord(dict(config))
     round_config.write(sent_config)

@@ -68,6 +68,10 @@ class RecipeStrategy(FedLoRA):
             weighting=rounds.weighting,
             max_growth=rounds.max_growth,
             largest_share=rounds.largest_share,
+            adapter_config=experiment.adapter_config,
+            base=experiment.base,
+            allow=experiment.recipe.model.allow,
+            plain_clients=False,
             seed=experiment.recipe.seed,
             fraction_evaluate=0.0,
         )

@@ -19,6 +19,8 @@ from torch import Tensor
 
 from fedcore.checks import choice
 from fedcore.data.adapter_state import AdapterState
+from fedcore.data.announcement import Announcement
+from fedcore.data.base_identity import BaseIdentity
 from fedcore.data.claims import claimed
 from fedcore.data.rows import Ranks, tensors_from_row
 from fedcore.data.seeding import derive_seed
@@ -32,6 +34,7 @@ from fedcore.data.validation import (
 )
 from fedcore.errors import FedcoreError
 from fedcore.federation.acceptance import MAX_GROWTH, Limits
+from fedcore.federation.announcements import with_agreed
 from fedcore.federation.checkpoints import begin, save
 from fedcore.federation.downloads import download
 from fedcore.federation.server_round import ClosedRound, OpenRound
@@ -39,8 +42,10 @@ from fedcore.federation.state import ServerState
 from fedcore.methods import create_method
 from fedcore.methods.base import Method
 from fedcore.methods.requirements import EXCHANGES, check_start, refuse
+from fedcore.transports.flower.announcer import Announcer
 from fedcore.transports.flower.messages import (
     KeyMap,
+    ReplyInfo,
     broadcast_content,
     from_arrays,
     read_reply,
@@ -88,8 +93,11 @@ class FedLoRA(FedAvg):
     before it is aggregated: keys, shapes, ranks, finite values, weights. A node that dies or sends
     an error is left out of its round.
 
-    Scalings are not looked at: clients of another rank set ``lora_alpha`` so that ``alpha / r`` is
-    that of the server's adapter.
+    Replies that repeat what their message announced (:func:`repeat`; the clients of a recipe do)
+    are compared with it: round, broadcast, scalings, kind of adapter, base model. What the server
+    was not given is compared between the clients. Of clients that say nothing, none of this is
+    known: set ``lora_alpha`` so that ``alpha / r`` is that of the server's adapter, also for
+    another rank.
 
     Args:
         method: by name, or an instance with options of its own.
@@ -97,6 +105,12 @@ class FedLoRA(FedAvg):
         send: ``"all"`` sends the whole adapter every round, for clients that keep nothing;
             ``"changed"`` what is new since the client last took part.
         ranks: node id to the client's rank, where it is below that of the initial adapter.
+        adapter_config: of the initial adapter, ``adapter_config.json`` as a mapping, or the folder
+            that holds it.
+        base: the base model that every client has to hold; by default what ``base.json`` beside
+            ``adapter_config`` says.
+        allow: parts of the base that may differ, each flagged in the record of every round.
+        plain_clients: accept replies that repeat nothing, of clients that never did.
         allow_identical_uploads: accept a round in which all uploads are identical.
         weighting: by the examples that clients report, or all alike.
         max_growth: how many times as large as state and uploads a result may be; a larger one
@@ -120,6 +134,10 @@ class FedLoRA(FedAvg):
         weighting: Weighting = "examples",
         max_growth: float = MAX_GROWTH,
         largest_share: float | None = None,
+        adapter_config: Mapping[str, Any] | str | Path | None = None,
+        base: BaseIdentity | None = None,
+        allow: Iterable[str] = (),
+        plain_clients: bool = True,
         seed: int = 0,
         **fedavg: Any,
     ) -> None:
@@ -137,6 +155,8 @@ class FedLoRA(FedAvg):
         choice("FedLoRA", "weighting", weighting, get_args(Weighting))
         self.weighting: Weighting = weighting
         self._limits = Limits(max_growth, largest_share)
+        self.plain_clients = plain_clients
+        self._announcer = Announcer(adapter_config, base, allow)
         self._node_ranks = dict(ranks or {})
         self._state: ServerState | None = None
         self._key_map: KeyMap | None = None
@@ -164,6 +184,11 @@ class FedLoRA(FedAvg):
         if self._key_map is None:
             raise FedcoreError("the strategy knows no adapter before start(...)")
         return self._key_map
+
+    @property
+    def announcement(self) -> Announcement:
+        """What the server knows of the coming round, which replies have to repeat."""
+        return self._announcer.announce(self.state, self.key_map.constants)
 
     def summary(self) -> None:
         """Log the method and FedAvg's configuration."""
@@ -230,6 +255,7 @@ class FedLoRA(FedAvg):
         key_map, row = KeyMap.of(tensors)
         check_start(self.method, key_map.family, key_map.keys.values(), "initial_arrays")
         refuse_ranks(AdapterState.from_tensors(tensors), "initial_arrays")
+        self._announcer.fit(key_map.layout)
         state = begin(folder, resume, ServerState(round=0, layout=key_map.layout, row=row))
         self._key_map, self._folder, self._state = key_map, folder, state
 
@@ -343,6 +369,7 @@ class FedLoRA(FedAvg):
             client,
             ranks,
             downloaded,
+            with_agreed(self.announcement, self.state).brief,
             config=config,
             arrays_key=self.arrayrecord_key,
             config_key=self.configrecord_key,
@@ -408,6 +435,8 @@ class FedLoRA(FedAvg):
             allow_identical_uploads=self.allow_identical_uploads,
             limits=self._limits,
             starts={who.client: who.start for who in asked.values() if who.ranks is not None},
+            announced=self.announcement,
+            plain_clients=self.plain_clients,
         )
         constants = [self.key_map.constants[name] for name in sorted(self.key_map.constants)]
         layout, frozen = self.state.layout, opened.frozen
@@ -425,6 +454,7 @@ class FedLoRA(FedAvg):
             unchanged = tensors_from_row(layout.gather(who.start, frozen), frozen, who.ranks)
             ranks = None if self.method.capabilities.uploads == "statistics" else who.ranks
             try:
+                opened.check_repeats(who.client, ReplyInfo.read(message.content).said)
                 upload = read_reply(
                     message.content,
                     self.key_map,
