@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fedcore.data.adapter_state import AdapterState
+from fedcore.data.claims import claimed
 from fedcore.data.cohort import Cohort
 from fedcore.data.exchange import read_broadcast
 from fedcore.errors import FedcoreError
@@ -236,3 +237,20 @@ def test_a_federation_is_started_once_and_from_its_methods_family(tmp_path: Path
         FileServer.open(tmp_path / "nothing")
     with pytest.raises(FedcoreError, match=r"holds no folder with upload.json"):
         FileServer.open(tmp_path).round(tmp_path / "nothing")
+
+
+def test_a_federation_that_something_else_has_continued_is_refused(tmp_path: Path) -> None:
+    server = FileServer.create(tmp_path / "federation", start_of(lora_bert()), "fedit")
+    for site in EXAMPLES:
+        train_and_upload(lora_bert, server.broadcast, tmp_path, site)
+    other = FileServer.open(server.folder)
+    with claimed(server.folder), pytest.raises(FedcoreError, match="in use by process"):
+        server.round(tmp_path / "uploads-0")
+    after = server.round(tmp_path / "uploads-0")
+    with pytest.raises(FedcoreError, match="holds the state of round 1 already"):
+        other.round(tmp_path / "uploads-0", weighting="uniform")
+    assert torch.equal(FileServer.open(server.folder).state.row, after.state.row)
+    weights = server.folder / "state" / "round-0001" / "server.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    with pytest.raises(FedcoreError, match=r"server.safetensors is not .* good state is that of"):
+        FileServer.open(server.folder)
