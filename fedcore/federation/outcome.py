@@ -51,4 +51,6 @@ def outcome(rounds: Sequence[Round], measure: Measure, target: float | None) -> 
 
 def _with_largest(privacy: PrivacySpent) -> PrivacySummary:
     client, epsilon = privacy.largest or (None, None)
-    return PrivacySummary(**dict(privacy), largest_epsilon=epsilon, largest_epsilon_client=client)
+    # What was not recorded is not recorded here either.
+    recorded = {name: getattr(privacy, name) for name in privacy.model_fields_set}
+    return PrivacySummary(**recorded, largest_epsilon=epsilon, largest_epsilon_client=client)

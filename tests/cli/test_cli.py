@@ -132,6 +132,10 @@ def test_interrupting_leaves_a_resumable_folder_and_says_how(home, tmp_path):
         (["run", "bbc-news", "--set", "data.source=bbc-nwes"], "did you mean bbc-news"),
         (["run"], "pass a recipe, or --resume"),
         (["run", "bbc-news", "--resume", "x"], "pass a recipe, or --resume"),
+        (
+            ["run", "bbc-news", "--from-round", "3"],
+            "--from-round needs --resume with a run's folder",
+        ),
         (["run", "--resume", "x", "--rounds", "3"], "--rounds cannot change a run that is resumed"),
         (["run", "--resume", "nowhere"], "nowhere holds no run"),
         (["compare", "bbc-news", "--methods", "fedt"], "did you mean"),

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fedcore.data.adapter_state import AdapterState
+from fedcore.data.claims import claimed
 from fedcore.data.cohort import Cohort
 from fedcore.data.exchange import read_broadcast
 from fedcore.data.tensor_file import TensorFile
@@ -430,3 +431,20 @@ def test_a_start_of_a_rank_that_no_update_can_have_is_refused(tmp_path: Path) ->
     start = AdapterState.from_peft(tensors, {"r": 5, "lora_alpha": 5})
     with pytest.raises(FedcoreError, match="start: module m has rank 5, its update has at most 3"):
         FileServer.create(tmp_path, start, "fedit")
+
+
+def test_a_federation_that_something_else_has_continued_is_refused(tmp_path: Path) -> None:
+    server = FileServer.create(tmp_path / "federation", start_of(lora_bert()), "fedit")
+    for site in EXAMPLES:
+        train_and_upload(lora_bert, server.broadcast, tmp_path, site)
+    other = FileServer.open(server.folder)
+    with claimed(server.folder), pytest.raises(FedcoreError, match="in use by process"):
+        server.round(tmp_path / "uploads-0")
+    after = server.round(tmp_path / "uploads-0")
+    with pytest.raises(FedcoreError, match="holds the state of round 1 already"):
+        other.round(tmp_path / "uploads-0", weighting="uniform")
+    assert torch.equal(FileServer.open(server.folder).state.row, after.state.row)
+    weights = server.folder / "state" / "round-0001" / "server.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    with pytest.raises(FedcoreError, match=r"server.safetensors is not .* good state is that of"):
+        FileServer.open(server.folder)
