@@ -62,7 +62,7 @@ _SHARED: Mapping[str, FieldRule] = {
     "task_type": _any("says which class loads the model; tensors are the same"),
     "auto_mapping": _any("says which class loads the model"),
     "peft_version": _any("names the writer"),
-    "base_model_name_or_path": _read("the base model's name; compared, unless told otherwise"),
+    "base_model_name_or_path": _read("the base model's name; compared by default"),
     "revision": _any("of the base model; its identity is compared by its weights"),
     "inference_mode": _any("whether the adapter trains once loaded", False),
     "r": _read("the rank", 8),

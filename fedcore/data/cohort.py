@@ -159,7 +159,7 @@ def _folder_problem(state: AdapterState, first: AdapterState, whose: str) -> str
     if problem is None:
         names = sorted(state.constants.keys() | first.constants.keys())
         constants = state.constants, first.constants
-        other = (name for name in names if not _equal(*(held.get(name) for held in constants)))
+        other = (name for name in names if not _equal(*(part.get(name) for part in constants)))
         problem = next((f"{name} differs from that of client {whose}" for name in other), None)
     return problem
 

@@ -117,7 +117,7 @@ def name_tensors(
     """
     _check_wrapped(tensors, name)
     singular = {parse_key(key).module: key for key in tensors if parse_key(key).role == "singular"}
-    found: dict[str, NamedTensor] = {}
+    by_name: dict[str, NamedTensor] = {}
     taken: dict[str, str] = {}
     try:
         for key, tensor in tensors.items():
@@ -125,14 +125,14 @@ def name_tensors(
             if role in ("singular", "unused"):
                 continue
             for named in _parts(key, role, tensor, config, singular):
-                if named.name in found:
+                if named.name in by_name:
                     raise FedcoreError(f"{key} and {taken[named.name]} name the same tensor")
-                found[named.name], taken[named.name] = named, key
-        _check_singular(found, singular, tensors)
-        _check_kernels(found)
+                by_name[named.name], taken[named.name] = named, key
+        _check_singular(by_name, singular, tensors)
+        _check_kernels(by_name)
     except FedcoreError as error:
         raise FedcoreError(f"{name}: {error}") from None
-    return found
+    return by_name
 
 
 def _parts(

@@ -1,4 +1,4 @@
-"""How the tensors of all adapters are cut, so that one piece of each fits the memory."""
+"""The tensors of all adapters in groups, so that one group of each fits the memory."""
 
 from __future__ import annotations
 

@@ -109,7 +109,7 @@ def _collect(merged: Merged, job: Job, result: Aggregate, previous: Broadcast) -
 def _token_mean(job: Job, name: str, weights: Tensor) -> Tensor:
     """Rows ``(tokens, d)`` of an embedding, each the mean of the adapters that train its token.
 
-    An adapter that does not train a token holds nothing of its row, which is the base model's.
+    An adapter that does not train a token does not hold its row, which is the base model's.
 
     Raises:
         FedcoreError: naming the adapter whose values are not finite; or nobody who trains a token

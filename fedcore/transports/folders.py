@@ -162,8 +162,8 @@ class FileServer:
             raise FedcoreError(f"weighting is {weighting!r}; pass 'examples' or 'uniform'")
         folders = _folders(uploads)
         # Who names folders one by one may mean links; what appears in a folder of uploads may not.
-        found = not isinstance(uploads, Mapping)
-        links = {client for client, folder in folders.items() if found and folder.is_symlink()}
+        gathered = not isinstance(uploads, Mapping)
+        links = {client for client, folder in folders.items() if gathered and folder.is_symlink()}
         with claimed(self.folder):
             check_newest(self.state.round, self.folder / "state")
             opened = OpenRound(
