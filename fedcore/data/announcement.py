@@ -39,7 +39,7 @@ class Announcement:
         round: counted from 0.
         broadcast: identity of the broadcast, a digest of its tensors; empty where it is not known.
         kind: what gives the adapter's tensors their meaning, as
-            :func:`fedcore.data.adapter_kind.kind_of` reads it from a configuration; empty where that
+            :func:`fedcore.data.adapter_kind.kind_of` reads it from a configuration; empty where it
             is not known.
         scaling: module to ``alpha / r`` or ``alpha / sqrt(r)``; empty where it is not known.
         base: of the base model; None where it is not known.

@@ -1,8 +1,8 @@
 """What an average of DoRA adapters loses, measured on the merged weights themselves.
 
 DoRA's weight is ``m (W0 + s B A) / ||W0 + s B A||``, row by row, so the error of the products is
-not that of the weights. With the base model's weights at hand the merged weights are compared instead,
-a block of rows at a time: no matrix of a weight's size is formed.
+not that of the weights. With the base model's weights at hand the merged weights are compared
+instead, a block of rows at a time: no matrix of a weight's size is formed.
 """
 
 from __future__ import annotations
