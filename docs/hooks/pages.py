@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 OUTSIDE = {
     "kernels/README.md": "kernels-package.md",
     "CONTRIBUTING.md": "contributing.md",
+    "SECURITY.md": "threat-model.md",
     "bench/results/server-cpu.md": "bench/server-cpu.md",
     "bench/results/compiled-kernels.md": "bench/compiled-kernels.md",
 }

@@ -141,7 +141,7 @@ def _notes(job: Job) -> Iterator[str]:
         yield (
             "DoRA normalises base weight and update together, so no average of their parts is the "
             "average of the models; the error of the products is not that of the weights, so it is "
-            "not shown (with base, a folder of the base model, that of the merged weights is measured)"
+            "not shown (with base, a folder of the base model, that of the merged weights is)"
         )
     for name in job.tokens:
         if not job.common_tokens:

@@ -507,5 +507,7 @@ def start_adapter(family: str, dtype: torch.dtype = torch.float64, seed: int = 0
         tensors[key] = tensors_from_row(row, layout)[slot.name]
         if family == "gram" and slot.factor:
             tensors[key + "0"] = tensors[key].clone()
-    config = {"peft_type": family.upper(), "r": RANK, "lora_alpha": 2 * RANK}
+    config: dict[str, object] = {"r": RANK, "lora_alpha": 2 * RANK}
+    if family != "none":
+        config["peft_type"] = family.upper()
     return AdapterState.from_peft(tensors, config)
