@@ -5,6 +5,7 @@ import os
 import shutil
 from itertools import pairwise
 from pathlib import Path
+from tempfile import mkdtemp
 
 import pytest
 import torch
@@ -93,6 +94,16 @@ def test_two_rounds_give_what_the_method_gives_of_the_uploads(tmp_path: Path, na
     assert again.served.identity == servers[-1].served.identity
 
 
+class Repeatable(FileServer):
+    """A server whose rounds are played in copies of its folder, so that any test can begin anew."""
+
+    def round(self, *uploads: object, **options: object) -> FileServer:
+        copy = Path(mkdtemp(dir=self.folder.parent)) / "federation"
+        shutil.copytree(self.folder, copy)
+        server = FileServer(copy, self.method, self.state, self.served)
+        return server.round(*uploads, **options)  # type: ignore[arg-type]
+
+
 @pytest.fixture(scope="module")
 def rolora(tmp_path_factory: pytest.TempPathFactory) -> tuple[FileServer, Path]:
     """A server before round 0 and the uploads of its clients."""
@@ -100,7 +111,8 @@ def rolora(tmp_path_factory: pytest.TempPathFactory) -> tuple[FileServer, Path]:
     server = FileServer.create(folder / "federation", start_of(lora_bert()), "rolora")
     for site in EXAMPLES:
         train_and_upload(lora_bert, server.broadcast, folder, site)
-    return server, folder / "uploads-0"
+    repeatable = Repeatable(server.folder, server.method, server.state, server.served)
+    return repeatable, folder / "uploads-0"
 
 
 def spoiled(uploads: Path, tmp_path: Path, **fields: object) -> dict[str, Path]:
