@@ -85,7 +85,7 @@ def test_what_may_differ_is_flagged_in_every_later_round(interrupted: Callable[.
     assert [flag in line["flags"] for line in lines] == [False, False, True, True]
 
 
-def test_the_file_is_there_from_the_start_and_a_run_of_0_1_does_without(
+def test_the_file_is_there_from_the_start_and_has_to_stay(
     interrupted: Callable[..., Path],
 ) -> None:
     run = interrupted()
@@ -94,7 +94,11 @@ def test_the_file_is_there_from_the_start_and_a_run_of_0_1_does_without(
     assert set(identity.parts) == {"config", "quantisation", "weights", "tokenizer", "template"}
     # The head trains, so it is none of the base's.
     assert not any(name.startswith("classifier") for name in identity.tensors)
+    text = (run / "base.json").read_text()
     (run / "base.json").unlink()
+    with pytest.raises(FedcoreError, match=r"base\.json, which says what the base model was"):
+        resume(run)
+    (run / "base.json").write_text(text)
     assert resume(run)["finished"]
     newest = latest_state(run / "state")
     assert newest is not None

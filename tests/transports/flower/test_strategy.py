@@ -146,7 +146,7 @@ def test_an_invalid_upload_is_refused_by_its_node_or_left_out(case, tmp_path):
     [
         (client(2, weight=-4.0), "its weight is -4.0"),
         (client(2, weight=float("nan")), "its num-examples is not a finite number"),
-        (client(2, weight=[1, 2]), "its num-examples is of type list; send one number"),
+        (client(2, weight=[1, 2]), "its num-examples is of type list; send a number"),
         (client(2, config={"round": 5}), "its upload is for round 5"),
         (client(2, config={"frozen": "0" * 64}), "differs from the broadcast"),
         (client(2, config={"client": "node-3"}), "its reply is from 'node-3'"),
