@@ -178,7 +178,7 @@ def check_allow(allow: Iterable[str]) -> tuple[str, ...]:
     """The parts that may differ, each once.
 
     Raises:
-        FedcoreError: there is no such part, with the nearest names.
+        FedcoreError: the part is unknown, with the nearest names.
     """
     if isinstance(allow, str):
         raise FedcoreError(f"allow is {allow!r}; pass a list of parts: {', '.join(PARTS)}")

@@ -195,10 +195,10 @@ def _experts(module: str, tensor: Tensor, factor: str, config: Mapping[str, Any]
 
 
 def _check_singular(
-    found: Mapping[str, NamedTensor], singular: Mapping[str, str], tensors: Mapping[str, Tensor]
+    by_name: Mapping[str, NamedTensor], singular: Mapping[str, str], tensors: Mapping[str, Tensor]
 ) -> None:
     for module, key in singular.items():
-        factor = found.get(f"{module}.A")
+        factor = by_name.get(f"{module}.A")
         if factor is None:
             raise FedcoreError(f"{key} stands without {module}.lora_A")
         rank, shape = tensors[factor.form.keys[0]].shape[0], tuple(tensors[key].shape)
@@ -206,9 +206,9 @@ def _check_singular(
             raise FedcoreError(f"{key} has shape {shape}, expected {(rank, 1)}")
 
 
-def _check_kernels(found: Mapping[str, NamedTensor]) -> None:
-    for named in found.values():
-        partner = found.get(f"{named.module}.{'B' if named.factor == 'A' else 'A'}")
+def _check_kernels(by_name: Mapping[str, NamedTensor]) -> None:
+    for named in by_name.values():
+        partner = by_name.get(f"{named.module}.{'B' if named.factor == 'A' else 'A'}")
         if named.form.axes and (partner is None or not partner.form.axes):
             raise FedcoreError(f"{named.key} has the axes of a convolution, its partner has not")
 
