@@ -13,6 +13,7 @@ from fedcore.data.adapter_fields import FIELDS
 from fedcore.data.peft_keys import (
     LORA_BIAS,
     MAGNITUDE,
+    TAGS,
     TOKEN_ROWS,
     TRAINING_ONLY,
     ends_with,
@@ -228,7 +229,8 @@ def role_of(key: str, config: Mapping[str, Any] | None) -> Tensors:
     if TRAINING_ONLY in path.split(".")[-2:] and config is not None and config.get("velora_config"):
         return "unused"
     # Checked by the path's own components: a head may be called anything else.
-    if any(part.startswith(_FOREIGN_TAGS) for part in path.split(".")[-3:]):
+    parts = path.split(".")
+    if any(part.startswith(_FOREIGN_TAGS) for part in parts[-3:]) or TAGS & {*parts}:
         raise FedcoreError(
             f"{key} is a parameter of an adapter that is not known; accepted are low-rank factors, "
             "DoRA magnitudes, biases, token rows, and modules saved whole"

@@ -44,6 +44,9 @@ MAGNITUDE = "lora_magnitude_vector"
 LORA_BIAS = "lora_B.bias"
 """The end of the name of a bias that is trained beside ``B`` and scaled as the update is."""
 
+TAGS = frozenset({*_FACTORS, *_CONSTANTS, SINGULAR, MAGNITUDE})
+"""The names that adapters give their parameters; no part of a model is called so."""
+
 TOKEN_ROWS = "token_adapter.trainable_tokens_delta"
 """The end of the name of rows of an embedding, of the tokens that the configuration lists."""
 
@@ -81,6 +84,11 @@ def ends_with(name: str, end: str) -> bool:
     return name == end or name.endswith(f".{end}")
 
 
+def _ends_a_factor(tail: list[str]) -> bool:
+    """Whether a factor's key ends so: with the adapter's name or without, and with ``weight``."""
+    return len(tail) < 2 or (len(tail) == 2 and tail[0] != "weight" and tail[1] == "weight")
+
+
 def parse_key(key: str) -> KeyMeaning:
     """What ``key`` names; anything that is neither a factor nor a constant is a dense tensor.
 
@@ -90,17 +98,19 @@ def parse_key(key: str) -> KeyMeaning:
     path = unwrapped(key).removeprefix(PREFIX)
     parts = path.split(".")
     for i in range(len(parts) - 1, max(len(parts) - 4, -1), -1):
-        tag, module = parts[i], ".".join(parts[:i])
+        tag, module, tail = parts[i], ".".join(parts[:i]), parts[i + 1 :]
+        if tag == "lora_B" and tail and tail[-1] == "bias":
+            return KeyMeaning("dense", "", f"{module}.{LORA_BIAS}", "")
+        if not _ends_a_factor(tail):
+            continue
         if tag in _FACTORS:
-            if tag == "lora_B" and parts[-1] == "bias":
-                return KeyMeaning("dense", "", f"{module}.{LORA_BIAS}", "")
             family, factor = _FACTORS[tag]
             return KeyMeaning("factor", family, module, factor)
         if tag in _CONSTANTS:
             return KeyMeaning("constant", _CONSTANTS[tag], module, tag)
         if tag == SINGULAR:
             return KeyMeaning("singular", "lora", module, tag)
-    if MAGNITUDE in parts[-3:]:
+    if MAGNITUDE in parts[-3:] and _ends_a_factor(parts[parts.index(MAGNITUDE, -3) + 1 :]):
         path = ".".join(parts[: parts.index(MAGNITUDE, -3) + 1])
     elif "trainable_tokens_delta" in parts[-2:]:
         path = ".".join(parts[: parts.index("trainable_tokens_delta", -2) + 1])

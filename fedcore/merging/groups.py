@@ -30,9 +30,17 @@ def work_dtype(sources: Sequence[Source]) -> torch.dtype:
     return torch.float64 if wide else torch.float32
 
 
+def different(sources: Sequence[Source]) -> list[Source]:
+    """The first source of every outline, as adapters that are alike share theirs."""
+    first: dict[int, Source] = {}
+    for source in sources:
+        first.setdefault(id(source.outline), source)
+    return list(first.values())
+
+
 def widest(sources: Sequence[Source], rank: int | None = None) -> FactorLayout:
     """The tensors of the first source at the largest rank of any, and at ``rank`` if larger."""
-    ranks = [source.ranks for source in sources]
+    ranks = [source.ranks for source in different(sources)]
     if rank is not None:
         ranks.append(dict.fromkeys(ranks[0], rank))
     return widest_layout(sources[0].outline.layout(), ranks)

@@ -24,6 +24,7 @@ from fedcore.errors import FedcoreError
 from fedcore.merging.groups import (
     DEFAULT_GROUP_BYTES,
     DensePart,
+    different,
     groups_of,
     parts_of,
     widest,
@@ -237,15 +238,19 @@ def _misfits(sources: Sequence[Source], same_base: bool) -> Iterator[tuple[str, 
     """The adapters that do not fit the first, or the ranks of all, with the reason."""
     layout = widest(sources) if sources else FactorLayout(())
     least: dict[str, int] = {}
-    for source in sources:
+    for source in different(sources):
         for module, rank in source.ranks.items():
             least[module] = min(rank, least.get(module, rank))
-    for source in sources:
+    problems: dict[int, str | None] = {}
+    for source in different(sources):
         problem = _rank_problem(source, least)
-        if problem is None and source.outline is not sources[0].outline:
+        if problem is None and source is not sources[0]:
             problem = mismatch(
                 source.outline, sources[0].outline, sources[0].name, layout, same_base=same_base
             )
+        problems[id(source.outline)] = problem
+    for source in sources:
+        problem = problems[id(source.outline)]
         if problem:
             yield source.name, problem
 

@@ -1,4 +1,5 @@
 import json
+import re
 
 import pytest
 import torch
@@ -138,3 +139,17 @@ def test_states_do_not_change():
     state = lora_state(0)
     with pytest.raises(TypeError):
         state.factors["encoder.layer.0.query"]["A"] = torch.zeros(1)  # type: ignore[index]
+
+
+@pytest.mark.parametrize(
+    "end", ["lora_A.weight.more", "lora_A.weight.weight", "lora_A.x.y.weight", "lora_B.x.bias.y",
+            "lora_magnitude_vector.weight.x", "lora_A.x.y", "tri_R.a.b.c.d", "gram_left.x.y"],
+)  # fmt: skip
+def test_what_follows_a_factor_in_a_key_is_what_peft_writes_or_is_refused(end):
+    tensors = {
+        "base_model.model.q.lora_A.weight": torch.ones(2, 4),
+        "base_model.model.q.lora_B.weight": torch.ones(3, 2),
+        f"base_model.model.p.{end}": torch.ones(2, 4),
+    }
+    with pytest.raises(FedcoreError, match=f"p.{re.escape(end)} is a parameter of an adapter"):
+        AdapterState.from_peft(tensors, {"r": 2})

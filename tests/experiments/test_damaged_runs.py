@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -18,6 +20,7 @@ from fedcore.experiments.run import resume, run_trials, start
 from fedcore.experiments.trials import Trial
 from fedcore.recipes import load_recipe, to_toml
 from tests.experiments.jobs import tiny_recipe
+from tests.property.bounds import bounded, size_of
 
 SETTINGS: dict[str, Any] = {
     "method.name": "fedex",  # Its state has a residual, and with kept moments clients' tensors too.
@@ -320,3 +323,74 @@ def test_two_processes_cannot_continue_one_run(run: Path) -> None:
     with suppress(KeyboardInterrupt):
         resume(run, Second())
     assert not (run / ".lock").exists()
+
+
+def damage(rng: random.Random, run: Path) -> None:
+    """Change one file of ``run``, in a place that ``rng`` draws."""
+    files = [file for file in sorted(run.rglob("*")) if file.is_file()]
+    file = rng.choice([file for file in files if file.name != "log.txt"])
+    data = bytearray(file.read_bytes())
+    what = rng.choice(["bytes", "bytes", "bit", "cut", "grow", "empty", "gone", "folder", "link"])
+    if not data or what in ("gone", "folder", "link"):
+        file.unlink()
+        if what == "folder":
+            file.mkdir()
+        elif what == "link":
+            file.symlink_to(rng.choice(["/dev/zero", str(file), str(run / "elsewhere")]))
+    elif what == "bytes":
+        for _ in range(rng.choice([1, 1, 8])):
+            data[rng.randrange(len(data))] = rng.randrange(256)
+        file.write_bytes(data)
+    elif what == "bit":
+        data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+        file.write_bytes(data)
+    elif what == "cut":
+        file.write_bytes(data[: rng.randrange(len(data))])
+    elif what == "grow":
+        file.write_bytes(data + rng.randbytes(rng.randrange(1, 40)))
+    else:
+        file.write_bytes(b"")
+
+
+@pytest.mark.parametrize(
+    "seeds",
+    [range(30), pytest.param(range(30, 300), marks=pytest.mark.exhaustive)],
+    ids=["few", "rest"],
+)
+def test_a_run_with_a_damaged_file_is_refused_or_ends_with_the_same_bits(
+    seeds: range, job: Job, tmp_path: Path
+) -> None:
+    expected, seen = results(job.whole), Counter[bool]()
+    for seed in seeds:
+        run = tmp_path / f"{seed}"
+        shutil.copytree(job.stopped, run)
+        damage(random.Random(seed), run)
+        before = tree(run)
+        refused = None
+        try:
+            with bounded(size_of(run)):
+                resume(run)
+        except FedcoreError as error:
+            refused = str(error)
+        if refused is None:
+            assert results(run) == expected, seed
+        else:
+            assert "\n" not in refused, seed
+            assert len(refused) < 2000, seed
+            assert tree(run) == before, seed
+        seen[refused is None] += 1
+        shutil.rmtree(run)
+    assert seen[False] > len(seeds) / 4
+    assert seen[True] > 0
+
+
+def tree(folder: Path) -> dict[str, bytes | str]:
+    """Every file by its bytes and every link by where it leads."""
+    return {
+        str(path.relative_to(folder)): str(path.readlink())
+        if path.is_symlink()
+        else path.read_bytes()
+        if path.is_file()
+        else "folder"
+        for path in folder.rglob("*")
+    }

@@ -10,14 +10,20 @@ import pytest
 import torch
 
 from fedcore import FedcoreError, aggregate
+from tests.property.bounds import bounded, size_of
 from tests.property.folders import lora_folder
 from tests.property.mutations import MUTATIONS, cut_or_grow, flip_bytes
 from tests.reference.merged import folder_products, mean_products, stored_tensors
 
-SEEDS = 2400
+FEW, ALL = 250, 3000
 
 
-def test_damaged_folders_are_refused_or_read_right(tmp_path):
+@pytest.mark.parametrize(
+    "seeds",
+    [range(FEW), pytest.param(range(FEW, ALL), marks=pytest.mark.exhaustive)],
+    ids=["few", "rest"],
+)
+def test_damaged_folders_are_refused_or_read_right(tmp_path, seeds):
     good = lora_folder(tmp_path / "good", 1, head=True)
     whole = {
         dtype: lora_folder(tmp_path / str(dtype)[6:], 2, head=True, dtype=dtype)
@@ -25,7 +31,7 @@ def test_damaged_folders_are_refused_or_read_right(tmp_path):
     }
     kept = {path.name for path in tmp_path.iterdir()}
     out, seen = tmp_path / "out", Counter()
-    for seed in range(SEEDS):
+    for seed in seeds:
         rng = random.Random(seed)
         broken = tmp_path / "broken"
         shutil.copytree(whole[rng.choice(list(whole))], broken)
@@ -38,7 +44,7 @@ def test_damaged_folders_are_refused_or_read_right(tmp_path):
         method = rng.choice(["flora", "product_svd"])
         refused = None
         try:
-            with warnings.catch_warnings():
+            with bounded(size_of(*folders)), warnings.catch_warnings():
                 warnings.simplefilter("error")
                 aggregate(
                     folders,
@@ -66,8 +72,8 @@ def test_damaged_folders_are_refused_or_read_right(tmp_path):
                 rest.unlink(missing_ok=True)
         assert {path.name for path in tmp_path.iterdir()} == kept, seed
     # Both ends of the range are reached, so neither half of the promise is empty.
-    assert seen[False] > SEEDS / 2
-    assert seen[True] > SEEDS / 20
+    assert seen[False] > len(seeds) / 2
+    assert seen[True] > len(seeds) / 20
 
 
 def _standing(folder):
