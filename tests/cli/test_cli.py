@@ -73,6 +73,7 @@ def test_run_ends_with_tables_a_report_and_an_adapter(home, tmp_path):
     assert "round   1" in done.stderr or "round 1" in done.stderr
 
 
+@pytest.mark.exhaustive
 def test_a_run_killed_at_any_instant_resumes_to_the_same_adapter(home, tmp_path):
     fedcore("run", home / "tiny.toml", "--rounds", 6, "--out", "whole", cwd=tmp_path)
     process = subprocess.Popen(
@@ -201,6 +202,7 @@ def test_compare_prints_one_row_a_method_with_intervals(home, tmp_path):
     assert (tmp_path / "c/comparison.html").exists()
 
 
+@pytest.mark.exhaustive
 def test_a_final_florg_adapter_serves_without_fedcore(home, tmp_path):
     fedcore("run", home / "tiny.toml", "--out", "r", cwd=tmp_path)
     fedcore("export", "r/adapter", "--out", "exported", cwd=tmp_path)

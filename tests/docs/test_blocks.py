@@ -42,10 +42,14 @@ def run_page(page, shell, folder, monkeypatch):
 
 TRAINS = re.compile(r"(?<!-->\n)```(?:sh|console)\n(?:\$ )?fedcore (?:run|compare|audit)\b")
 
+OFTEN = {"docs/index.md", "docs/engines/local.md", "docs/engines/flower.md"}
+"""The pages that train and are read first; what the others show is run less often."""
+
 
 def _marked(page):
     trains = TRAINS.search((ROOT / page).read_text(encoding="utf-8"))
-    return pytest.param(page, marks=pytest.mark.slow if trains else ())
+    dear = [pytest.mark.slow] if str(page) in OFTEN else [pytest.mark.slow, pytest.mark.exhaustive]
+    return pytest.param(page, marks=dear if trains else [])
 
 
 @pytest.mark.parametrize("page", [_marked(page) for page in PAGES])

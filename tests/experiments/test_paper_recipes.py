@@ -103,7 +103,10 @@ def layered(module: str) -> str:
     return module.replace("layers", "layer")
 
 
-@pytest.mark.parametrize("name", ["roberta-large-qnli", "roberta-large-mnli"])
+@pytest.mark.parametrize(
+    "name",
+    ["roberta-large-qnli", pytest.param("roberta-large-mnli", marks=pytest.mark.exhaustive)],
+)
 def test_the_classification_recipes_run_on_a_roberta(name: str, tmp_path: Path) -> None:
     summary = run(name, tmp_path, write_roberta(tmp_path / "model"))
     assert 0 <= summary["accuracy"] <= 1
@@ -111,7 +114,8 @@ def test_the_classification_recipes_run_on_a_roberta(name: str, tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param("llama2-7b-commonsense", marks=pytest.mark.slow), "llama2-7b-gsm8k"]
+    "name",
+    [pytest.param("llama2-7b-commonsense", marks=pytest.mark.exhaustive), "llama2-7b-gsm8k"],
 )
 def test_the_causal_recipes_run_on_a_llama(name: str, tmp_path: Path) -> None:
     deep = load_recipe(name).adapter.layers is not None
@@ -129,7 +133,13 @@ def test_a_causal_recipe_runs_on_a_gguf_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", list(PAIRS))
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if n == 0 else pytest.param(name, marks=pytest.mark.exhaustive)
+        for n, name in enumerate(PAIRS)
+    ],
+)
 def test_without_hub_or_files_a_run_ends_at_once_in_one_line(name: str, tmp_path: Path) -> None:
     """In offline mode, which asks no network: the same on any machine without the model."""
     done = subprocess.run(

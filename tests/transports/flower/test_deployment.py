@@ -21,6 +21,7 @@ def wait_for(path, process, deployment, seconds=240):
         sleep(0.1)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_a_deployment_ends_with_the_local_engines_adapter_and_survives_a_dead_node(home, tmp_path):
     settings = {"clients": 2, "rounds": 2}
