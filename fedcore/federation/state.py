@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import torch
 from torch import Tensor
@@ -179,7 +180,7 @@ def write_state(state: ServerState, folder: Path) -> Path:
         clients = _by_client(state)
         if clients:
             flat = {
-                f"{client}/{name}": tensor
+                f"{_escaped(client)}/{name}": tensor
                 for client, named in sorted(clients.items())
                 for name, tensor in named.items()
             }
@@ -260,7 +261,8 @@ def read_state(folder: Path, *, clients: bool = True) -> ServerState:
         held_for_clients: dict[str, dict[str, Tensor]] = {}
         if by_client:
             for key, tensor in read_tensors(folder / CLIENTS_FILE, "state").items():
-                client, _, name = key.partition("/")
+                stored, _, name = key.partition("/")
+                client = unquote(stored)
                 part = held_for_clients if _is_held(name) else simulated
                 part.setdefault(client, {})[name] = tensor
         # States of runs without one were written before there was a residual.
@@ -325,6 +327,11 @@ def _by_client(state: ServerState) -> dict[str, dict[str, Tensor]]:
     for client, named in state.held_for_clients.items():
         clients.setdefault(client, {}).update(named)
     return clients
+
+
+def _escaped(client: str) -> str:
+    """A client's id without slashes, of which the first in a key ends it."""
+    return client.replace("%", "%25").replace("/", "%2F")
 
 
 def _is_held(name: str) -> bool:

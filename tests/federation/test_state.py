@@ -19,24 +19,26 @@ def make(round=0, **changes):
     return ServerState(round=round, layout=LAYOUT, row=row, **changes)
 
 
-def test_a_state_round_trips_to_the_bit(tmp_path):
-    private = {"client-1": {"q.A/exp_avg": torch.randn(2, 5), "q.A/step": torch.tensor(3.0)}}
-    held = {"client-1": {"held": torch.ones(4), "told:mean": torch.randn(3)}}
+@pytest.mark.parametrize("client", ["client-1", "site/a", "100%", "%2F", "/", "a b/c%d"])
+def test_a_state_round_trips_to_the_bit(tmp_path, client):
+    private = {client: {"q.A/exp_avg": torch.randn(2, 5), "q.A/step": torch.tensor(3.0)}}
+    held = {client: {"held": torch.ones(4), "told:mean": torch.randn(3)}}
     state = make(3, simulated_clients=private, versions={"q.A": 2}, traffic={"up_head": 7})
     changed = LAYOUT.select("B")
-    state = state.advanced(state.row, changed, reported=("client-1",), held_for_clients=held)
+    state = state.advanced(state.row, changed, reported=(client,), held_for_clients=held)
     back = read_state(write_state(state, tmp_path))
     assert back.layout == state.layout
     assert torch.equal(back.row, state.row)
     # One file holds what clients keep and what the server holds for them; names tell them apart.
     for part, expected in ((back.simulated_clients, private), (back.held_for_clients, held)):
-        assert part["client-1"].keys() == expected["client-1"].keys()
-        for name, tensor in expected["client-1"].items():
-            assert torch.equal(part["client-1"][name], tensor)
+        assert part.keys() == {client}
+        assert part[client].keys() == expected[client].keys()
+        for name, tensor in expected[client].items():
+            assert torch.equal(part[client][name], tensor)
     assert (back.round, back.versions, back.client_versions, back.traffic) == (
         4,
         {"q.A": 2, "q.B": 3, "head": 3, "scale": 3},
-        {"client-1": 2},
+        {client: 2},
         {"up_head": 7},
     )
 
