@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
 from fedcore.data.adapter_state import AdapterState
+from fedcore.data.folders import replace_folder
 from fedcore.data.peft_files import write_adapter, write_tensors
 from fedcore.data.plain_lora import with_residual
 from fedcore.experiments.client_models import client_row
@@ -15,6 +17,7 @@ from fedcore.federation.records import Sample
 from fedcore.federation.state import ServerState
 from fedcore.training.generation import continue_greedily
 from fedcore.training.live_adapter import live_adapter
+from fedcore.training.models import quiet_transformers
 
 PROMPT = 16
 """Tokens that are given, or half of a text that has fewer than twice as many."""
@@ -71,8 +74,11 @@ def write_adapters(experiment: Experiment, state: ServerState, folder: Path) -> 
     ``adapter/`` is the global adapter, together with the residual of the base weights where the
     method has one; ``adapters/CLIENT/`` where every client has a model of its own. An adapter that
     is not LoRA is also written as plain LoRA, ``adapter-lora/``, which PEFT loads without fedcore.
-    A run without adapter leaves its head in ``head/``.
+    A run without adapter leaves its head in ``head/``, or where the whole model trained, the model
+    and its tokenizer in ``model/``, which transformers loads.
     """
+    if experiment.method.capabilities.whole_model:
+        return [_write_model(experiment, state.row, folder / "model")]
     if experiment.method.family == "none":
         head = folder / "head"
         tensors = {s.name: state.layout.view(state.row, s).clone() for s in state.layout}
@@ -92,6 +98,15 @@ def write_adapters(experiment: Experiment, state: ServerState, folder: Path) -> 
         )
         return [write_adapter(adapter, folder / "adapter")]
     return _write(experiment, state.row, folder, "adapter")
+
+
+def _write_model(experiment: Experiment, row: Tensor, folder: Path) -> Path:
+    experiment.binding.load(row)
+    with replace_folder(folder) as new, quiet_transformers():
+        model: Any = experiment.model
+        model.save_pretrained(new)
+        experiment.tokenizer.save_pretrained(new)
+    return folder
 
 
 def _write(experiment: Experiment, row: Tensor, folder: Path, name: str) -> list[Path]:

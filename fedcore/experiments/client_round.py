@@ -22,6 +22,7 @@ from fedcore.privacy.keyed_stream import SECRET_BITS
 from fedcore.training.evaluation import evaluate
 from fedcore.training.local_training import LocalResult, LocalSettings, train_client
 from fedcore.training.private_training import train_privately
+from fedcore.tuners.attach import HEADS
 from fedcore_kernels.layout import FactorLayout
 
 
@@ -116,6 +117,9 @@ def _trained(
     recipe, method = experiment.recipe, experiment.method
     parameters = experiment.binding.trained(method.plan(round).trains)
     dense = frozenset(slot.name for slot in layout.dense_slots)
+    if method.capabilities.whole_model:
+        # Every tensor is dense; the head's rate is the head's alone.
+        dense = frozenset(name for name in dense if name.split(".")[0] in HEADS)
     optimiser = recipe.optimiser.settings(method)
     # A method that starts a fresh adapter every round leaves nothing to continue with.
     state = {} if method.capabilities.restarts else own

@@ -18,7 +18,7 @@ from fedcore.experiments.privacy import check_central, check_private
 from fedcore.experiments.trials import check_sources
 from fedcore.federation import records
 from fedcore.methods import Method
-from fedcore.methods.requirements import MIXED_RANKS, SECURE_SUM, of_family, refuse
+from fedcore.methods.requirements import KEEPS_BASE, MIXED_RANKS, SECURE_SUM, of_family, refuse
 from fedcore.recipes import Recipe
 from fedcore.training.base_identity import identity_of
 from fedcore.training.binding import ModelBinding
@@ -37,6 +37,8 @@ from fedcore.training.prefix import FrozenPrefix
 from fedcore.training.residual import FrozenResidual
 from fedcore.training.tasks import Task, find_task
 from fedcore.tuners.attach import attach_adapter
+
+_OF_PRODUCTS = ("errors are of the products B A, before DoRA normalises them",)
 
 POOLED = "everyone"
 """The one client of the centralised baseline."""
@@ -141,6 +143,8 @@ def build_experiment(
     method, task = _seeded(recipe.method.create(), recipe), find_task(recipe.task)
     if recipe.round.secure_sum:
         refuse(method, SECURE_SUM, "round.secure_sum")
+    if recipe.adapter.use_dora:
+        refuse(method, (KEEPS_BASE, of_family("lora")), "adapter.use_dora")
     seed = recipe.seed
     observer.preparing(f"model {recipe.model.source}")
     dataset_key = (recipe.task, recipe.data, recipe.model.source, recipe.model.max_length)
@@ -161,6 +165,10 @@ def build_experiment(
         frame=recipe.adapter.frame,
         seed=derive_seed(seed, "adapter"),
         task_type=task.peft_type,
+        dropout=recipe.adapter.dropout,
+        use_dora=recipe.adapter.use_dora,
+        modules_to_save=recipe.adapter.modules_to_save,
+        whole_model=method.capabilities.whole_model,
         **method.adapter_options,
     )
     if dataset_key not in cache.texts:
@@ -211,6 +219,7 @@ def build_experiment(
         residual=FrozenResidual(model, modules),
         ranks=ranks,
         statistics=statistics,
+        flags=_OF_PRODUCTS if recipe.adapter.use_dora else (),
     )
 
 

@@ -58,6 +58,7 @@ class Capabilities:
         history: what the server half needs besides uploads of factors: earlier rounds, the previous
             global state, that state for the option ``align`` alone, or nothing. Methods that can do
             without the rounds also aggregate adapters that were trained elsewhere.
+        whole_model: every parameter of the model trains and travels, and there is no adapter.
         any_rank: leading rows of the result, as :meth:`Method.for_client` gives them, are the best
             of their rank, so that a result of any rank may be asked for.
     """
@@ -72,6 +73,7 @@ class Capabilities:
     updates_base: bool = False
     wants_features: bool = False
     history: History = "rounds"
+    whole_model: bool = False
     any_rank: bool = False
 
 

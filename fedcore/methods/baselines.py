@@ -1,4 +1,4 @@
-"""The baselines: a head alone, every client alone, one holder of all data."""
+"""The baselines: a head alone, the whole model, every client alone, one holder of all data."""
 
 from __future__ import annotations
 
@@ -33,6 +33,29 @@ class HeadOnly(LinearMethod):
         uplink="0",
         downlink="0",
         server_cost="0",
+    )
+
+
+@dataclass(frozen=True)
+class FullParameters(LinearMethod):
+    """FedAvg of all parameters, without an adapter: full-parameter fine-tuning.
+
+    What adapters save is counted against it, and what they lose in quality. Its source is
+    McMahan et al., arXiv 1602.05629, algorithm 1.
+    """
+
+    name: ClassVar[str] = "fedavg.full"
+    family: ClassVar[Family] = "none"
+    capabilities: ClassVar[Capabilities] = Capabilities(
+        always_exact=True, linear=True, whole_model=True
+    )
+    description: ClassVar[Description] = Description(
+        summary="FedAvg of every parameter, no adapter",
+        paper="arXiv 1602.05629",
+        exact="yes",
+        uplink="d_in d_out",
+        downlink="d_in d_out",
+        server_cost="2 N d_in d_out",
     )
 
 

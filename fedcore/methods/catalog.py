@@ -22,7 +22,7 @@ _ORDER = (
     *("product_svd", "flora", "fedex", "florist", "lora_fair", "fedrot", "flora_na"),
     *("ce_lora", "ce_lora.projected", "fed_sb"),
     *("robust_clip", "robust_krum", "robust_median", "robust_geomedian"),
-    *("head_only", "local_only", "centralised"),
+    *("head_only", "fedavg.full", "local_only", "centralised"),
 )
 """The order of tables; a method that is not in it comes after these, by its name."""
 

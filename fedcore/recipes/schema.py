@@ -67,14 +67,18 @@ class AdapterSection(Section):
     """The adapter every client trains; which family it is follows from the method.
 
     ``client_ranks`` gives the clients ranks of their own, in order of their ids and over again
-    from the first; none may exceed ``rank``, the server's.
+    from the first; none may exceed ``rank``, the server's. ``dropout``, ``use_dora`` and
+    ``modules_to_save`` are PEFT's; the first two are LoRA's alone.
     """
 
     rank: int = Field(4, ge=1)
     client_ranks: tuple[int, ...] | None = None
     alpha: float = Field(16.0, gt=0)
     use_rslora: bool = False
-    target_modules: tuple[str, ...] = ("query", "value")
+    target_modules: tuple[str, ...] | Literal["all-linear"] = ("query", "value")
+    dropout: float = Field(0.0, ge=0, lt=1)
+    use_dora: bool = False
+    modules_to_save: tuple[str, ...] = ()
     layers: tuple[int, ...] | None = None
     init_std: float | None = Field(None, gt=0)
     frame: Literal["structured", "qr"] = "structured"

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from peft import LoraConfig, PeftConfig, get_peft_model
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from fedcore.errors import FedcoreError, unknown_name
 from fedcore.tuners.gram.config import GramConfig
 from fedcore.tuners.tri.config import TriConfig
 
 _FAMILIES = ("lora", "gram", "tri", "none")
+
+HEADS = ("classifier", "score")
+"""What the classifiers of transformers call their head."""
 
 
 def attach_adapter(
@@ -23,7 +27,7 @@ def attach_adapter(
     *,
     rank: int,
     alpha: float,
-    target_modules: Sequence[str],
+    target_modules: Sequence[str] | Literal["all-linear"],
     layers: Sequence[int] | None,
     use_rslora: bool,
     init_std: float | None,
@@ -31,12 +35,17 @@ def attach_adapter(
     seed: int,
     init: str = "random",
     task_type: str = "SEQ_CLS",
+    whole_model: bool = False,
+    dropout: float = 0.0,
+    use_dora: bool = False,
+    modules_to_save: Sequence[str] = (),
 ) -> nn.Module:
     """Wrap ``model`` so that only the adapter trains, and with a classifier its head.
 
     Args:
         family: ``"lora"``, ``"gram"``, ``"tri"`` or ``"none"`` (the head alone).
-        target_modules: names of the adapted linear layers, as PEFT matches them.
+        target_modules: names of the adapted linear layers, as PEFT matches them, or
+            ``"all-linear"``: every one but the head.
         layers: transformer layers to adapt, counted from 0, negative from the end; all by default.
         init_std: standard deviation of a Gram adapter's initial factor; its own default if None.
         frame: the kind of FLoRG's frames.
@@ -45,30 +54,43 @@ def attach_adapter(
             it; the other families have one start.
         task_type: PEFT's name of the task. A classifier's head (``"SEQ_CLS"``) trains with the
             adapter; a language model's (``"CAUSAL_LM"``) is part of the frozen base.
+        dropout: of the inputs of LoRA's factors, while they train.
+        use_dora: LoRA with a trained magnitude per output (DoRA, arXiv 2402.09353).
+        modules_to_save: ends of the names of modules that train whole beside the adapter.
+        whole_model: without an adapter, every parameter trains and not the head alone.
 
     Raises:
         FedcoreError: no layer of the model is called so, the rank is more than a layer's update can
             have, a layer index is out of range, the family or the start is unknown, or the start
-            does not fit a layer.
+            does not fit a layer; an option that the family does not have; a quantised base where
+            all of it trains.
     """
     if family not in _FAMILIES:
         raise unknown_name("adapter family", family, _FAMILIES)
     if family == "none":
-        _freeze_all_but_head(model)
+        (_train_all if whole_model else _freeze_all_but_head)(model)
         return model
     common: dict[str, Any] = {
         "task_type": task_type,
         "r": rank,
         "lora_alpha": alpha,
         "use_rslora": use_rslora,
-        "target_modules": list(target_modules),
+        "target_modules": target_modules,
         "layers_to_transform": _layer_indices(model, layers),
+        "modules_to_save": list(modules_to_save) or None,
     }
-    _check_targets(model, target_modules)
-    _check_rank(model, target_modules, rank)
+    if family != "lora":
+        _check_plain(family, dropout=dropout, use_dora=use_dora)
+    if target_modules == "all-linear":
+        common["target_modules"] = targets = _linear_layers(model)
+    else:
+        common["target_modules"] = targets = list(target_modules)
+    _check_targets(model, targets)
+    _check_targets(model, modules_to_save)
+    _check_rank(model, targets, rank)
     config: PeftConfig
     if family == "lora":
-        config = LoraConfig(lora_dropout=0.0, bias="none", **common)
+        config = LoraConfig(lora_dropout=dropout, use_dora=use_dora, bias="none", **common)
     elif family == "gram":
         small = seed % 2**31
         config = GramConfig(
@@ -84,8 +106,36 @@ def attach_adapter(
         return wrapped
 
 
+def _check_plain(family: str, **options: Any) -> None:
+    for name, value in options.items():
+        if value:
+            raise FedcoreError(
+                f"{name} is {value!r}, which adapters of family {family!r} do not have; leave it "
+                "out, or use a method for LoRA"
+            )
+
+
+def _linear_layers(model: nn.Module) -> list[str]:
+    """The ends of the names of all linear layers, without the head and a language model's output.
+
+    A layer and a head that end alike are told apart by their whole names.
+    """
+    output = getattr(model, "get_output_embeddings", lambda: None)()
+    layers, others = set(), set()
+    for name, module in model.named_modules():
+        inner = module is not output and name.split(".")[0] not in HEADS
+        linear = inner and isinstance(module, nn.Linear | Conv1D)
+        (layers if linear else others).add(name)
+    if not layers:
+        raise FedcoreError("target_modules is 'all-linear', and the model has no linear layer")
+    ends = {name.rpartition(".")[2] for name in layers}
+    taken = {name.rpartition(".")[2] for name in others}
+    whole = {name for name in layers if name.rpartition(".")[2] in ends & taken}
+    return sorted(whole | (ends - taken))
+
+
 def _freeze_all_but_head(model: nn.Module) -> None:
-    names = [name for name, _ in model.named_children() if name in ("classifier", "score")]
+    names = [name for name, _ in model.named_children() if name in HEADS]
     if not names:
         children = ", ".join(name for name, _ in model.named_children())
         raise FedcoreError(
@@ -93,6 +143,16 @@ def _freeze_all_but_head(model: nn.Module) -> None:
         )
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name.split(".")[0] in names)
+
+
+def _train_all(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if not parameter.is_floating_point():
+            raise FedcoreError(
+                f"{name} holds {parameter.dtype} numbers, and a quantised model cannot be trained "
+                "whole; train an adapter, or load the model without quantisation"
+            )
+        parameter.requires_grad_(True)
 
 
 def _check_targets(model: nn.Module, targets: Sequence[str]) -> None:

@@ -99,7 +99,7 @@ def _type(annotation: Any) -> str:
     if origin is Literal:
         return ", ".join(f"`{value}`" for value in inner)
     if origin in (Union, types.UnionType):
-        return _type(next(one for one in inner if one is not type(None)))
+        return ", ".join(_type(one) for one in inner if one is not type(None))
     if origin is tuple:
         choice = get_origin(inner[0]) is Literal
         return f"list of {_type(inner[0])}" + "s" * (not choice)
