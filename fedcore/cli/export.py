@@ -1,4 +1,4 @@
-"""`fedcore export`: a Gram or tri-factor adapter as plain LoRA."""
+"""`fedcore export`: an adapter as plain LoRA."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from rich.console import Console
 
 
 def export(
-    adapter: Annotated[Path, typer.Argument(help="A PEFT folder of type gram or tri.")],
+    adapter: Annotated[Path, typer.Argument(help="A PEFT folder of type lora, gram or tri.")],
     out: Annotated[Path, typer.Option(help="Folder for the LoRA adapter.")],
 ) -> None:
-    """Write a Gram or tri-factor adapter as plain LoRA, which PEFT loads without fedcore; exact."""
+    """Write an adapter as plain LoRA of one rank and scale 1, which every server loads; exact."""
     from fedcore.tuners import export_lora
 
     export_lora(adapter, out)

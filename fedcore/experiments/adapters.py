@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fedcore.data.adapter_kind import not_additive
 from fedcore.data.adapter_state import AdapterState
 from fedcore.data.folders import replace_folder
 from fedcore.data.peft_files import write_adapter, write_tensors
@@ -73,7 +74,8 @@ def write_adapters(experiment: Experiment, state: ServerState, folder: Path) -> 
 
     ``adapter/`` is the global adapter, together with the residual of the base weights where the
     method has one; ``adapters/CLIENT/`` where every client has a model of its own. An adapter that
-    is not LoRA is also written as plain LoRA, ``adapter-lora/``, which PEFT loads without fedcore.
+    is not LoRA of scale ``alpha / r`` is also written as one, ``adapter-lora/``, which every server
+    loads and PEFT without fedcore.
     A run without adapter leaves its head in ``head/``, or where the whole model trained, the model
     and its tokenizer in ``model/``, which transformers loads.
     """
@@ -110,13 +112,19 @@ def _write_model(experiment: Experiment, row: Tensor, folder: Path) -> Path:
 
 
 def _write(experiment: Experiment, row: Tensor, folder: Path, name: str) -> list[Path]:
-    written = [write_adapter(adapter_state(experiment.model, row, experiment), folder / name)]
-    if experiment.method.family != "lora":
+    state = adapter_state(experiment.model, row, experiment)
+    written = [write_adapter(state, folder / name)]
+    if experiment.method.family != "lora" or _scaled_otherwise(state):
         from fedcore.tuners import export_lora
 
         export_lora(written[0], folder / f"{name}-lora")
         written.append(folder / f"{name}-lora")
     return written
+
+
+def _scaled_otherwise(state: AdapterState) -> bool:
+    """Whether readers that divide ``lora_alpha`` by the rank would scale this LoRA wrongly."""
+    return bool(state.config.get("use_rslora")) and not_additive(state.config, state.dense) is None
 
 
 def adapter_state(model: nn.Module, row: Tensor, experiment: Experiment) -> AdapterState:

@@ -121,7 +121,8 @@ def _linear_layers(model: nn.Module) -> list[str]:
     A layer and a head that end alike are told apart by their whole names.
     """
     output = getattr(model, "get_output_embeddings", lambda: None)()
-    layers, others = set(), set()
+    layers: set[str] = set()
+    others: set[str] = set()
     for name, module in model.named_modules():
         inner = module is not output and name.split(".")[0] not in HEADS
         linear = inner and isinstance(module, nn.Linear | Conv1D)

@@ -1,4 +1,4 @@
-"""Gram and tri-factor adapters as plain LoRA, exactly, for all who do not have this package."""
+"""Adapters as plain LoRA of one rank and scale 1, exactly, for readers that know nothing else."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from pathlib import Path
 from peft import PeftModel, get_peft_model_state_dict
 from torch import Tensor
 
+from fedcore.data.adapter_kind import not_additive
 from fedcore.data.adapter_state import AdapterState
 from fedcore.data.low_rank import LowRank
 from fedcore.data.peft_files import read_adapter, write_adapter
-from fedcore.data.plain_lora import plain_lora
+from fedcore.data.plain_lora import plain_lora, with_residual
 from fedcore.errors import FedcoreError
 from fedcore.tuners.gram.frames import DenseFrame, Frame, FrameRecipe, StructuredFrame
 from fedcore.tuners.lora_factors import lora_factors
@@ -21,10 +22,11 @@ from fedcore.tuners.tri.factors import tri_pair
 def export_lora(
     source: str | Path | PeftModel, out_folder: str | Path, *, adapter_name: str | None = None
 ) -> Path:
-    """Write a Gram or tri-factor adapter as a plain LoRA folder; returns the folder.
+    """Write an adapter as a plain LoRA folder; returns the folder.
 
-    The rank is ``2r`` for a Gram adapter (``r`` without offset) and ``r`` for a tri-factor adapter;
-    ``lora_alpha`` is that rank, so the scale is 1; modules saved whole are kept.
+    The rank is ``2r`` for a Gram adapter (``r`` without offset), ``r`` for a tri-factor adapter and
+    the largest of any module for LoRA; ``lora_alpha`` is that rank, so the scale is 1; modules
+    saved whole are kept.
     The base model is not needed: shapes stand in the configuration. Both files appear whole, or
     none does, and equal adapters give byte-identical files.
 
@@ -34,7 +36,8 @@ def export_lora(
         adapter_name: which adapter of a live model; its active one by default.
 
     Raises:
-        FedcoreError: the source is of another family, or lacks a tensor or shape it should have.
+        FedcoreError: the source holds no adapter, one whose update does not add to the weights of
+            linear layers alone, or lacks a tensor or shape it should have.
     """
     if isinstance(source, str | Path):
         if adapter_name is not None:
@@ -42,11 +45,9 @@ def export_lora(
         state = read_adapter(source)
     else:
         state = _live_state(source, adapter_name)
-    convert = {"gram": gram_to_lora, "tri": tri_to_lora}.get(state.family)
+    convert = {"gram": gram_to_lora, "tri": tri_to_lora, "lora": lora_to_plain}.get(state.family)
     if convert is None:
-        raise FedcoreError(
-            f"adapter: is of family {state.family!r}; export needs a 'gram' or 'tri' adapter"
-        )
+        raise FedcoreError(f"adapter: is of family {state.family!r}; export needs an adapter")
     return write_adapter(convert(state), out_folder)
 
 
@@ -83,6 +84,39 @@ def tri_to_lora(state: AdapterState, name: str = "adapter") -> AdapterState:
         for module, named in state.factors.items()
     }
     return _as_lora(state, pairs)
+
+
+def lora_to_plain(state: AdapterState, name: str = "adapter") -> AdapterState:
+    """The LoRA adapter of one rank and scale 1 that equals ``state``.
+
+    rsLoRA's scale and those of ``alpha_pattern`` go into ``B``, and modules of lower rank are
+    filled with zeros: a reader that divides one ``lora_alpha`` by a tensor's rank gets the same
+    model.
+
+    Raises:
+        FedcoreError: ``state`` is not a LoRA adapter, or trains something else than updates of
+            linear layers and modules saved whole.
+    """
+    if state.family != "lora":
+        raise FedcoreError(f"{name}: is of family {state.family!r}; export needs a 'lora' adapter")
+    problem = not_additive(state.config, state.dense) or _beside_linear(state)
+    if problem is not None:
+        raise FedcoreError(f"{name}: {problem}; merge it into the model instead")
+    return with_residual(state, {})
+
+
+def _beside_linear(state: AdapterState) -> str | None:
+    """What the adapter trains that plain LoRA of linear layers does not have, if anything."""
+    for field in ("lora_bias", "trainable_token_indices", "target_parameters"):
+        if state.config.get(field):
+            return f"{field} is set, which plain LoRA does not have"
+    if (state.config.get("bias") or "none") != "none":
+        return f"bias is {state.config['bias']!r}, and plain LoRA trains none"
+    if any("lora_embedding_" in key for key in state.keys.values()):
+        return "it adapts an embedding"
+    if any(form.axes for form in state.forms.values()):
+        return "it adapts a convolution"
+    return None
 
 
 def _as_lora(state: AdapterState, pairs: Mapping[str, tuple[Tensor, Tensor]]) -> AdapterState:
