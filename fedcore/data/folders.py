@@ -259,6 +259,19 @@ def open_regular(file: Path, *, links: bool = True) -> io.FileIO:
     return handle
 
 
+def read_regular(file: Path, *, limit: int = _LIMIT, links: bool = True) -> bytes:
+    """What a regular file of at most ``limit`` bytes holds.
+
+    Raises:
+        OSError: it is larger, or as :func:`open_regular`.
+    """
+    with open_regular(file, links=links) as raw, io.BufferedReader(raw) as handle:
+        data = handle.read(limit + 1)
+    if len(data) > limit:
+        raise OSError(errno.EFBIG, f"it holds more than {limit} bytes", str(file))
+    return data
+
+
 def read_json(
     file: Path, label: str, *, limit: int = _LIMIT, finite: bool = True, links: bool = True
 ) -> Any:
@@ -275,10 +288,7 @@ def read_json(
             name twice in one object, naming ``label`` and the file.
     """
     try:
-        with open_regular(file, links=links) as raw, io.BufferedReader(raw) as handle:
-            data = handle.read(limit + 1)
-        if len(data) > limit:
-            raise FedcoreError(f"{label}: {file} holds more than {limit} bytes")
+        data = read_regular(file, limit=limit, links=links)
         hooks: dict[str, Any] = {"parse_constant": _number, "parse_float": _number}
         value = json.loads(
             data.decode("utf-8"),

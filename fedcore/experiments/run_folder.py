@@ -8,7 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from fedcore.checks import is_integer
-from fedcore.data.folders import append_line, delete_folder, is_free, sweep, write_text, writing
+from fedcore.data.folders import (
+    OWN_LIMIT,
+    append_line,
+    delete_folder,
+    is_free,
+    read_regular,
+    sweep,
+    write_text,
+    writing,
+)
 from fedcore.errors import FedcoreError
 from fedcore.federation.checkpoints import offering_newest_good, read_newest, save
 from fedcore.federation.record_files import read_record, validated
@@ -150,7 +159,7 @@ class RunFolder:
         """The latest round done that ``metrics.jsonl`` has a whole line of; -1 of none."""
         file = self.path / "metrics.jsonl"
         try:
-            lines = file.read_bytes().split(b"\n")
+            lines = read_regular(file, limit=OWN_LIMIT).split(b"\n")
         except FileNotFoundError:
             return -1
         except OSError as error:

@@ -11,6 +11,7 @@ from typing import Any
 import tomli_w
 from pydantic import BaseModel, ValidationError
 
+from fedcore.data.folders import read_regular
 from fedcore.errors import FedcoreError, unknown_name
 from fedcore.federation.seals import digest_of_content
 from fedcore.recipes.schema import MethodSection, Recipe
@@ -92,9 +93,9 @@ def _read(name: str | Path) -> dict[str, Any]:
     path = Path(name)
     try:
         if path.suffix == ".toml" or path.is_file():
-            if not path.is_file():
+            if not path.exists():
                 raise FedcoreError(f"there is no recipe file {path}")
-            text = path.read_text(encoding="utf-8")
+            text = read_regular(path).decode("utf-8")
         elif str(name) in shipped_recipes():
             text = (files("fedcore.recipes") / f"{name}.toml").read_text(encoding="utf-8")
         else:

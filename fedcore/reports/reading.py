@@ -12,6 +12,7 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
+from fedcore.data.folders import OWN_LIMIT, read_regular
 from fedcore.errors import FedcoreError
 from fedcore.federation.measures import Measure, measure_of
 from fedcore.federation.outcome import outcome
@@ -80,7 +81,7 @@ def read_run(folder: str | Path) -> RunRecord:
 
 def _bytes(path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        return read_regular(path, limit=OWN_LIMIT)
     except FileNotFoundError:
         raise FedcoreError(f"{path} is missing; {path.parent} is not a run folder") from None
     except OSError as error:

@@ -1,3 +1,6 @@
+import os
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -110,3 +113,10 @@ def test_broken_files_and_assignments_are_named(tmp_path):
         load_recipe(file)
     with pytest.raises(FedcoreError, match="'rounds' is not of the form key=value"):
         parse_settings(["rounds"])
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, Path.mkdir, lambda path: path.symlink_to("/dev/zero")])
+def test_a_recipe_is_a_regular_file(make, tmp_path):
+    make(tmp_path / "recipe.toml")
+    with pytest.raises(FedcoreError, match=r"recipe .*recipe.toml cannot be read: it is not a reg"):
+        load_recipe(tmp_path / "recipe.toml")
