@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -139,10 +140,17 @@ def _adapted(model: Any, folders: Sequence[Path], source: str) -> Any:
     for name, folder in zip(names, folders, strict=True):
         misfit = f"{folder} does not fit the base {source!r}"
         try:
-            if adapted is None:
-                adapted = PeftModel.from_pretrained(model, str(folder), name, local_files_only=True)
-            else:
-                adapted.load_adapter(str(folder), name, local_files_only=True)
+            with warnings.catch_warnings():
+                # transformers deprecates a property that peft still reads.
+                warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
+                # What PEFT warns of, keys without a place, is refused below.
+                warnings.filterwarnings("ignore", message=".*missing adapter keys.*")
+                if adapted is None:
+                    adapted = PeftModel.from_pretrained(
+                        model, str(folder), name, local_files_only=True
+                    )
+                else:
+                    adapted.load_adapter(str(folder), name, local_files_only=True)
         # PEFT: ValueError of targets that are not there, RuntimeError of other shapes.
         except (ValueError, RuntimeError, TypeError, KeyError) as error:
             reason = " ".join(str(error).split())

@@ -87,7 +87,7 @@ def test_files_that_are_not_there_empty_or_of_another_kind(tmp_path):
         read_task(tmp_path / "absent.jsonl")
     with pytest.raises(FedcoreError, match="no rows"):
         read_task(write(tmp_path, "", " "))
-    with pytest.raises(FedcoreError, match="kind is 'math', and .* of kind choice"):
+    with pytest.raises(FedcoreError, match=r"kind is 'math', and .* of kind choice"):
         read_task(write(tmp_path, CHOICE), kind="math")
     with pytest.raises(FedcoreError, match="unknown kind 'code'"):
         read_task(write(tmp_path, GOOD), kind="code")

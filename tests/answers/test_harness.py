@@ -130,7 +130,7 @@ def test_what_is_not_there_is_named(tmp_path):
     model, tokenizer = language_model(), byte_tokenizer()
     with pytest.raises(FedcoreError, match="lm-eval:other: there is no such task in"):
         score_tasks(model, tokenizer, [replace(task, name="lm-eval:other")])
-    with pytest.raises(FedcoreError, match="there is no folder .*absent; pass --task-folder"):
+    with pytest.raises(FedcoreError, match=r"there is no folder .*absent; pass --task-folder"):
         score_tasks(model, tokenizer, [replace(task, folder=tmp_path / "absent")])
     (tmp_path / "own.jsonl").unlink()
     with pytest.raises(FedcoreError, match="lm-eval:own: lm-eval cannot run it"):

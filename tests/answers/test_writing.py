@@ -107,7 +107,7 @@ def test_code_is_run_only_when_allowed(monkeypatch):
     model, tokenizer = language_model(), byte_tokenizer()
     rows = (Row("x = 5 #", "assert x == 5"), Row("y = 5 #", "assert y == 6"))
     task = AnswerTask("programs", "code", rows, stop=("\n",), max_tokens=3)
-    with pytest.raises(FedcoreError, match="programs: .* pass --run-code"):
+    with pytest.raises(FedcoreError, match=r"programs: .* pass --run-code"):
         score_tasks(model, tokenizer, [task])
     (score,) = score_tasks(model, tokenizer, [task], run_code=True)
     assert score.rows == {"pass@1": (1.0, 0.0)}
