@@ -6,10 +6,9 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fedcore.answers.marking import is_number
+from fedcore.answers.marking import is_numeric
 from fedcore.answers.task import DEFAULT_STOPS, AnswerTask, Row
-from fedcore.checks import choice, is_integer
-from fedcore.checks import is_number as is_json_number
+from fedcore.checks import choice, is_integer, is_number
 from fedcore.errors import FedcoreError, printable, unknown_name
 from fedcore.training.table_files import json_lines
 
@@ -58,15 +57,15 @@ def read_task(
     if not rows:
         raise FedcoreError(f"{path}: no rows")
     columns = set(rows[0][1])
-    found, parse = _reader(rows[0][0], columns)
-    if kind is not None and found != "exact":
-        raise FedcoreError(f"kind is {kind!r}, and {path} holds rows of kind {found}; leave it out")
+    shape, parse = _reader(rows[0][0], columns)
+    if kind is not None and shape != "exact":
+        raise FedcoreError(f"kind is {kind!r}, and {path} holds rows of kind {shape}; leave it out")
     parsed = tuple(parse(place, row) for place, row in rows)
-    if found == "exact":
-        numbers = all(is_number(str(row.answer)) for row in parsed)
-        found = kind or ("number" if numbers else "exact")
-    stops = tuple(stop) or DEFAULT_STOPS.get(found, ())
-    return AnswerTask(path.stem, found, parsed, stops, max_tokens)
+    if shape == "exact":
+        numbers = all(is_numeric(str(row.answer)) for row in parsed)
+        shape = kind or ("number" if numbers else "exact")
+    stops = tuple(stop) or DEFAULT_STOPS.get(shape, ())
+    return AnswerTask(path.stem, shape, parsed, stops, max_tokens)
 
 
 def _reader(place: str, columns: Collection[str]) -> tuple[str, Any]:
@@ -100,7 +99,7 @@ def _choice(place: str, row: Mapping[str, Any]) -> Row:
 
 def _answer(place: str, row: Mapping[str, Any]) -> Row:
     answer = row["answer"]
-    if is_json_number(answer):
+    if is_number(answer):
         return Row(_text(place, row, "prompt"), str(answer))
     return Row(_text(place, row, "prompt"), _text(place, row, "answer"))
 

@@ -95,13 +95,13 @@ class HarnessTask:
         from lm_eval.tasks import TaskManager
 
         name = self.name.removeprefix(PREFIX)
-        own = self.folder is not None
+        described = self.folder is not None
         # With the tasks that it comes with, it reads thousands of files first.
         manager = TaskManager(
-            include_path=str(self.folder) if own else None, include_defaults=not own
+            include_path=str(self.folder) if described else None, include_defaults=not described
         )
         if name not in manager.all_tasks:
-            where = f"in {self.folder}" if own else "among those that lm-eval comes with"
+            where = f"in {self.folder}" if described else "among those that lm-eval comes with"
             raise FedcoreError(f"{self.name}: there is no such task {where}; pass --task-folder")
         result: Mapping[str, Any] = lm_eval.simple_evaluate(
             model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
@@ -129,17 +129,17 @@ class HarnessTask:
                     key = f"{measure},{sample['filter']}"
                     if key in reported and is_number(sample[measure]):
                         measures[key.removesuffix(",none")].append(float(sample[measure]))
-        kept = {
+        means = {
             measure: tuple(values)
             for measure, values in measures.items()
             if len(result["samples"]) > 1 or self._is_mean(result["results"], measure, values)
         }
-        if not kept:
+        if not means:
             raise FedcoreError(
                 f"{self.name}: none of its measures is a mean over documents, which is what "
                 "errors and differences are computed from"
             )
-        return kept
+        return means
 
     @staticmethod
     def _is_mean(results: Mapping[str, Any], measure: str, values: list[float]) -> bool:

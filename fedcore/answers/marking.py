@@ -1,7 +1,7 @@
 """Whether a continuation holds the right answer: a number, a formula, a text.
 
-A continuation is truncated at its first stop string before: a model that goes on to invent another
-question would otherwise be marked by the answer to that.
+A continuation is truncated at its first stop string before: a model that invents another question
+would otherwise be marked by the answer to that.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ def until(text: str, stops: Sequence[str]) -> str:
     return text[: min((place for place in places if place >= 0), default=len(text))]
 
 
-def number(text: str) -> Decimal | None:
+def number_in(text: str) -> Decimal | None:
     """The answer of a text: the number after its last ``####``, otherwise its last number; exact.
 
     Thousands may be separated by commas; signs of currencies and per cent are left out.
 
     Example:
-        >>> number("1,234"), number("it costs $1,000.50."), number("12 + 3 = 15"), number("none")
-        (Decimal('1234'), Decimal('1000.50'), Decimal('15'), None)
-        >>> number("so 7 of 9\\n#### 7 apples"), number("3 - 5 = -2")
+        >>> [number_in(text) for text in ("1,234", "$1,000.50.", "12 + 3 = 15", "none")]
+        [Decimal('1234'), Decimal('1000.50'), Decimal('15'), None]
+        >>> number_in("so 7 of 9\\n#### 7 apples"), number_in("3 - 5 = -2")
         (Decimal('7'), Decimal('-2'))
     """
     _, mark, after = text.rpartition(_MARK)
@@ -54,9 +54,9 @@ def number(text: str) -> Decimal | None:
         return None
 
 
-def is_number(text: str) -> bool:
+def is_numeric(text: str) -> bool:
     """Whether a reference answer is a number: the whole text, or what follows ``####`` in it."""
-    return (_MARK in text and number(text) is not None) or bool(
+    return (_MARK in text and number_in(text) is not None) or bool(
         _NUMBER.fullmatch(text.strip(" %."))
     )
 
@@ -64,8 +64,8 @@ def is_number(text: str) -> bool:
 def same_number(text: str, answer: str) -> bool:
     """Whether the numbers of both are equal, ``1,000.00`` and ``1000`` too."""
     # Compared as they are: arithmetic on decimals rounds to 28 digits.
-    given = number(text)
-    return given is not None and given == number(answer)
+    given = number_in(text)
+    return given is not None and given == number_in(answer)
 
 
 def normalised(text: str) -> str:

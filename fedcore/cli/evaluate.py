@@ -98,12 +98,12 @@ def evaluate_answers(
     names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
     if not names and data is None:
         names = list(BUNDLED)
-    own = (
+    from_file = (
         [] if data is None else [read_task(data, kind=kind, stop=stop or (), max_tokens=max_tokens)]
     )
 
     def chosen(trained: frozenset[str]) -> list[AnswerTask | HarnessTask]:
-        return [*(named_task(name, task_folder, trained) for name in names), *own]
+        return [*(named_task(name, task_folder, trained) for name in names), *from_file]
 
     check_tasks(chosen(frozenset()), run_code=run_code)
     with _progress(console) as (preparing, progress):

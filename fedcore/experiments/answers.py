@@ -76,7 +76,7 @@ def run_models(
     _check_base(experiment, run)
     check_origin(state.origin, run_origin(experiment, run), experiment)
     ((texts, _),) = cache.texts.values()
-    held = torch.cat(list(experiment.shards.values()))
+    training = torch.cat(list(experiment.shards.values()))
     rows = (
         Candidate(BASE, (partial(_base, experiment),)),
         *_candidates(experiment, state, clients=clients),
@@ -84,7 +84,7 @@ def run_models(
     return RunModels(
         Candidates(experiment.model, experiment.tokenizer, rows),
         recipe.data.source,
-        frozenset(texts.take(held.numpy()).texts),
+        frozenset(texts.take(training.numpy()).texts),
     )
 
 
@@ -108,16 +108,16 @@ def _candidates(
     experiment: Experiment, state: ServerState, *, clients: bool
 ) -> Iterator[Candidate]:
     capabilities = experiment.method.capabilities
-    own = capabilities.personalised
-    if clients and not (own or experiment.ranks):
+    several = capabilities.personalised
+    if clients and not (several or experiment.ranks):
         raise FedcoreError(
             f"--clients: clients of {experiment.method.name} share one model; leave it out"
         )
     each = {
         client: partial(_row, experiment, state, client_row(experiment, state, client))
-        for client in (experiment.trainers if own or clients else ())
+        for client in (experiment.trainers if several or clients else ())
     }
-    if own:
+    if several:
         alone = capabilities.population == "alone"
         yield Candidate("local-only, mean" if alone else "clients, mean", tuple(each.values()))
     else:

@@ -5,9 +5,9 @@ from decimal import Decimal
 import pytest
 
 from fedcore.answers.marking import (
-    is_number,
+    is_numeric,
     normalised,
-    number,
+    number_in,
     same_formula,
     same_number,
     same_text,
@@ -39,7 +39,7 @@ from fedcore.errors import MissingExtraError
     ],
 )
 def test_the_number_of_a_text(text, value):
-    assert number(text) == Decimal(value)
+    assert number_in(text) == Decimal(value)
     assert same_number(text, value)
 
 
@@ -52,14 +52,14 @@ def test_decimals_are_exact():
 
 @pytest.mark.parametrize("text", ["", "none", "####", "1e999999999999999999999"])
 def test_a_text_without_a_number_is_wrong(text):
-    assert number(text) is None
+    assert number_in(text) is None
     assert not same_number(text, "0")
 
 
 def test_an_invented_next_question_is_cut():
     text = " 12 + 3 = 15\n\nQuestion: what is 90 + 9?\nAnswer: 99"
-    assert number(text) == 99
-    assert number(until(text, ("Question:", "\n\n"))) == 15
+    assert number_in(text) == 99
+    assert number_in(until(text, ("Question:", "\n\n"))) == 15
     assert until(text, ()) == text
     # The first in the text, whatever their order.
     assert until("a b c", ("c", "b")) == "a "
@@ -70,7 +70,7 @@ def test_an_invented_next_question_is_cut():
     [("15", True), ("$1,000", True), ("so\n#### 7", True), ("7 apples", False), ("Paris", False)],
 )
 def test_which_answers_are_numbers(answer, numeric):
-    assert is_number(answer) is numeric
+    assert is_numeric(answer) is numeric
 
 
 def test_texts_are_equal_but_for_case_blanks_and_punctuation_around():
