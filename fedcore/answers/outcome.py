@@ -22,10 +22,7 @@ _COLUMNS = (
     Column("n"),
     Column("minus base"),
 )
-_NOTE = (
-    "n: rows. minus base: mean over rows of the difference, with its 95% interval; "
-    "the interval is of this difference, so it is narrower than the two standard errors suggest."
-)
+_NOTE = "n: rows. minus base: the mean difference on the same rows, with its 95% interval."
 
 
 def paired_difference(score: TaskScore, base: TaskScore, measure: str) -> Estimate:

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -94,6 +95,15 @@ def run_recipe(run):
     from fedcore.recipes import load_recipe
 
     return load_recipe(run / "recipe.toml")
+
+
+def test_the_order_of_the_models_does_not_matter(runs):
+    candidates = run_models(runs / "fedex").candidates
+    scores = candidates.score([TASK])
+    turned = replace(candidates, rows=tuple(reversed(candidates.rows))).score([TASK])
+    assert list(turned) == ["global", "base"]
+    for name, (score,) in scores.items():
+        assert turned[name][0].rows == score.rows
 
 
 def test_a_round_is_chosen(runs):
