@@ -1,5 +1,5 @@
-"""The command line: ``fedcore run``, ``compare``, ``aggregate``, ``export``, ``bench``,
-``flower-app`` and lists.
+"""The command line: ``fedcore run``, ``compare``, ``evaluate``, ``aggregate``, ``export``,
+``bench``, ``flower-app`` and lists.
 
 Other distributions and rooms add commands through the entry-point group ``fedcore.commands``: each
 entry point is a function that becomes a command of the entry point's name.
@@ -27,7 +27,16 @@ def _build():  # type: ignore[no-untyped-def]  # typer is optional and imported 
     try:
         import typer
 
-        from fedcore.cli import aggregate, bench, compare, export, flower_app, listing, run
+        from fedcore.cli import (
+            aggregate,
+            bench,
+            compare,
+            evaluate,
+            export,
+            flower_app,
+            listing,
+            run,
+        )
     except ImportError as error:
         raise missing_extra(error.name or "a dependency", "run") from error
     app = typer.Typer(
@@ -38,6 +47,7 @@ def _build():  # type: ignore[no-untyped-def]  # typer is optional and imported 
     )
     app.command()(run.run)
     app.command()(compare.compare)
+    app.command("evaluate")(evaluate.evaluate_answers)
     app.command()(aggregate.aggregate)
     app.command()(listing.methods)
     app.command()(listing.adapters)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fedcore.checks import is_integer
+from fedcore.data.folders import distinct
 from fedcore.errors import FedcoreError, unknown_name
 from fedcore.training.text_columns import UNLABELLED, fill, wanted_columns
 
@@ -63,15 +64,23 @@ def _csv_rows(
         raise FedcoreError(f"{path}:{reader.line_num}: {error}") from None
 
 
-def _jsonl_rows(path: Path, wanted: tuple[str, ...]) -> Iterator[tuple[int, dict[str, Any]]]:
+def json_lines(path: Path, wanted: tuple[str, ...]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Line number and object of every line of a JSON-lines file; blank lines are passed over.
+
+    Raises:
+        FedcoreError: a line is not a JSON object, names a column twice or lacks a ``wanted`` one,
+            or a byte is not UTF-8; with file and line.
+    """
     # Only \n ends a line: JSON strings may hold U+2028 and the like unescaped.
     for number, line in enumerate(_decode(path).split("\n"), start=1):
         if not line.strip():
             continue
         try:
-            record = json.loads(line)
+            record = json.loads(line, object_pairs_hook=distinct)
         except json.JSONDecodeError as error:
             raise FedcoreError(f"{path}:{number}: not JSON: {error.msg}") from None
+        except (ValueError, RecursionError) as error:
+            raise FedcoreError(f"{path}:{number}: {error}") from None
         if not isinstance(record, dict):
             raise FedcoreError(f"{path}:{number}: {type(record).__name__}, not a JSON object")
         _check_columns(f"{path}:{number}", record, wanted)
@@ -97,7 +106,7 @@ def read_table(
         valid = ", ".join(TABLE_SUFFIXES)
         raise FedcoreError(f"{path}: unknown ending {path.suffix!r}; valid: {valid}")
     if path.suffix.lower() == ".jsonl":
-        rows = _jsonl_rows(path, wanted)
+        rows = json_lines(path, wanted)
     else:
         rows = _csv_rows(path, "\t" if path.suffix.lower() == ".tsv" else ",", wanted)
     texts, labels = [], []

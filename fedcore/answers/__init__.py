@@ -1,0 +1,1 @@
+"""Answers of language models: tasks, scoring, and models compared with their base."""
