@@ -12,11 +12,15 @@ import torch
 from torch import Tensor
 
 from fedcore.answers.candidates import BASE, Candidate, Candidates, without_adapter
-from fedcore.data.base_identity import BaseIdentity, base_differences
 from fedcore.errors import FedcoreError
 from fedcore.experiments.client_models import client_row
 from fedcore.experiments.observer import Observer
-from fedcore.experiments.origin import check_origin, check_recipe_kept, run_origin
+from fedcore.experiments.origin import (
+    check_origin,
+    check_recipe_kept,
+    differences_of_base,
+    run_origin,
+)
 from fedcore.experiments.run_folder import RunFolder
 from fedcore.experiments.setup import Experiment, SharedCache, build_experiment
 from fedcore.federation.state import ServerState
@@ -73,7 +77,7 @@ def run_models(
     check_recipe_kept(state.origin, run)
     cache = SharedCache()
     experiment = build_experiment(_plain(recipe), observer or Observer(), cache)
-    _check_base(experiment, run)
+    differences_of_base(experiment, run, "evaluated")
     check_origin(state.origin, run_origin(experiment, run), experiment)
     ((texts, _),) = cache.texts.values()
     training = torch.cat(list(experiment.shards.values()))
@@ -92,16 +96,6 @@ def _plain(recipe: Recipe) -> Recipe:
     """The recipe without what is computed for training alone."""
     training = recipe.training.model_copy(update={"reuse_prefix": False})
     return recipe.model_copy(update={"training": training})
-
-
-def _check_base(experiment: Experiment, run: RunFolder) -> None:
-    before = BaseIdentity.read(run.path)
-    if before is not None:  # Version 0.1 wrote none.
-        problem, _ = base_differences(
-            experiment.base, before, experiment.recipe.model.allow, "the run's"
-        )
-        if problem is not None:
-            raise FedcoreError(f"{run.path} cannot be evaluated: {problem}")
 
 
 def _candidates(

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from hashlib import sha256
 
-from fedcore.data.base_identity import BASE_FILE, BaseIdentity
+from fedcore.data.base_identity import BASE_FILE, BaseIdentity, base_differences
 from fedcore.data.tensor_digest import digest_of_tensors
 from fedcore.errors import FedcoreError
 from fedcore.experiments.run_folder import RunFolder
@@ -59,6 +59,25 @@ def check_origin(began: Mapping[str, str], now: Mapping[str, str], experiment: E
             raise FedcoreError(
                 f"{what} changed since the run began; restore it, or start another run"
             )
+
+
+def differences_of_base(experiment: Experiment, folder: RunFolder, purpose: str) -> tuple[str, ...]:
+    """In what the base of ``experiment`` differs as it may from the one the run began with.
+
+    Args:
+        purpose: what cannot be done with the run where it differs otherwise, as a participle.
+
+    Raises:
+        FedcoreError: it differs otherwise.
+    """
+    before = BaseIdentity.read(folder.path)
+    if before is None:  # A run of version 0.1.
+        return ()
+    allow = experiment.recipe.model.allow
+    problem, allowed = base_differences(experiment.base, before, allow, "the run's")
+    if problem is not None:
+        raise FedcoreError(f"{folder.path} cannot be {purpose}: {problem}")
+    return allowed
 
 
 def _data(experiment: Experiment) -> str:

@@ -9,7 +9,6 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from fedcore.data.base_identity import BaseIdentity, base_differences
 from fedcore.data.claims import claimed
 from fedcore.errors import FedcoreError
 from fedcore.experiments.adapters import generation_sample, write_adapters
@@ -20,7 +19,12 @@ from fedcore.experiments.environment import (
     recipe_threads,
 )
 from fedcore.experiments.observer import Observer
-from fedcore.experiments.origin import check_origin, check_recipe_kept, run_origin
+from fedcore.experiments.origin import (
+    check_origin,
+    check_recipe_kept,
+    differences_of_base,
+    run_origin,
+)
 from fedcore.experiments.privacy import check_continued
 from fedcore.experiments.round import initial_record, run_round
 from fedcore.experiments.run_folder import RunFolder
@@ -112,7 +116,8 @@ def resume(
             if state is None:
                 experiment.base.save(folder.path)
             else:
-                experiment = _on_the_same_base(experiment, folder)
+                allowed = differences_of_base(experiment, folder, "resumed")
+                experiment = replace(experiment, flags=(*experiment.flags, *allowed))
             origin = run_origin(experiment, folder)
             if state is not None:
                 if not state.origin:
@@ -189,23 +194,6 @@ def _go_on(
         folder.write_json("sample.json", generation_sample(experiment, start_row, state))
     folder.write_json("summary.json", summary)
     return summary.plain()
-
-
-def _on_the_same_base(experiment: Experiment, folder: RunFolder) -> Experiment:
-    """``experiment`` with flags that say in what its base differs as it may.
-
-    Raises:
-        FedcoreError: it differs otherwise from the one that the run began with.
-    """
-    before = BaseIdentity.read(folder.path)
-    if before is None:  # A run of version 0.1.
-        return experiment
-    problem, allowed = base_differences(
-        experiment.base, before, experiment.recipe.model.allow, "the run's"
-    )
-    if problem is not None:
-        raise FedcoreError(f"{folder.path} cannot be resumed: {problem}")
-    return replace(experiment, flags=(*experiment.flags, *allowed))
 
 
 def _recorded(state: ServerState, record: Round) -> ServerState:

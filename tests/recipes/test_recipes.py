@@ -118,5 +118,5 @@ def test_broken_files_and_assignments_are_named(tmp_path):
 @pytest.mark.parametrize("make", [os.mkfifo, Path.mkdir, lambda path: path.symlink_to("/dev/zero")])
 def test_a_recipe_is_a_regular_file(make, tmp_path):
     make(tmp_path / "recipe.toml")
-    with pytest.raises(FedcoreError, match=r"recipe .*recipe.toml cannot be read: it is not a reg"):
+    with pytest.raises(FedcoreError, match=r"recipe .*recipe.toml cannot be read: "):
         load_recipe(tmp_path / "recipe.toml")
