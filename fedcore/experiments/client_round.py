@@ -132,6 +132,8 @@ def _trained(
             local,
             optimiser,
             seed=seed,
+            round=round,
+            rounds=recipe.rounds,
             state=state,
             on_step=observer.step_done,
         )
@@ -146,6 +148,8 @@ def _trained(
         optimiser,
         private,
         seed=randbits(SECRET_BITS) if recipe.privacy.noise == "secret" else seed,
+        round=round,
+        rounds=recipe.rounds,
         state=state,
         on_step=observer.step_done,
     )
