@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from fedcore.checks import count, flag
+from fedcore.checks import choice, count, flag
 from fedcore.errors import FedcoreError, unknown_name
 from fedcore.training.local_training import LocalSettings
 
@@ -177,6 +177,12 @@ PASSED = frozenset(
 )
 """Fields of ``SFTConfig`` that ``[sft]`` may set."""
 
+_CHOICES = {
+    # trl takes any other word for its default.
+    "packing_strategy": ("bfd", "bfd_split", "wrapped"),
+    "train_sampling_strategy": ("sequential", "random", "group_by_length"),
+}
+
 
 @dataclass(frozen=True)
 class SftSettings:
@@ -203,6 +209,8 @@ class SftSettings:
                 raise FedcoreError(f"sft.{name} is set by fedcore; {OWNED[name]}")
             if name not in PASSED:
                 raise unknown_name("recipe key", f"sft.{name}", [f"sft.{key}" for key in PASSED])
+            if name in _CHOICES:
+                choice("", f"sft.{name}", self.options[name], _CHOICES[name])
         if self.options.get("gradient_checkpointing_kwargs") and not self.checkpointing:
             raise FedcoreError(
                 "sft.gradient_checkpointing_kwargs is set and training.checkpointing is not; "
