@@ -1,10 +1,10 @@
-"""A client's turn through trl beside fedcore's own loop and beside a bare trl script.
+"""A client's round through trl beside fedcore's own loop and beside a bare trl script.
 
     python -m bench.sft_turn --model smollm2 --rows 8 --steps 2
 
 All three train the same LoRA factors on the same rows, batch by batch of the same size; the own
-loop pads every row to the longest one, as it always does. A turn is timed whole: what the trainer
-costs to build is part of it. Contestants take turns, and the fastest of each is compared.
+loop pads every row to the longest one, as it always does. A round is timed whole: what the trainer
+costs to build is part of it. Contestants alternate, and the fastest of each is compared.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Padded(EncodedDataset):
 
 
 def random_rows(count: int, vocabulary: int, longest: int) -> datasets.Dataset:
-    """Rows of random tokens, a quarter to all of ``longest``; the first half of each is a prompt."""
+    """Rows of random tokens, a quarter to all of ``longest``; half of each is a prompt."""
     generator = torch.Generator().manual_seed(0)
     lengths = torch.randint(longest // 4, longest + 1, (count,), generator=generator).tolist()
     ids = [torch.randint(3, vocabulary, (n,), generator=generator).tolist() for n in lengths]
@@ -78,7 +78,7 @@ def padded(rows: datasets.Dataset, pad: int) -> Padded:
 def contestants(
     source: str, count: int, steps: int, batch: int, longest: int
 ) -> dict[str, Callable[[], object]]:
-    """Name to one turn of ``steps`` steps, all on one model."""
+    """Name to one round of ``steps`` steps, all on one model."""
     base, tokenizer = load_language_model(source)
     model: Any = attach_adapter(
         base,
@@ -146,11 +146,11 @@ def contestants(
                 trainer.remove_callback(PrinterCallback)
                 trainer.train()
 
-    return {"own loop": own, "fedcore's turn": turn, "bare trl script": script}
+    return {"own loop": own, "fedcore through trl": turn, "bare trl script": script}
 
 
 def measure(turns: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """Seconds of the fastest of ``repeats`` turns of each, by turns, after one of each."""
+    """Seconds of the fastest of ``repeats`` rounds of each, alternating, after one of each."""
     best = dict.fromkeys(turns, float("inf"))
     for repeat in range(repeats + 1):
         for name, take in turns.items():
@@ -179,11 +179,11 @@ def main() -> None:
         f"{chosen.model}, LoRA of rank 8 on q_proj and v_proj, {chosen.steps} steps of "
         f"{chosen.batch} rows, {chosen.longest // 4} to {chosen.longest} tokens\n"
     )
-    print("| turn | s | against the own loop | against the bare script |")
+    print("| round | s | against the own loop | against the bare script |")
     print("|---|---|---|---|")
     for name, seconds in best.items():
-        own, script = seconds / best["own loop"], seconds / best["bare trl script"]
-        print(f"| {name} | {seconds:.2f} | {own:.2f} | {script:.2f} |")
+        ratios = (seconds / best[other] for other in ("own loop", "bare trl script"))
+        print(f"| {name} | {seconds:.2f} | " + " | ".join(f"{r:.2f}" for r in ratios) + " |")
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ _LAUNCHER = "leave it out: a client is one process on one device"
 _CHECKPOINTING = "use training.checkpointing, and sft.gradient_checkpointing_kwargs for its details"
 _ROWS = "use the keys of [data]; fedcore prepares the rows"
 _PRECISION = "use training.precision"
-_COMPILE = "leave it out: a model is compiled anew in every turn"
+_COMPILE = "leave it out: compiling would begin anew in every round"
 
 OWNED: Mapping[str, str] = {
     # What a client trains, and for how long.
@@ -186,7 +186,7 @@ _CHOICES = {
 
 @dataclass(frozen=True)
 class SftSettings:
-    """How a client's turn through trl uses its device, beside what every task has.
+    """How a client's round through trl uses its device, beside what every task has.
 
     Attributes:
         accumulation: parts that a batch is worked on in, one after the other; they divide it.

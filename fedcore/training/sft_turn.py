@@ -1,8 +1,8 @@
-"""One client's turn of local training through trl's SFTTrainer, on the one model in memory.
+"""One client's round of local training through trl's SFTTrainer, on the one model in memory.
 
-A trainer lives for one turn: batches, optimiser and schedule are fedcore's, masks, padding,
+A trainer lives for one round: batches, optimiser and schedule are fedcore's, masks, padding,
 accumulation, checkpointing and the fused head are trl's. It leaves nothing behind but what it
-trained (:mod:`fedcore.training.trainer_traces`). That the next turn is built anew costs
+trained (:mod:`fedcore.training.trainer_traces`). A new one in every round costs
 milliseconds and carries no state from one client to another.
 """
 
@@ -179,7 +179,7 @@ def check_packing(model: nn.Module) -> None:
 
 
 class _Recorder(TrainerCallback):
-    """Losses of a turn's steps; and the optimiser's state is put in once accelerate is done."""
+    """Losses of a round's steps; and the optimiser's state is put in once accelerate is done."""
 
     def __init__(
         self,
@@ -208,11 +208,11 @@ class _Trainer(SFTTrainer):
     def __init__(self, model: Any, *args: Any, recorder: _Recorder, **named: Any) -> None:
         self._recorder = recorder
         # trl makes bf16 of what trains on a 4- or 8-bit base, which would round the broadcast.
-        held = [(p, p.data) for p in model.parameters() if p.requires_grad]
+        broadcast = [(p, p.data) for p in model.parameters() if p.requires_grad]
         try:
             super().__init__(model, *args, **named)
         finally:
-            for parameter, values in held:
+            for parameter, values in broadcast:
                 parameter.data = values
 
     def _send_telemetry(self) -> None:

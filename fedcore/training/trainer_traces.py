@@ -111,10 +111,10 @@ def process_as_before(device: torch.device) -> Iterator[None]:
 
 def _configurations(model: nn.Module) -> list[Any]:
     """The configurations in ``model`` that a Trainer writes to, each once."""
-    found: dict[int, Any] = {}
+    configurations: dict[int, Any] = {}
     for module in model.modules():
         for name in ("config", "generation_config"):
             value = vars(module).get(name)
             parts = [value, getattr(value, "__dict__", {}).get("text_config")]
-            found.update({id(part): part for part in parts if hasattr(part, "__dict__")})
-    return list(found.values())
+            configurations.update({id(part): part for part in parts if hasattr(part, "__dict__")})
+    return list(configurations.values())

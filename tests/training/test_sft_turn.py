@@ -446,7 +446,7 @@ def test_packing_is_refused_where_a_model_mixes_up_packed_rows(config, tokenizer
     more = {"ffn_dim": 24, "word_embed_proj_dim": 16} if config == "OPTConfig" else {}
     model = base(getattr(transformers, config), **more)
     before = copy.deepcopy(vars(model.config))
-    with pytest.raises(FedcoreError, match="mixes up rows .* leave out sft.packing"):
+    with pytest.raises(FedcoreError, match=r"mixes up rows .* leave out sft\.packing"):
         check_packing(model)
     assert vars(model.config) == before
 
@@ -510,9 +510,9 @@ def test_other_settings_are_refused_by_name(tokenizer):
         SftSettings(options={"packin": True})
     with pytest.raises(FedcoreError, match="accumulation is 0"):
         SftSettings(accumulation=0)
-    with pytest.raises(FedcoreError, match="pass training.checkpointing = true"):
+    with pytest.raises(FedcoreError, match=r"pass training\.checkpointing = true"):
         SftSettings(options={"gradient_checkpointing_kwargs": {"use_reentrant": True}})
-    with pytest.raises(FedcoreError, match="batch_size is 4, and training.accumulation is 3"):
+    with pytest.raises(FedcoreError, match=r"batch_size is 4, and training\.accumulation is 3"):
         take(adapted(), tokenizer, sft=SftSettings(accumulation=3))
     for name in ("train_sampling_strategy", "packing_strategy"):
         with pytest.raises(FedcoreError, match=f"unknown sft.{name} 'sorted'"):
