@@ -136,6 +136,8 @@ def _trained(
             local,
             optimiser,
             seed=seed,
+            round=round,
+            rounds=recipe.rounds,
             state=state,
             on_step=observer.step_done,
         )
@@ -150,6 +152,8 @@ def _trained(
         optimiser,
         private,
         seed=randbits(SECRET_BITS) if recipe.privacy.noise == "secret" else seed,
+        round=round,
+        rounds=recipe.rounds,
         state=state,
         on_step=observer.step_done,
     )

@@ -141,6 +141,8 @@ def build_experiment(
     check_sources(recipe)
     cache = cache or SharedCache()
     method, task = _seeded(recipe.method.create(), recipe), find_task(recipe.task)
+    optimiser = recipe.optimiser.settings(method)
+    optimiser.schedule.check(optimiser.rate, recipe.rounds)
     if recipe.round.secure_sum:
         refuse(method, SECURE_SUM, "round.secure_sum")
     if recipe.adapter.use_dora:

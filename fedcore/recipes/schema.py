@@ -16,6 +16,7 @@ from fedcore.privacy.accounting import AccountantName
 from fedcore.training.local_training import LocalSettings
 from fedcore.training.optimisers import OptimiserSettings
 from fedcore.training.private_training import PrivateSettings
+from fedcore.training.schedules import Schedule, ScheduleName
 
 
 class Section(BaseModel):
@@ -109,7 +110,11 @@ class MethodSection(BaseModel):
 
 
 class OptimiserSection(Section):
-    """The clients' optimiser. ``rates`` overrides ``rate`` for methods by name or family."""
+    """The clients' optimiser. ``rates`` overrides ``rate`` for methods by name or family.
+
+    ``schedule``: how the rate changes over all rounds, by transformers' names, after
+    ``warmup_rounds`` in which it rises; ``schedule_options`` are its further arguments.
+    """
 
     name: Literal["adamw", "sgd"] = "adamw"
     rate: float = Field(2e-3, gt=0)
@@ -120,6 +125,17 @@ class OptimiserSection(Section):
     beta1: float = Field(0.9, ge=0, lt=1)
     beta2: float = Field(0.999, ge=0, lt=1)
     state: Literal["reset", "keep"] = "reset"
+    schedule: ScheduleName = "constant"
+    warmup_rounds: float = Field(0.0, ge=0, allow_inf_nan=False)
+    schedule_options: dict[str, int | float | str] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _schedules(self) -> OptimiserSection:
+        self._schedule()
+        return self
+
+    def _schedule(self) -> Schedule:
+        return Schedule(self.schedule, self.warmup_rounds, self.schedule_options)
 
     @field_validator("rates")
     @classmethod
@@ -144,6 +160,7 @@ class OptimiserSection(Section):
             beta1=self.beta1,
             beta2=self.beta2,
             state=self.state,
+            schedule=self._schedule(),
         )
 
 

@@ -26,7 +26,8 @@ def load_language_model(source: str, *, dtype: torch.dtype = torch.float32) -> t
 
     Nothing is added to the checkpoint and nothing is drawn. A GGUF file is read into plain weights
     of type ``dtype``: what its 4-bit blocks stand for, exactly, so that any adapter can be trained
-    on them. The tokenizer pads on the right, with its end token if it has no padding token.
+    on them, by a Trainer too. The tokenizer pads on the right, with its end token if it has no
+    padding token.
 
     Args:
         source: ``"smollm2"``, a local folder, or a hub id as ``owner/name`` or ``hf:name``. A
@@ -59,10 +60,21 @@ def load_language_model(source: str, *, dtype: torch.dtype = torch.float32) -> t
         )
     model, info = loaded
     check_complete(source, model, info)
+    if file is not None:
+        _say_plain(model)
     tokenizer.padding_side = "right"
     ready(source, model, tokenizer)
     _check_causal(source, model)
     return model, tokenizer
+
+
+def _say_plain(model: Any) -> None:
+    """transformers marks a model as quantised whose blocks it has read into plain weights, and no
+    Trainer trains one with these marks.
+    """
+    for mark in ("hf_quantizer", "quantization_method", "is_quantized"):
+        vars(model).pop(mark, None)
+    vars(model.config).pop("quantization_config", None)
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ from fedcore.training.encoding import EncodedDataset
 from fedcore.training.evaluation import prediction_loss
 from fedcore.training.forward import Forward
 from fedcore.training.optimisers import OptimiserSettings, build_optimiser, optimiser_state
+from fedcore.training.schedules import enter_schedule
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,8 @@ def train_client(
     optimiser_settings: OptimiserSettings,
     *,
     seed: int,
+    round: int = 0,
+    rounds: int = 1,
     state: Mapping[str, Tensor] | None = None,
     on_step: Callable[[float], None] | None = None,
 ) -> LocalResult:
@@ -70,6 +73,7 @@ def train_client(
         forward: computes logits for example indices; puts the model into training mode.
         parameters: slot name to parameter; exactly these are stepped.
         dense: names of those that are not factors.
+        round, rounds: which round of how many this is, from 0; where the schedule is entered.
         state: the client's optimiser state of an earlier round, to be continued.
         on_step: called with the loss after every step.
 
@@ -80,6 +84,10 @@ def train_client(
     keep = optimiser_settings.state == "keep"
     optimiser = build_optimiser(parameters, dense, optimiser_settings, state if keep else None)
     steps = settings.count_steps(len(indices))
+    schedule, rate = optimiser_settings.schedule, optimiser_settings.rate
+    scheduler = enter_schedule(
+        optimiser, schedule, rate=rate, round=round, rounds=rounds, steps=steps
+    )
     losses = []
     forward.train()
     with torch.random.fork_rng(devices=forward.random_devices()):
@@ -94,6 +102,7 @@ def train_client(
             if settings.clip_norm is not None:
                 nn.utils.clip_grad_norm_(list(parameters.values()), settings.clip_norm)
             optimiser.step()
+            scheduler.step()
             losses.append(loss.detach())
             if on_step is not None:
                 on_step(float(losses[-1]))

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
+
+from fedcore.training.schedules import Schedule
 
 
 @dataclass(frozen=True)
@@ -16,7 +18,7 @@ class OptimiserSettings:
 
     ``state = "reset"`` starts every round afresh; ``"keep"`` carries moments and step counts of
     each client from one of its rounds to the next. ``head_rate`` is the learning rate of dense
-    tensors (the head); the adapter's if None.
+    tensors (the head); the adapter's if None. ``schedule`` is what both follow over all rounds.
     """
 
     name: Literal["adamw", "sgd"] = "adamw"
@@ -27,6 +29,7 @@ class OptimiserSettings:
     beta1: float = 0.9
     beta2: float = 0.999
     state: Literal["reset", "keep"] = "reset"
+    schedule: Schedule = field(default_factory=Schedule)
 
 
 def build_optimiser(
@@ -56,12 +59,25 @@ def build_optimiser(
         optimiser = torch.optim.SGD(
             groups, momentum=settings.momentum, weight_decay=settings.weight_decay
         )
-    for key, tensor in (state or {}).items():
-        name, _, field = key.rpartition("/")
-        if name in parameters:
-            moved = tensor if field == "step" else tensor.to(parameters[name].device)
-            optimiser.state[parameters[name]][field] = moved.clone()
+    load_optimiser_state(optimiser, parameters, state or {})
     return optimiser
+
+
+def load_optimiser_state(
+    optimiser: torch.optim.Optimizer,
+    parameters: Mapping[str, nn.Parameter],
+    state: Mapping[str, Tensor],
+) -> None:
+    """Give ``parameters`` what :func:`optimiser_state` saved of them; other entries are left out.
+
+    Moments go to a parameter's device; step counts stay where they were saved, on the CPU, as
+    torch's optimisers have them.
+    """
+    for key, tensor in state.items():
+        name, _, part = key.rpartition("/")
+        if name in parameters:
+            moved = tensor if part == "step" else tensor.to(parameters[name].device)
+            optimiser.state[parameters[name]][part] = moved.clone()
 
 
 def optimiser_state(
@@ -72,7 +88,7 @@ def optimiser_state(
     """The optimiser's tensors as ``name/field``; entries of ``before`` that did not train stay."""
     state = dict(before or {})
     for name, parameter in parameters.items():
-        for field, value in optimiser.state.get(parameter, {}).items():
+        for part, value in optimiser.state.get(parameter, {}).items():
             if isinstance(value, Tensor):
-                state[f"{name}/{field}"] = value.detach().cpu().clone()
+                state[f"{name}/{part}"] = value.detach().cpu().clone()
     return state

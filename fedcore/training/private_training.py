@@ -16,6 +16,7 @@ from fedcore.training.forward import Forward
 from fedcore.training.local_training import LocalResult, LocalSettings
 from fedcore.training.optimisers import OptimiserSettings, build_optimiser, optimiser_state
 from fedcore.training.sample_gradients import SampleGradients, sample_gradients
+from fedcore.training.schedules import enter_schedule
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,8 @@ def train_privately(
     private: PrivateSettings,
     *,
     seed: int,
+    round: int = 0,
+    rounds: int = 1,
     state: Mapping[str, Tensor] | None = None,
     on_step: Callable[[float], None] | None = None,
 ) -> LocalResult:
@@ -63,6 +66,7 @@ def train_privately(
 
     Args:
         model: what ``forward`` runs, in which ``parameters`` are all that trains.
+        round, rounds: which round of how many this is, from 0; where the schedule is entered.
 
     Returns:
         As :func:`~fedcore.training.local_training.train_client`; the loss is a mean over examples,
@@ -75,6 +79,10 @@ def train_privately(
     keep = optimiser_settings.state == "keep"
     optimiser = build_optimiser(parameters, dense, optimiser_settings, state if keep else None)
     steps = settings.count_steps(len(indices))
+    schedule, rate = optimiser_settings.schedule, optimiser_settings.rate
+    scheduler = enter_schedule(
+        optimiser, schedule, rate=rate, round=round, rounds=rounds, steps=steps
+    )
     noise = KeyedStream(seed, "noise")
     losses: list[float] = []
     forward.train()
@@ -92,6 +100,7 @@ def train_privately(
             for name, parameter in parameters.items():
                 parameter.grad = (noisy[name] / expected).to(parameter.dtype)
             optimiser.step()
+            scheduler.step()
             losses += taken
             if on_step is not None:
                 on_step(sum(taken) / len(taken) if taken else float("nan"))

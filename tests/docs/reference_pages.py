@@ -104,7 +104,7 @@ def _type(annotation: Any) -> str:
         choice = get_origin(inner[0]) is Literal
         return f"list of {_type(inner[0])}" + "s" * (not choice)
     if origin is dict:
-        return "table of numbers"
+        return "table of numbers" if inner[1] is float else "table"
     return _WORDS[annotation]
 
 
