@@ -7,7 +7,7 @@ from typing import Any
 
 from fedcore.checks import is_integer
 from fedcore.errors import FedcoreError, unknown_name
-from fedcore.training.text_columns import UNLABELLED, fill, wanted_columns
+from fedcore.training.text_columns import UNLABELLED, described, fill, wanted_columns
 
 
 def _usable(label: Any, classes: Sequence[str] | None) -> bool:
@@ -51,10 +51,16 @@ def read_hub_table(
     classes: list[str] | None = None
     if label_column:
         classes = getattr(table.features[label_column], "names", None)
-    for row, (text, label) in enumerate(zip(texts, labels, strict=True)):
+    for row, (text, label) in enumerate(zip(texts, labels, strict=True), start=1):
         if not isinstance(text, str) or not text.strip():
-            raise FedcoreError(f"{where}, row {row}: {text_column!r} is {text!r}, not a text")
+            raise FedcoreError(
+                f"{where}, row {row}: {text_column!r} is {described(text)}; each row needs a text"
+            )
         if not _usable(label, classes):
-            raise FedcoreError(f"{where}, row {row}: {label_column!r} is {label!r}, not a label")
+            wanted_label = "one of the declared classes" if classes else "a string or an integer"
+            raise FedcoreError(
+                f"{where}, row {row}: {label_column!r} is not a label; each row needs "
+                f"{wanted_label}"
+            )
     names = [classes[label] if classes else str(label).strip() for label in labels]
     return [str(text) for text in texts], names, list(classes) if classes else None
