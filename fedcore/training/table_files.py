@@ -136,8 +136,8 @@ def _parquet_rows(
     path: Path, columns: Collection[str], optional: Collection[str]
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     try:
-        from pyarrow import ArrowException
-        from pyarrow.parquet import ParquetFile
+        from pyarrow import ArrowException  # type: ignore[import-untyped]
+        from pyarrow.parquet import ParquetFile  # type: ignore[import-untyped]
     except ImportError as error:
         raise missing_extra("pyarrow", "hub") from error
     number = 0
