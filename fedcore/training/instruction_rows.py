@@ -28,7 +28,7 @@ OVERLONG = ("drop", "cut_prompt", "error")
 """What becomes of a row that is longer than the model may see."""
 
 LEAST_PROMPT = 8
-"""Tokens of a prompt that ``cut_prompt`` leaves at least; a row without room for them is dropped."""
+"""Tokens of a prompt that ``cut_prompt`` leaves; a row without room for them is dropped."""
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _PROBE = "fedcore"
@@ -308,12 +308,22 @@ def _template(tokenizer: Any, assistant_only: bool) -> str | None:
         )
     template = _with_generation(tokenizer) if assistant_only else None
     probe = ({"role": "user", "content": "hello"}, {"role": "assistant", "content": _PROBE})
-    more = {"return_assistant_tokens_mask": True} if assistant_only else {}
-    out = _rendered(tokenizer, probe, template, "a conversation of two messages", **more)
-    ids = np.array(out["input_ids"])
-    if assistant_only:
-        ids = ids[np.array(out["assistant_masks"], dtype=np.bool_)]
-    _, answer, end = tokenizer.decode(ids).rpartition(_PROBE)
+    place = "a conversation of two messages"
+    text = _rendered(tokenizer, probe, template, place, tokenize=False)
+    _, answer, end = text.rpartition(_PROBE)
+    if answer and assistant_only:
+        out = _rendered(
+            tokenizer,
+            probe,
+            template,
+            place,
+            return_assistant_tokens_mask=True,
+            tokenizer_kwargs={"return_offsets_mapping": True},
+        )
+        stops = [stop for _, stop in out["offset_mapping"]]
+        masks = np.array(out["assistant_masks"], dtype=np.bool_)
+        last = int(np.where(masks, stops, 0).max())
+        end = text[len(text) - len(end) : last]
     if not answer or not end.strip():
         raise FedcoreError(
             "the tokenizer's chat template ends an answer with nothing that is learned, so the "
@@ -343,14 +353,10 @@ def _with_generation(tokenizer: Any) -> str | None:
 def _rendered(
     tokenizer: Any, messages: Sequence[Message], template: str | None, place: str, **options: Any
 ) -> Any:
+    settings = {"tokenize": True, "return_dict": True, "tokenizer_kwargs": {"verbose": False}}
     try:
         return tokenizer.apply_chat_template(
-            list(messages),
-            chat_template=template,
-            tokenize=True,
-            return_dict=True,
-            tokenizer_kwargs={"verbose": False},
-            **options,
+            list(messages), chat_template=template, **{**settings, **options}
         )
     # A template is a program of somebody else and raises what it likes.
     except Exception as error:
