@@ -68,6 +68,11 @@ class RowCounts:
         ours, theirs = asdict(self), asdict(other)
         return RowCounts(**{name: ours[name] + theirs[name] for name in ours})
 
+    @classmethod
+    def sum(cls, counts: Iterable[RowCounts]) -> RowCounts:
+        """The sum over clients."""
+        return sum(counts, cls())
+
     def __str__(self) -> str:
         return (
             f"{self.read} rows read, {self.used} used, {self.dropped} dropped as too long, "
@@ -78,11 +83,6 @@ class RowCounts:
     def to_json(self) -> dict[str, int]:
         """By name, as a record holds it."""
         return asdict(self)
-
-
-def total(counts: Iterable[RowCounts]) -> RowCounts:
-    """The sum over clients."""
-    return sum(counts, RowCounts())
 
 
 @dataclass(frozen=True, eq=False)
@@ -334,8 +334,7 @@ def _template(tokenizer: Any, assistant_only: bool) -> str | None:
 
 
 def _with_generation(tokenizer: Any) -> str | None:
-    own = tokenizer.get_chat_template()
-    if _GENERATION.search(own):
+    if _GENERATION.search(tokenizer.get_chat_template()):
         return None
     try:
         from trl import get_training_chat_template
@@ -362,8 +361,8 @@ def _rendered(
     except Exception as error:
         # Its own words may be shown; what it puts together may hold a value.
         words = str(error)
-        own = template or tokenizer.get_chat_template()
-        reason = f" ({words})" if words and words in own else ""
+        written = template or tokenizer.get_chat_template()
+        reason = f" ({words})" if words and words in written else ""
         raise FedcoreError(
             f"{place}: the tokenizer's chat template refuses this conversation{reason}; change "
             "the row, or the template"
