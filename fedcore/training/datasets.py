@@ -38,6 +38,7 @@ class TextDataset:
         label_names: the classes.
         name: where the texts come from.
         duplicates: copies of earlier texts that were left out.
+        rows: where each text stands in its source, counted from 1; empty where that is unknown.
     """
 
     texts: tuple[str, ...]
@@ -45,10 +46,13 @@ class TextDataset:
     label_names: tuple[str, ...]
     name: str
     duplicates: int = 0
+    rows: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if len(self.texts) != len(self.labels):
             raise FedcoreError(f"{self.name}: {len(self.texts)} texts, {len(self.labels)} labels")
+        if self.rows and len(self.rows) != len(self.texts):
+            raise FedcoreError(f"{self.name}: {len(self.texts)} texts, {len(self.rows)} rows")
         if self.labels and not 0 <= min(self.labels) <= max(self.labels) < len(self.label_names):
             raise FedcoreError(
                 f"{self.name}: labels span {min(self.labels)} to {max(self.labels)}, "
@@ -63,6 +67,10 @@ class TextDataset:
         """Examples of each class, int64 ``(classes,)``."""
         return np.bincount(np.asarray(self.labels, dtype=np.int64), minlength=len(self.label_names))
 
+    def row(self, index: int) -> int:
+        """Where the text at ``index`` stands in its source, counted from 1."""
+        return self.rows[index] if self.rows else index + 1
+
     def take(self, indices: Sequence[int] | np.ndarray) -> TextDataset:
         """The examples at ``indices``, in that order, with the same classes."""
         chosen = [int(i) for i in indices]
@@ -72,6 +80,7 @@ class TextDataset:
             self.label_names,
             self.name,
             self.duplicates,
+            tuple(self.row(i) for i in chosen),
         )
 
 
@@ -80,7 +89,7 @@ def _build(
 ) -> TextDataset:
     index = {label: i for i, label in enumerate(order)}
     if len(index) < 2 and names[:1] != [UNLABELLED]:
-        raise FedcoreError(f"{name}: {len(index)} class {list(index)}; classification needs two")
+        raise FedcoreError(f"{name}: {len(index)} class; classification needs two")
     first: dict[str, int] = {}
     for i, text in enumerate(texts):
         first.setdefault(" ".join(text.split()), i)
@@ -91,6 +100,7 @@ def _build(
         tuple(order),
         name,
         duplicates=len(texts) - len(indices),
+        rows=tuple(i + 1 for i in indices),
     )
 
 
@@ -140,8 +150,8 @@ def load_dataset(
     """Load labelled texts.
 
     Args:
-        source: ``"bbc-news"``, the path of a ``.csv``, ``.tsv`` or ``.jsonl`` file, or a dataset of
-            the Hugging Face hub as ``owner/name`` or ``hf:name``.
+        source: ``"bbc-news"``, the path of a ``.csv``, ``.tsv``, ``.jsonl`` or ``.parquet``
+            file, or a dataset of the Hugging Face hub as ``owner/name`` or ``hf:name``.
         text_column: the column of the texts, in files and hub datasets, or a template of columns
             as in ``"{question} {answer}"``.
         label_column: the column of the labels; strings or integers. Empty for texts without labels,

@@ -7,7 +7,7 @@ what lets :mod:`fedcore.training.prefix` compute it once.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, Self
 
 import numpy as np
@@ -53,8 +53,12 @@ class EncodedDataset:
 
     @property
     def nbytes(self) -> int:
-        """Memory of the three tensors."""
-        return self.input_ids.nbytes + self.attention_mask.nbytes + self.labels.nbytes
+        """Memory of the tensors."""
+        return sum(tensor.nbytes for tensor in self.tensors().values())
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor by its name, those of a subclass too; the first axis counts examples."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
 
     def targets(self, batch: Tensor) -> Tensor:
         """The classes to be predicted for the examples ``batch``: int64 ``(B,)``."""
@@ -63,20 +67,24 @@ class EncodedDataset:
     def take(self, indices: Tensor | np.ndarray | Sequence[int]) -> Self:
         """A copy of the examples at ``indices``, in that order."""
         index = torch.as_tensor(indices, dtype=torch.int64, device=self.input_ids.device)
-        return replace(
-            self,
-            input_ids=self.input_ids[index],
-            attention_mask=self.attention_mask[index],
-            labels=self.labels[index],
-        )
+        return replace(self, **{name: tensor[index] for name, tensor in self.tensors().items()})
 
     def to(self, device: torch.device | str) -> Self:
         """The same examples on ``device``."""
-        return replace(
-            self,
-            input_ids=self.input_ids.to(device),
-            attention_mask=self.attention_mask.to(device),
-            labels=self.labels.to(device),
+        return replace(self, **{name: tensor.to(device) for name, tensor in self.tensors().items()})
+
+
+def check_length(tokenizer: Any, max_length: int, least: int) -> None:
+    """Whether examples of ``max_length`` tokens suit ``tokenizer``.
+
+    Raises:
+        FedcoreError: fewer than ``least``, or more than the model has positions for.
+    """
+    # Tokenizers without a limit of their own report an astronomic one.
+    if not least <= max_length <= tokenizer.model_max_length:
+        raise FedcoreError(
+            f"max_length is {max_length}; it must lie between {least} and "
+            f"{tokenizer.model_max_length}"
         )
 
 
@@ -96,13 +104,7 @@ def encode(dataset: TextDataset, tokenizer: Any, max_length: int) -> EncodedData
         raise FedcoreError(f"dataset {dataset.name!r} has no examples to encode")
     if tokenizer.pad_token is None:
         raise FedcoreError("the tokenizer has no padding token; set tokenizer.pad_token")
-    special = tokenizer.num_special_tokens_to_add()
-    # Tokenizers without a limit of their own report an astronomic one.
-    if not special < max_length <= tokenizer.model_max_length:
-        raise FedcoreError(
-            f"max_length is {max_length}; it must lie between {special + 1} and "
-            f"{tokenizer.model_max_length}"
-        )
+    check_length(tokenizer, max_length, least=tokenizer.num_special_tokens_to_add() + 1)
     batch = tokenizer(
         list(dataset.texts),
         max_length=max_length,

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 from fedcore.checks import is_integer
 from fedcore.errors import FedcoreError, unknown_name
-from fedcore.training.text_columns import UNLABELLED, fill, wanted_columns
+from fedcore.training.text_columns import UNLABELLED, described, fill, wanted_columns
 
 
 def _usable(label: Any, classes: Sequence[str] | None) -> bool:
@@ -15,6 +15,45 @@ def _usable(label: Any, classes: Sequence[str] | None) -> bool:
     if classes:
         return isinstance(label, int) and 0 <= label < len(classes)
     return (isinstance(label, str) or is_integer(label)) and str(label).strip() != ""
+
+
+def _split(
+    hub_id: str, split: str, subset: str | None, columns: Collection[str]
+) -> tuple[str, Any]:
+    """How errors call the split, and its table."""
+    import datasets
+
+    where = f"dataset {hub_id!r}, split {split!r}"
+    try:
+        chosen = {} if subset is None else {"name": subset}
+        table = datasets.load_dataset(hub_id, split=split, **chosen)
+    # The library raises many kinds: network, configuration, absent split, script refused.
+    except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise FedcoreError(f"{where}: {reason}") from error
+    for column in columns:
+        if column not in table.column_names:
+            raise FedcoreError(f"{where}: {unknown_name('column', column, table.column_names)}")
+    return where, table
+
+
+def read_hub_rows(
+    hub_id: str,
+    columns: Collection[str],
+    optional: Collection[str],
+    split: str,
+    subset: str | None = None,
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The rows of one split, each with its number, counted from 1.
+
+    ``columns`` and ``optional`` are as in :func:`~fedcore.training.table_files.read_rows`.
+
+    Raises:
+        FedcoreError: a dataset or split that cannot be read, or an absent column.
+    """
+    _, table = _split(hub_id, split, subset, columns)
+    chosen = [name for name in (*columns, *optional) if name in table.column_names]
+    yield from enumerate(table.select_columns(chosen), start=1)
 
 
 def read_hub_table(
@@ -30,20 +69,8 @@ def read_hub_table(
         FedcoreError: a dataset or split that cannot be read, an absent column, or a row without a
             text or a label.
     """
-    import datasets
-
-    where = f"dataset {hub_id!r}, split {split!r}"
-    try:
-        chosen = {} if subset is None else {"name": subset}
-        table = datasets.load_dataset(hub_id, split=split, **chosen)
-    # The library raises many kinds: network, configuration, absent split, script refused.
-    except Exception as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise FedcoreError(f"{where}: {reason}") from error
     wanted = wanted_columns(text_column, label_column)
-    for column in wanted:
-        if column not in table.column_names:
-            raise FedcoreError(f"{where}: {unknown_name('column', column, table.column_names)}")
+    where, table = _split(hub_id, split, subset, wanted)
     values = {column: list(table[column]) for column in wanted}
     rows = [dict(zip(values, row, strict=True)) for row in zip(*values.values(), strict=True)]
     texts = [fill(text_column, row) for row in rows]
@@ -51,10 +78,16 @@ def read_hub_table(
     classes: list[str] | None = None
     if label_column:
         classes = getattr(table.features[label_column], "names", None)
-    for row, (text, label) in enumerate(zip(texts, labels, strict=True)):
+    for row, (text, label) in enumerate(zip(texts, labels, strict=True), start=1):
         if not isinstance(text, str) or not text.strip():
-            raise FedcoreError(f"{where}, row {row}: {text_column!r} is {text!r}, not a text")
+            raise FedcoreError(
+                f"{where}, row {row}: {text_column!r} is {described(text)}; each row needs a text"
+            )
         if not _usable(label, classes):
-            raise FedcoreError(f"{where}, row {row}: {label_column!r} is {label!r}, not a label")
+            wanted_label = "one of the declared classes" if classes else "a string or an integer"
+            raise FedcoreError(
+                f"{where}, row {row}: {label_column!r} is not a label; each row needs "
+                f"{wanted_label}"
+            )
     names = [classes[label] if classes else str(label).strip() for label in labels]
     return [str(text) for text in texts], names, list(classes) if classes else None

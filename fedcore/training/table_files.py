@@ -1,6 +1,8 @@
-"""Labelled texts from CSV, TSV and JSON-lines files, read strictly.
+"""Rows of CSV, TSV, JSON-lines and Parquet files, read strictly.
 
-Every defect is an error that names the file and the line; nothing is skipped or guessed.
+Every defect is an error that names the file and the line (of Parquet, the row); nothing is skipped
+or guessed. No error shows a value: rows may be confidential, and so may be the first line of a
+table whose header was forgotten.
 """
 
 from __future__ import annotations
@@ -8,21 +10,60 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterator
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from fedcore.checks import is_integer
-from fedcore.data.folders import distinct
-from fedcore.errors import FedcoreError, unknown_name
-from fedcore.training.text_columns import UNLABELLED, fill, wanted_columns
+from fedcore.data.folders import distinct, open_regular
+from fedcore.errors import FedcoreError, missing_extra, unknown_name
+from fedcore.training.text_columns import UNLABELLED, described, fill, wanted_columns
 
-TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl")
-"""Endings of the files that :func:`read_table` understands."""
+TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
+"""Endings of the files that :func:`read_rows` understands."""
+
+_PARQUET_ROWS = 1024
+
+
+def read_rows(
+    path: Path, columns: Collection[str], optional: Collection[str] = ()
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The rows of a ``.csv``, ``.tsv``, ``.jsonl`` or ``.parquet`` file, in file order.
+
+    Files of text are UTF-8, with or without a byte-order mark; CSV and TSV have a header line, and
+    all their values are strings. JSON and Parquet values may be nested.
+
+    Args:
+        columns: what every row must have.
+        optional: what is read where it is there. Further columns may be left out or not.
+
+    Yields:
+        The line on which a row ends, counted from 1, or its row in a Parquet file; and its values.
+
+    Raises:
+        FedcoreError: an unknown ending, a file that cannot be read, an absent column, a row with
+            too few or too many fields, a broken quote, or bytes that are not UTF-8.
+        MissingExtraError: pyarrow, which reads Parquet, is not installed.
+    """
+    suffix = path.suffix.lower()
+    if suffix not in TABLE_SUFFIXES:
+        valid = ", ".join(TABLE_SUFFIXES)
+        raise FedcoreError(f"{path}: unknown ending {path.suffix!r}; valid: {valid}")
+    if suffix == ".parquet":
+        yield from _parquet_rows(path, columns, optional)
+    elif suffix == ".jsonl":
+        yield from json_lines(path, columns)
+    else:
+        yield from _csv_rows(path, "\t" if suffix == ".tsv" else ",", columns)
 
 
 def _decode(path: Path) -> str:
-    data = path.read_bytes()
+    try:
+        with open_regular(path) as handle:
+            data = handle.readall()
+    except OSError as error:
+        raise FedcoreError(f"cannot read {path}: {error.strerror or error}") from None
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -31,27 +72,36 @@ def _decode(path: Path) -> str:
         raise FedcoreError(f"{path}:{line}: byte {byte} is not UTF-8 ({error.reason})") from None
 
 
-def _check_columns(where: str, columns: Iterable[str], wanted: tuple[str, ...]) -> None:
-    known = list(columns)
-    for column in wanted:
+def _check_columns(where: str, known: Collection[str], columns: Collection[str]) -> None:
+    for column in columns:
         if column not in known:
             raise FedcoreError(f"{where}: {unknown_name('column', column, known)}")
 
 
+def _check_header(where: str, header: list[str], columns: Collection[str]) -> None:
+    for column in columns:
+        if column not in header:
+            # Not all of the first line: it may be a row.
+            near = get_close_matches(column, header, n=3, cutoff=0.6)
+            hint = (
+                f"did you mean {' or '.join(near)}?"
+                if near
+                else f"the first line must name the columns, of which it has {len(header)}"
+            )
+            raise FedcoreError(f"{where}: unknown column {column!r}; {hint}")
+        if header.count(column) > 1:
+            raise FedcoreError(f"{where}: column {column!r} appears {header.count(column)} times")
+
+
 def _csv_rows(
-    path: Path, delimiter: str, wanted: tuple[str, ...]
+    path: Path, delimiter: str, columns: Collection[str]
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     # newline="" keeps line breaks inside quoted fields as they are.
     stream = io.StringIO(_decode(path), newline="")
     reader = csv.reader(stream, delimiter=delimiter, strict=True)
     try:
         header = next(reader, [])
-        _check_columns(f"{path}:1", header, wanted)
-        for column in wanted:
-            if header.count(column) > 1:
-                raise FedcoreError(
-                    f"{path}:1: column {column!r} appears {header.count(column)} times"
-                )
+        _check_header(f"{path}:1", header, columns)
         for row in reader:
             if not row:
                 continue
@@ -64,11 +114,11 @@ def _csv_rows(
         raise FedcoreError(f"{path}:{reader.line_num}: {error}") from None
 
 
-def json_lines(path: Path, wanted: tuple[str, ...]) -> Iterator[tuple[int, dict[str, Any]]]:
+def json_lines(path: Path, columns: Collection[str]) -> Iterator[tuple[int, dict[str, Any]]]:
     """Line number and object of every line of a JSON-lines file; blank lines are passed over.
 
     Raises:
-        FedcoreError: a line is not a JSON object, names a column twice or lacks a ``wanted`` one,
+        FedcoreError: a line is not a JSON object, names a column twice or lacks one of ``columns``,
             or a byte is not UTF-8; with file and line.
     """
     # Only \n ends a line: JSON strings may hold U+2028 and the like unescaped.
@@ -79,45 +129,67 @@ def json_lines(path: Path, wanted: tuple[str, ...]) -> Iterator[tuple[int, dict[
             record = json.loads(line, object_pairs_hook=distinct)
         except json.JSONDecodeError as error:
             raise FedcoreError(f"{path}:{number}: not JSON: {error.msg}") from None
-        except (ValueError, RecursionError) as error:
+        except FedcoreError as error:
             raise FedcoreError(f"{path}:{number}: {error}") from None
+        except (ValueError, RecursionError):
+            # An integer of thousands of digits, or thousands of brackets.
+            raise FedcoreError(
+                f"{path}:{number}: a number is too long, or it nests too deeply"
+            ) from None
         if not isinstance(record, dict):
             raise FedcoreError(f"{path}:{number}: {type(record).__name__}, not a JSON object")
-        _check_columns(f"{path}:{number}", record, wanted)
+        _check_columns(f"{path}:{number}", record, columns)
         yield number, record
+
+
+def _parquet_rows(
+    path: Path, columns: Collection[str], optional: Collection[str]
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    try:
+        from pyarrow import ArrowException  # type: ignore[import-untyped]
+        from pyarrow.parquet import ParquetFile  # type: ignore[import-untyped]
+    except ImportError as error:
+        raise missing_extra("pyarrow", "hub") from error
+    number = 0
+    try:
+        with ParquetFile(path) as file:
+            known = file.schema_arrow.names
+            _check_columns(str(path), known, columns)
+            chosen = [column for column in (*columns, *optional) if column in known]
+            for batch in file.iter_batches(_PARQUET_ROWS, columns=chosen):
+                for record in batch.to_pylist():
+                    number += 1
+                    yield number, record
+    except (ArrowException, OSError) as error:
+        raise FedcoreError(
+            f"cannot read {path} as Parquet after row {number}: {type(error).__name__}"
+        ) from None
 
 
 def read_table(
     path: Path, *, text_column: str = "text", label_column: str = "label"
 ) -> tuple[list[str], list[str]]:
-    """The texts and label names of a ``.csv``, ``.tsv`` or ``.jsonl`` file, in file order.
+    """The texts and label names of a file that :func:`read_rows` reads, in file order.
 
-    Files are UTF-8, with or without a byte-order mark; CSV and TSV have a header line. Labels may
-    be strings or integers; with an empty ``label_column`` all texts have one label.
+    Labels may be strings or integers; with an empty ``label_column`` all texts have one label.
     ``text_column`` may be a template of columns, as in ``"{question} {answer}"``.
 
     Raises:
-        FedcoreError: an unknown ending, an absent column, a row with too few or too many fields, a
-            broken quote, an empty or non-string text, an empty or other label, bytes that are not
-            UTF-8, or no rows at all; with file and line.
+        FedcoreError: as :func:`read_rows`, or an empty or non-string text, an empty or other label,
+            or no rows at all; with file and line.
     """
-    wanted = wanted_columns(text_column, label_column)
-    if path.suffix.lower() not in TABLE_SUFFIXES:
-        valid = ", ".join(TABLE_SUFFIXES)
-        raise FedcoreError(f"{path}: unknown ending {path.suffix!r}; valid: {valid}")
-    if path.suffix.lower() == ".jsonl":
-        rows = json_lines(path, wanted)
-    else:
-        rows = _csv_rows(path, "\t" if path.suffix.lower() == ".tsv" else ",", wanted)
     texts, labels = [], []
-    for line, row in rows:
+    for line, row in read_rows(path, wanted_columns(text_column, label_column)):
         text = fill(text_column, row)
         label = row[label_column] if label_column else UNLABELLED
         if not isinstance(text, str) or not text.strip():
-            raise FedcoreError(f"{path}:{line}: column {text_column!r} is {text!r}, not a text")
+            raise FedcoreError(
+                f"{path}:{line}: column {text_column!r} is {described(text)}; each row needs a text"
+            )
         if not (isinstance(label, str) or is_integer(label)) or not str(label).strip():
             raise FedcoreError(
-                f"{path}:{line}: column {label_column!r} is {label!r}, not a string or an integer"
+                f"{path}:{line}: column {label_column!r} is {described(label)}; each row needs a "
+                "string or an integer"
             )
         texts.append(text)
         labels.append(str(label).strip())

@@ -40,6 +40,20 @@ def columns_of(text: str) -> tuple[str, ...]:
     return tuple(columns)
 
 
+def described(value: object) -> str:
+    """What ``value`` is, for an error, which never shows it: rows may be confidential.
+
+    Example:
+        >>> described(" "), described(None), described(4)
+        ('empty', 'missing', 'of type int')
+    """
+    if value is None:
+        return "missing"
+    if isinstance(value, str) and not value.strip():
+        return "empty"
+    return f"of type {type(value).__name__}"
+
+
 def fill(text: str, row: Mapping[str, object]) -> object:
     """The text that ``row`` gives: a column's value as it is, or the filled template.
 

@@ -12,6 +12,7 @@ from fedcore.training.datasets import (
     subsample,
     train_test_split,
 )
+from fedcore.training.table_files import read_rows
 
 
 @pytest.fixture(scope="module")
@@ -80,21 +81,34 @@ BAD_FILES = {
         b"text,text,label\nx,y,1\n",
         r"a\.csv:1: column 'text' appears 2 times",
     ),
+    "a row first": ("a.csv", b"Jo Doe,ill\n", r"a\.csv:1: .* 'text'; the first line must name"),
     "short row": ("a.csv", b"text,label\nx,1\ny\n", r"a\.csv:3: 1 fields; the header has 2"),
     "long row": ("a.csv", b"text,label\nx,1,2\n", r"a\.csv:2: 3 fields; the header has 2"),
-    "empty label": ("a.csv", b"text,label\nx,1\n\ny, \n", r"a\.csv:4: column 'label' is ' '"),
-    "empty text": ("a.csv", b"text,label\n,1\n", r"a\.csv:2: column 'text' is ''"),
+    "empty label": ("a.csv", b"text,label\nx,1\n\ny, \n", r"a\.csv:4: column 'label' is empty"),
+    "empty text": ("a.csv", b"text,label\n,1\n", r"a\.csv:2: column 'text' is empty"),
     "open quote": ("a.csv", b'text,label\n"x,1\n', r"a\.csv:\d: unexpected end of data"),
     "bytes": ("a.csv", b"text,label\nx,1\n\xa3,2\n", r"a\.csv:3: byte 0xa3 is not UTF-8"),
     "no rows": ("a.tsv", b"text\tlabel\n", r"a\.tsv: no rows"),
-    "one class": ("a.csv", b"text,label\nx,1\ny,1\n", r"1 class \['1'\]; classification needs two"),
+    "one class": ("a.csv", b"text,label\nx,1\ny,1\n", "1 class; classification needs two"),
     "not json": ("a.jsonl", b'{"text": "x", "label": 1}\n{\n', r"a\.jsonl:2: not JSON"),
     "not an object": ("a.jsonl", b"[1]\n", r"a\.jsonl:1: list, not a JSON object"),
     "no key": ("a.jsonl", b'{"text": "x"}\n', r"a\.jsonl:1: unknown column 'label'"),
-    "null label": ("a.jsonl", b'{"text": "x", "label": null}\n', r"jsonl:1: .*'label' is None"),
-    "float label": ("a.jsonl", b'{"text": "x", "label": 1.5}\n', r"jsonl:1: .*'label' is 1.5"),
-    "bool label": ("a.jsonl", b'{"text": "x", "label": true}\n', r"jsonl:1: .*'label' is True"),
-    "text type": ("a.jsonl", b'{"text": 3, "label": 1}\n', r"jsonl:1: column 'text' is 3"),
+    "null label": ("a.jsonl", b'{"text": "x", "label": null}\n', r"jsonl:1: .*'label' is missing"),
+    "float label": (
+        "a.jsonl",
+        b'{"text": "x", "label": 1.5}\n',
+        r"jsonl:1: .*'label' is of type float",
+    ),
+    "bool label": (
+        "a.jsonl",
+        b'{"text": "x", "label": true}\n',
+        r"jsonl:1: .*'label' is of type bool",
+    ),
+    "text type": (
+        "a.jsonl",
+        b'{"text": 3, "label": 1}\n',
+        r"jsonl:1: column 'text' is of type int",
+    ),
 }
 
 
@@ -106,6 +120,58 @@ def test_malformed_files_name_file_and_line(
     with pytest.raises(FedcoreError, match=message) as error:
         load_dataset(str(tmp_path / name))
     assert "\n" not in str(error.value)
+
+
+SECRET = "Schmidt"
+
+LEAKY_FILES = {
+    "a row first": ("a.csv", f"{SECRET},{SECRET} ill\n"),
+    "label": ("a.jsonl", json.dumps({"text": "x", "label": [SECRET]})),
+    "text": ("a.jsonl", json.dumps({"text": {"name": SECRET}, "label": 1})),
+    "one class": ("a.csv", f"text,label\nx,{SECRET}\ny,{SECRET}\n"),
+    "not json": ("a.jsonl", f'{{"text": "{SECRET}", "label": {SECRET}}}'),
+    "an open quote": ("a.csv", f'text,label\n"{SECRET},{SECRET}\n'),
+    "another field": ("a.csv", f"text,label\n{SECRET},{SECRET},{SECRET}\n"),
+    "no object": ("a.jsonl", json.dumps([SECRET])),
+    "too deep": ("a.jsonl", f'{{"text": "{SECRET}", "label": {"[" * 100_000}'),
+    "too long": ("a.jsonl", f'{{"text": "{SECRET}", "label": {"9" * 5000}}}'),
+    "not parquet": ("a.parquet", SECRET),
+    "empty parquet": ("a.parquet", ""),
+}
+
+
+@pytest.mark.parametrize(("name", "content"), LEAKY_FILES.values(), ids=LEAKY_FILES)
+def test_no_refusal_shows_what_a_row_holds(tmp_path: Path, name: str, content: str) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(FedcoreError, match=rf"{name.replace('.', '[.]')}") as error:
+        load_dataset(str(tmp_path / name))
+    assert SECRET not in str(error.value)
+    assert error.value.__cause__ is None
+
+
+def test_parquet_holds_the_same_data_and_nested_values(tmp_path: Path) -> None:
+    from pyarrow import Table, parquet
+
+    path = tmp_path / "data.parquet"
+    rows = [{"x": f"t {i}", "y": i % 2, "z": [{"a": i}]} for i in range(2050)]
+    parquet.write_table(Table.from_pylist(rows), path)
+    data = load_dataset(str(path), text_column="x", label_column="y")
+    assert data.texts == tuple(row["x"] for row in rows)
+    assert data.labels == tuple(row["y"] for row in rows)
+    assert list(read_rows(path, ["z"], ["y", "w"])) == [
+        (i, {"z": row["z"], "y": row["y"]}) for i, row in enumerate(rows, start=1)
+    ]
+    with pytest.raises(FedcoreError, match=r"data[.]parquet: unknown column 'w'; valid: x, y, z"):
+        next(read_rows(path, ["w"]))
+
+
+def test_a_text_knows_its_row_after_copies_and_a_choice(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text("text,label\na,1\na,1\nb,2\nc,2\n")
+    data = load_dataset(str(path))
+    assert data.rows == (1, 3, 4)
+    assert data.take([2, 0]).rows == (4, 1)
+    assert _toy(2, 2).take([3, 1]).rows == (4, 2)
 
 
 def test_only_hub_datasets_have_splits() -> None:
@@ -144,7 +210,7 @@ def test_hub_datasets_keep_their_declared_classes(monkeypatch) -> None:
     assert (other.labels, other.label_names, other.duplicates) == ((1, 0), ("x", "y"), 1)
     with pytest.raises(FedcoreError, match=r"'owner/name', split 'plain': unknown column 'text'"):
         load_dataset("owner/name", split="plain")
-    with pytest.raises(FedcoreError, match="row 1: 'label' is -1, not a label"):
+    with pytest.raises(FedcoreError, match="row 2: 'label' is not a label; each row needs one of"):
         load_dataset("hf:imdb", split="test")
     with pytest.raises(FedcoreError, match=r"split 'dev': Unknown split \"dev\"\.$"):
         load_dataset("hf:imdb", split="dev")

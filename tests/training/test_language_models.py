@@ -112,8 +112,10 @@ def test_a_checkpoint_without_a_language_head_is_refused(tmp_path):
 def test_texts_and_tokenizers_that_leave_nothing_to_predict_are_refused(loaded):
     _, tokenizer = loaded
     short = TextDataset(("goal win", "bank"), (0, 1), ("x", "y"), "toy")
-    with pytest.raises(FedcoreError, match="'toy': the text 'bank' has fewer than two tokens"):
+    with pytest.raises(FedcoreError, match="'toy': the text of row 2 has fewer than two tokens"):
         encode_continuations(short, tokenizer, 4)
+    with pytest.raises(FedcoreError, match="row 2 has fewer"):
+        encode_continuations(short.take([1, 0]), tokenizer, 4)
     tokenizer.padding_side = "left"
     try:
         with pytest.raises(FedcoreError, match="pads on the left"):
