@@ -114,6 +114,13 @@ def _csv_rows(
         raise FedcoreError(f"{path}:{reader.line_num}: {error}") from None
 
 
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    try:
+        return distinct(pairs)
+    except ValueError as error:
+        raise FedcoreError(str(error)) from None
+
+
 def json_lines(path: Path, columns: Collection[str]) -> Iterator[tuple[int, dict[str, Any]]]:
     """Line number and object of every line of a JSON-lines file; blank lines are passed over.
 
@@ -126,7 +133,7 @@ def json_lines(path: Path, columns: Collection[str]) -> Iterator[tuple[int, dict
         if not line.strip():
             continue
         try:
-            record = json.loads(line, object_pairs_hook=distinct)
+            record = json.loads(line, object_pairs_hook=_object)
         except json.JSONDecodeError as error:
             raise FedcoreError(f"{path}:{number}: not JSON: {error.msg}") from None
         except FedcoreError as error:

@@ -55,7 +55,7 @@ CHOICE = {"prompt": "q", "options": [" a", f" {SECRET}"], "answer": 0}
     [
         ([GOOD, "{"], 2, "not JSON"),
         ([GOOD, "[1]"], 2, "not a JSON object"),
-        ([GOOD, '{"prompt": ' + "[" * 100_000], 2, "recursion"),
+        ([GOOD, '{"prompt": ' + "[" * 100_000], 2, "nests too deeply"),
         ([GOOD, f'{{"prompt": "{SECRET}", "prompt": "x", "answer": "y"}}'], 2, "'prompt' twice"),
         ([GOOD, {"prompt": "q"}], 2, "not those of the first row, answer, prompt"),
         ([{"prompt": "q"}], 1, "a row needs prompt and one of"),
