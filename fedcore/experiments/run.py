@@ -205,7 +205,7 @@ def _on_the_same_base(experiment: Experiment, folder: RunFolder) -> Experiment:
     )
     if problem is not None:
         raise FedcoreError(f"{folder.path} cannot be resumed: {problem}")
-    return replace(experiment, flags=allowed)
+    return replace(experiment, flags=(*experiment.flags, *allowed))
 
 
 def _recorded(state: ServerState, record: Round) -> ServerState:
