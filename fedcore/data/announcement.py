@@ -44,6 +44,7 @@ class Announcement:
         scaling: module to ``alpha / r`` or ``alpha / sqrt(r)``; empty where it is not known.
         base: of the base model; None where it is not known.
         allow: parts of the base in which clients may differ; the server decides.
+        total_rounds: of the federation; None where the server does not know it.
     """
 
     round: int
@@ -52,6 +53,7 @@ class Announcement:
     scaling: Mapping[str, float] = field(default_factory=dict)
     base: BaseIdentity | None = None
     allow: tuple[str, ...] = ()
+    total_rounds: int | None = None
 
     @property
     def brief(self) -> Announcement:
@@ -68,6 +70,8 @@ class Announcement:
             about["base"] = self.base.to_json()
         if self.allow:
             about["allow"] = list(self.allow)
+        if self.total_rounds is not None:
+            about["total_rounds"] = self.total_rounds
         return about
 
     @classmethod
@@ -123,7 +127,7 @@ class Announcement:
         """
         if base is not None and self.base is not None and self.base.parts == base.parts:
             base = base.brief
-        return replace(self, base=base, kind=kind, scaling=scaling, allow=())
+        return replace(self, base=base, kind=kind, scaling=scaling, allow=(), total_rounds=None)
 
 
 def scalings_of(config: Mapping[str, Any], modules: Iterable[str]) -> dict[str, float]:
@@ -242,5 +246,6 @@ _CHECKS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
         lambda value: isinstance(value, list) and all(isinstance(part, str) for part in value),
         "a list of texts",
     ),
+    "total_rounds": (lambda value: is_integer(value) and value > 0, "a positive integer"),
 }
 """Field to what its JSON value must be."""

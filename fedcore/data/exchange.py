@@ -74,6 +74,7 @@ class BroadcastFolder:
         residual: module to the low-rank update of its base weight.
         base: the base model that clients have to hold; None where it is not known.
         allow: parts of it that may differ.
+        total_rounds: of the federation; None where the server does not know it.
     """
 
     adapter: AdapterState
@@ -83,6 +84,7 @@ class BroadcastFolder:
     residual: Mapping[str, LowRank] = field(default_factory=dict)
     base: BaseIdentity | None = None
     allow: tuple[str, ...] = ()
+    total_rounds: int | None = None
 
     @cached_property
     def layout(self) -> FactorLayout:
@@ -109,6 +111,7 @@ class BroadcastFolder:
             self.adapter.scaling,
             self.base,
             self.allow,
+            self.total_rounds,
         )
 
     def digest_of(self, part: FactorLayout) -> str:
@@ -175,6 +178,8 @@ def write_broadcast(broadcast: BroadcastFolder, folder: Path) -> Path:
         } | _about_base(broadcast.base, new)
         if broadcast.allow:
             about["allow"] = list(broadcast.allow)
+        if broadcast.total_rounds is not None:
+            about["total_rounds"] = broadcast.total_rounds
         write_text(json.dumps(about, indent=2, sort_keys=True) + "\n", new / BROADCAST_FILE)
     return folder
 
@@ -207,6 +212,7 @@ def read_broadcast(folder: Path) -> BroadcastFolder:
         residual,
         _read_base(said.base, folder, label),
         said.allow,
+        said.total_rounds,
     )
     if about.get("identity") != broadcast.identity:
         raise FedcoreError(f"{label}: its tensors are not those that {BROADCAST_FILE} announces")

@@ -79,7 +79,11 @@ def train_one_client(
     if evaluates(experiment, round) and client in experiment.test_shards:
         shard = experiment.test_shards[client]
         evaluation = evaluate(
-            experiment.forward, experiment.examples, shard, recipe.evaluation.batch_size
+            experiment.forward,
+            experiment.examples,
+            shard,
+            recipe.evaluation.batch_size,
+            recipe.evaluation.logits_budget,
         )
         accuracy, held_out_loss = evaluation.accuracy, evaluation.loss
     memory = {**result.state}

@@ -73,4 +73,5 @@ def _evaluate_row(experiment: Experiment, row: Tensor) -> Evaluation:
         experiment.examples,
         experiment.test,
         experiment.recipe.evaluation.batch_size,
+        experiment.recipe.evaluation.logits_budget,
     )

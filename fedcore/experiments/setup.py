@@ -186,7 +186,10 @@ def build_experiment(
     ids = client_ids(recipe.clients)
     shards = {c: train[torch.tensor(i)] for c, i in zip(ids, parts.indices, strict=True)}
     test_shards = {c: test[torch.tensor(i)] for c, i in zip(ids, held_out.indices, strict=True)}
-    prefix, states = _prefix(recipe, model, examples, dataset_key, cache, observer)
+    prefix, states, flags = _prefix(recipe, model, examples, dataset_key, cache, observer)
+    forward = Forward(model, examples, prefix, states)
+    if task.generates and isinstance(forward.head, str):
+        flags += (f"evaluation makes whole logits, in smaller batches: {forward.head}",)
     binding = ModelBinding.of(model)
     modules = binding.layout.modules
     ranks = client_ranks(recipe, method, ids, modules)
@@ -206,7 +209,7 @@ def build_experiment(
         model=model,
         tokenizer=tokenizer,
         binding=binding,
-        forward=Forward(model, examples, prefix, states),
+        forward=forward,
         examples=examples,
         shards=shards,
         test_shards=test_shards,
@@ -221,7 +224,7 @@ def build_experiment(
         residual=FrozenResidual(model, modules),
         ranks=ranks,
         statistics=statistics,
-        flags=_OF_PRODUCTS if recipe.adapter.use_dora else (),
+        flags=(*flags, *(_OF_PRODUCTS if recipe.adapter.use_dora else ())),
     )
 
 
@@ -313,18 +316,25 @@ def _prefix(
     dataset_key: Any,
     cache: SharedCache,
     observer: Observer,
-) -> tuple[FrozenPrefix | None, Tensor | None]:
-    """The frozen prefix, and its states when they are to be reused."""
+) -> tuple[FrozenPrefix | None, Tensor | None, tuple[str, ...]]:
+    """The frozen prefix, its states when they are to be reused, and why not where they are too
+    large.
+    """
     prefix = FrozenPrefix.find(model)
     if prefix is None or not recipe.training.reuse_prefix or recipe.training.autocast:
-        return prefix, None
+        return prefix, None, ()
     key = (dataset_key, prefix.length)
     if key not in cache.states:
+        too_large = prefix.over_budget(
+            len(examples), examples.length, recipe.training.prefix_budget
+        )
+        if too_large is not None:
+            return prefix, None, (f"{too_large}; it is computed anew in every step",)
         observer.preparing(
             f"states of {prefix.length} frozen layers for {len(examples.labels)} texts"
         )
         cache.states[key] = prefix.compute(examples, recipe.evaluation.batch_size)
-    return prefix, cache.states[key]
+    return prefix, cache.states[key], ()
 
 
 def _count(

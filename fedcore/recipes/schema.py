@@ -17,6 +17,7 @@ from fedcore.training.local_training import LocalSettings
 from fedcore.training.optimisers import OptimiserSettings
 from fedcore.training.private_training import PrivateSettings
 from fedcore.training.schedules import Schedule, ScheduleName
+from fedcore.training.token_head import LOGITS_BUDGET
 
 
 class Section(BaseModel):
@@ -171,7 +172,8 @@ class TrainingSection(Section):
     """How much a client trains in a round: ``steps`` if given, otherwise ``epochs``.
 
     ``threads`` is the number of threads of every process that computes for the run, those of the
-    server and of the clients; unset, it is the libraries' own.
+    server and of the clients; unset, it is the libraries' own. ``prefix_budget`` is how many bytes
+    the states of the frozen layers may take; unset, it is a quarter of the device's free memory.
     """
 
     batch_size: int = Field(16, ge=1)
@@ -182,6 +184,7 @@ class TrainingSection(Section):
     device: str = "auto"
     threads: int | None = Field(None, ge=1)
     reuse_prefix: bool = True
+    prefix_budget: int | None = Field(None, ge=0)
 
     def settings(self) -> LocalSettings:
         """The same as the training loop takes it."""
@@ -274,11 +277,13 @@ class PrivacySection(Section):
 class EvaluationSection(Section):
     """When the models are evaluated, and the quality that traffic is counted up to.
 
-    ``target_accuracy`` is for classifiers, ``target_perplexity`` for language models.
+    ``target_accuracy`` is for classifiers, ``target_perplexity`` for language models, as is
+    ``logits_budget``, the bytes that logits may take at once.
     """
 
     every: int = Field(1, ge=1)
     batch_size: int = Field(64, ge=1)
+    logits_budget: int = Field(LOGITS_BUDGET, ge=1)
     target_accuracy: float = Field(0.9, gt=0, le=1)
     target_perplexity: float | None = Field(None, gt=1)
     diagnostics: bool = True

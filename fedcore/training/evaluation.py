@@ -1,7 +1,8 @@
-"""How good a model is on held-out examples."""
+"""How good a model is on held-out examples, never with the logits of a whole batch of texts."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +10,10 @@ from torch import Tensor, nn
 
 from fedcore.training.encoding import IGNORED, EncodedDataset
 from fedcore.training.forward import Forward
+from fedcore.training.token_head import LOGITS_BUDGET, TokenHead
+
+_COPIES = 3
+"""The model's logits, an fp32 copy and their exponentials."""
 
 
 @dataclass(frozen=True)
@@ -65,33 +70,72 @@ def prediction_loss(logits: Tensor, targets: Tensor) -> Tensor:
 
 @torch.no_grad()
 def evaluate(
-    forward: Forward, examples: EncodedDataset, indices: Tensor, batch_size: int = 64
+    forward: Forward,
+    examples: EncodedDataset,
+    indices: Tensor,
+    batch_size: int = 64,
+    logits_budget: int = LOGITS_BUDGET,
 ) -> Evaluation:
-    """Predict ``examples[indices]`` in evaluation mode."""
+    """Predict ``examples[indices]`` in evaluation mode.
+
+    Args:
+        batch_size: examples of a forward pass.
+        logits_budget: bytes that the logits of a language model may take at once, with their
+            working copies. Where its head cannot be taken apart (``forward.head`` is a text), its
+            batches are as small as that takes, one example at least.
+    """
     forward.eval()
-    asked, correct, losses = [], [], []
+    outcomes = [torch.zeros(3, 0, dtype=torch.float64)]
     for batch in indices.split(batch_size) if len(indices) else ():
-        logits = forward(batch).float().cpu()
         targets = examples.targets(batch)
-        wanted = targets != IGNORED
-        asked.append(_by_example(wanted))
-        correct.append(_by_example((logits.argmax(dim=-1) == targets) & wanted))
-        single = nn.functional.cross_entropy(
-            logits.flatten(0, -2), targets.flatten(), reduction="none", ignore_index=IGNORED
-        )
-        losses.append(_by_example(single.view_as(targets)))
-    empty = torch.zeros(0, dtype=torch.int64)
-    return Evaluation(
-        indices,
-        torch.cat(asked) if asked else empty,
-        torch.cat(correct) if correct else empty,
-        torch.cat(losses) if losses else empty.float(),
-    )
+        if targets.dim() == 1:
+            outcomes.append(_outcome(forward(batch).float().cpu(), targets))
+        elif isinstance(forward.head, TokenHead):
+            outcomes.append(_by_tokens(forward, forward.head, batch, targets, logits_budget))
+        else:
+            outcomes.extend(_whole(forward, batch, targets, logits_budget))
+    predictions, correct, losses = torch.cat(outcomes, dim=1)
+    return Evaluation(indices, predictions.long(), correct.long(), losses.float())
 
 
-def _by_example(values: Tensor) -> Tensor:
-    """``(B, ...)`` summed to ``(B,)``."""
-    return values.reshape(len(values), -1).sum(dim=1)
+def _by_tokens(
+    forward: Forward, head: TokenHead, batch: Tensor, targets: Tensor, budget: int
+) -> Tensor:
+    """``(3, B)``: predictions, right ones and losses of each example of ``batch``."""
+    states = forward.states(batch)
+    places = (targets != IGNORED).to(states.device)
+    chosen = states[places]
+    wanted, owner = targets[places.cpu()], places.nonzero()[:, 0].cpu()
+    outcome = torch.zeros(3, len(batch), dtype=torch.float64)
+    first = 0
+    for logits in head.logits(chosen, budget):
+        part = slice(first, first + len(logits))
+        outcome.index_add_(1, owner[part], _single(logits, wanted[part].to(logits.device)))
+        first = part.stop
+    return outcome
+
+
+def _whole(forward: Forward, batch: Tensor, targets: Tensor, budget: int) -> Iterator[Tensor]:
+    """The same from the model's own logits, of as many examples at a time as fit."""
+    logits = forward(batch[:1])
+    fitting = max(1, budget // (_COPIES * 4 * logits.numel()))
+    yield _outcome(logits.float().cpu(), targets[:1])
+    for part, wanted in zip(batch[1:].split(fitting), targets[1:].split(fitting), strict=True):
+        if len(part):
+            yield _outcome(forward(part).float().cpu(), wanted)
+
+
+def _outcome(logits: Tensor, targets: Tensor) -> Tensor:
+    single = _single(logits.flatten(0, -2), targets.flatten())
+    return single.view(3, len(targets), -1).sum(dim=2)
+
+
+def _single(logits: Tensor, targets: Tensor) -> Tensor:
+    """fp64 ``(3, n)`` on the CPU: for each target whether it is wanted, was predicted, its loss."""
+    wanted = targets != IGNORED
+    losses = nn.functional.cross_entropy(logits, targets, reduction="none", ignore_index=IGNORED)
+    correct = (logits.argmax(dim=-1) == targets) & wanted
+    return torch.stack([wanted.double(), correct.double(), losses.double()]).cpu()
 
 
 def _ratio(total: Tensor, count: Tensor) -> float:

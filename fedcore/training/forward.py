@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fedcore.errors import FedcoreError
 from fedcore.training.encoding import EncodedDataset
+from fedcore.training.layers import capture_input
 from fedcore.training.prefix import FrozenPrefix
+from fedcore.training.token_head import TokenHead
 
 
 class Forward:
@@ -37,6 +42,27 @@ class Forward:
         ``(len(batch), classes)`` of a classifier; ``(len(batch), T, vocabulary)`` of a language
         model.
         """
+        logits: Tensor = self._run(batch).logits
+        return logits
+
+    @cached_property
+    def head(self) -> TokenHead | str:
+        """A language model's head, or why it cannot be taken apart."""
+        return TokenHead.find(self._model)
+
+    def states(self, batch: Tensor) -> Tensor:
+        """What enters :attr:`head`, ``(len(batch), T, width)``; no logits are made.
+
+        Raises:
+            FedcoreError: there is no such head.
+        """
+        if isinstance(self.head, str):
+            raise FedcoreError(f"the model's head cannot be taken apart: {self.head}")
+        states = capture_input(lambda: self._run(batch), self.head.module)
+        assert states is not None, "the head was reached when it was looked for"
+        return states
+
+    def _run(self, batch: Tensor) -> Any:
         inputs = {
             "input_ids": self._examples.input_ids[batch].to(self._device),
             "attention_mask": self._examples.attention_mask[batch].to(self._device),
@@ -44,10 +70,8 @@ class Forward:
         if self._prefix is not None and self._states is not None:
             with self._prefix.reuse():
                 self._prefix.feed(self._states[batch].to(self._device))
-                logits: Tensor = self._model(**inputs).logits
-                return logits
-        plain: Tensor = self._model(**inputs).logits
-        return plain
+                return self._model(**inputs)
+        return self._model(**inputs)
 
     @property
     def reuses_prefix(self) -> bool:

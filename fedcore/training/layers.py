@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -86,6 +86,24 @@ def capture(model: nn.Module, layer: nn.Module, ids: Tensor, mask: Tensor) -> An
         model(input_ids=ids, attention_mask=mask)
     except _Captured as captured:
         return captured.output
+    finally:
+        handle.remove()
+    return None
+
+
+def capture_input(run: Callable[[], Any], module: nn.Module) -> Tensor | None:
+    """What enters ``module`` first in a forward pass that ``run`` makes; nothing after it is
+    computed. None if the pass does not reach it, or it takes no tensor.
+    """
+
+    def stop(_: nn.Module, inputs: tuple[Any, ...]) -> None:
+        raise _Captured(inputs)
+
+    handle = module.register_forward_pre_hook(stop)
+    try:
+        run()
+    except _Captured as captured:
+        return first_tensor(captured.output)
     finally:
         handle.remove()
     return None

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from fedcore.errors import FedcoreError
 from fedcore.training.encoding import EncodedDataset
+from fedcore.training.free_memory import free_memory
 from fedcore.training.layers import (
     capture,
     eval_mode,
@@ -116,6 +117,23 @@ class FrozenPrefix:
     def nbytes(self, examples: int, tokens: int) -> int:
         """Memory of the states of ``examples`` examples of ``tokens`` tokens each."""
         return examples * tokens * self.width * self._itemsize
+
+    def over_budget(self, examples: int, tokens: int, budget: int | None = None) -> str | None:
+        """Why the states of so many examples are not to be stored, with the bytes; else None.
+
+        Args:
+            budget: bytes they may take; by default a quarter of what is free on the model's device.
+        """
+        source = "training.prefix_budget is"
+        if budget is None:
+            free = free_memory(next(self._model.parameters()).device)
+            if free is None:
+                return None
+            source, budget = "a quarter of the free memory is", free // 4
+        needed = self.nbytes(examples, tokens)
+        if needed <= budget:
+            return None
+        return f"the frozen prefix is not reused: its states take {needed} bytes, {source} {budget}"
 
     def eval_prefix(self) -> None:
         """Put embeddings and prefix layers into eval mode; call it after ``model.train()``.

@@ -9,7 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import Subset
 
+from fedcore.checks import count
 from fedcore.data.adapter_kind import kind_of
 from fedcore.data.adapter_state import AdapterState
 from fedcore.data.announcement import Announcement, differences
@@ -35,6 +39,7 @@ from fedcore.training.checkpoints import Start
 from fedcore.training.live_adapter import live_adapter
 from fedcore.training.residual import FrozenResidual
 from fedcore.training.round_checks import check_fits, check_holds, check_optimiser
+from fedcore.training.round_draws import RoundDraws, schedule_over_rounds
 from fedcore_kernels.layout import FactorLayout
 
 try:
@@ -51,6 +56,7 @@ class _Round:
     method: Method
     start: Start
     examples: float | None = None
+    fresh: bool = False
     sent: bool = False
     flags: tuple[str, ...] = ()
     problem: str = ""
@@ -82,6 +88,8 @@ class FederatedClient(TrainerCallback):  # type: ignore[misc,unused-ignore]
             method leaves factors or the head to the clients. It is never sent.
         tokenizer: the tokenizer or processor of the model, which is compared with the server's,
             its chat template too, where the server announces one.
+        name: of the client; what it draws differs from what others draw.
+        seed: of the federation's draws.
 
     Optimiser moments are not carried from one round to the next.
 
@@ -98,6 +106,8 @@ class FederatedClient(TrainerCallback):  # type: ignore[misc,unused-ignore]
         examples: float | None = None,
         private: str | Path | None = None,
         tokenizer: Any = None,
+        name: str = "",
+        seed: int = 0,
     ) -> None:
         self._model = model
         self._outline = live_adapter(model)
@@ -110,6 +120,8 @@ class FederatedClient(TrainerCallback):  # type: ignore[misc,unused-ignore]
         self._trained_before = {name: p.requires_grad for name, p in model.named_parameters()}
         self._tokenizer = tokenizer
         self._bases: dict[str, BaseIdentity] = {}
+        self._name, self._seed = name, count("FederatedClient", "seed", seed)
+        self._seeds: dict[int, int] = {}
         self._now: _Round | None = None
         if examples is not None and (problem := check_weight(examples)):
             raise FedcoreError(f"examples: {problem}")
@@ -126,6 +138,83 @@ class FederatedClient(TrainerCallback):  # type: ignore[misc,unused-ignore]
     def round(self) -> int:
         """The round that was received."""
         return self._current().broadcast.round
+
+    @property
+    def total_rounds(self) -> int:
+        """How many rounds the federation has.
+
+        Raises:
+            FedcoreError: the server did not say it.
+        """
+        total = self._current().broadcast.total_rounds
+        if total is None:
+            raise FedcoreError(
+                "the broadcast does not say how many rounds there are; pass rounds to "
+                "FileServer.create, or total_rounds to receive"
+            )
+        return total
+
+    def round_seed(self) -> int:
+        """A seed of this round and client alone, below 2^31: pass it as ``seed`` and
+        ``data_seed`` of ``TrainingArguments``, so that rounds draw other batches and other dropout.
+        """
+        return self._draws().trainer_seed
+
+    def round_examples(self, dataset: Any, count: int) -> Any:
+        """The ``count`` examples of ``dataset`` that this round trains on.
+
+        Over the rounds they go through all of it before one comes again, if ``count`` stays the
+        same. The client's weight is still the length of the whole.
+
+        Args:
+            dataset: whatever has a length; of ``datasets``, or indexed by integers.
+            count: optimiser steps by the examples of a step.
+
+        Returns:
+            A dataset of the same kind, or a ``torch.utils.data.Subset``.
+
+        Raises:
+            FedcoreError: an empty dataset, or ``count`` is below 1.
+        """
+        now = self._current()
+        chosen = self._draws().examples(len(dataset), count)
+        now.fresh = True
+        if self._examples is None:
+            now.examples = float(len(dataset))
+        return dataset.select(chosen) if hasattr(dataset, "select") else Subset(dataset, chosen)
+
+    def scheduler(
+        self,
+        optimiser: Optimizer,
+        steps: int,
+        name: str = "cosine",
+        *,
+        warmup_rounds: float = 0.0,
+        **options: Any,
+    ) -> LambdaLR:
+        """A schedule of the learning rate over all rounds, entered where this one begins; for the
+        Trainer's ``optimizers``.
+
+        Args:
+            optimiser: over what trains, with the highest rate; made after ``receive``.
+            steps: optimiser steps of a round, the same in every round.
+            name: as transformers calls it.
+            warmup_rounds: rounds over which the rate rises from 0.
+            options: the schedule's own.
+
+        Raises:
+            FedcoreError: the number of rounds is not known or this one is beyond them, a number
+                out of range, or a schedule that is unknown or not a function of the step alone.
+        """
+        return schedule_over_rounds(
+            optimiser,
+            name,
+            round=self.round,
+            total_rounds=self.total_rounds,
+            steps=steps,
+            warmup_rounds=warmup_rounds,
+            options=options,
+        )
 
     @property
     def method(self) -> Method:
@@ -163,6 +252,7 @@ class FederatedClient(TrainerCallback):  # type: ignore[misc,unused-ignore]
         *,
         round: int | None = None,
         announced: Announcement | None = None,
+        total_rounds: int | None = None,
     ) -> None:
         """Load the global values and freeze what the round's plan does not train.
 
@@ -172,13 +262,18 @@ class FederatedClient(TrainerCallback):  # type: ignore[misc,unused-ignore]
             round: of what is received; the constructor's by default.
             announced: what a transport's message says of a ``source`` that is not a broadcast
                 folder.
+            total_rounds: of the federation, where ``source`` or ``announced`` do not say it.
 
         Raises:
             FedcoreError: it is not of this model, base, method or round, or not what was announced;
                 nothing has changed then.
         """
+        if total_rounds is not None:
+            count("FederatedClient.receive", "total_rounds", total_rounds, least=1)
         expected = self._round_number if round is None else round
         broadcast = self._broadcast(source, expected, announced)
+        if broadcast.total_rounds is None:
+            broadcast = replace(broadcast, total_rounds=total_rounds)
         method = create_method(broadcast.method, **broadcast.options)
         row = self._start(broadcast, method)
         frozen = method.frozen_layout(broadcast.layout, broadcast.round)
@@ -220,7 +315,7 @@ class FederatedClient(TrainerCallback):  # type: ignore[misc,unused-ignore]
             )
         trains = now.method.plan(now.broadcast.round).trains
         check_optimiser(self._binding, trains, optimizer)
-        if self._examples is None:
+        if self._examples is None and not now.fresh:
             dataset = getattr(train_dataloader, "dataset", None)
             now.examples = float(len(dataset)) if isinstance(dataset, Sized) else None
         now.problem = ""
@@ -229,6 +324,7 @@ class FederatedClient(TrainerCallback):  # type: ignore[misc,unused-ignore]
         except FedcoreError as error:
             now.problem = str(error)
             raise
+        now.flags += self._seed_flags(args)
 
     def on_save(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
         """Write beside a checkpoint to which broadcast it belongs."""
@@ -311,6 +407,17 @@ class FederatedClient(TrainerCallback):  # type: ignore[misc,unused-ignore]
             raise FedcoreError("nothing was received; call receive before training")
         return self._now
 
+    def _draws(self) -> RoundDraws:
+        return RoundDraws(self._seed, self._name, self.round)
+
+    def _seed_flags(self, arguments: Any) -> tuple[str, ...]:
+        """What the server should know of the seed that the Trainer draws its examples by."""
+        drawn = getattr(arguments, "data_seed", None)
+        seed = arguments.seed if drawn is None else drawn
+        flag = None if self._current().fresh else self._draws().flag(seed, self._seeds)
+        self._seeds[self.round] = seed
+        return () if flag is None else (flag,)
+
     def _frozen_digest(self, now: _Round) -> str:
         frozen = now.method.frozen_layout(now.broadcast.layout, now.broadcast.round)
         # Buffers that are rebuilt from a recipe are in no file; their recipe was compared.
@@ -359,7 +466,12 @@ class FederatedClient(TrainerCallback):  # type: ignore[misc,unused-ignore]
         broadcast = BroadcastFolder(adapter, round, self._method.name, options_of(self._method))
         if announced is None:
             return broadcast
-        broadcast = replace(broadcast, base=announced.base, allow=announced.allow)
+        broadcast = replace(
+            broadcast,
+            base=announced.base,
+            allow=announced.allow,
+            total_rounds=announced.total_rounds,
+        )
         problem, _ = differences(broadcast.announcement, announced)
         if problem is not None:
             raise FedcoreError(

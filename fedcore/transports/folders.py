@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from fedcore.checks import count
 from fedcore.data.adapter_state import AdapterState
 from fedcore.data.announcement import Announcement
 from fedcore.data.base_identity import BaseIdentity, check_allow
@@ -68,6 +69,7 @@ class FileServer:
         *,
         base: BaseIdentity | None = None,
         allow: Iterable[str] = (),
+        rounds: int | None = None,
         **options: Any,
     ) -> FileServer:
         """Start a federation in ``folder`` from the adapter ``start``.
@@ -76,17 +78,21 @@ class FileServer:
             base: the base model that every client has to hold; by default what ``base.json`` beside
                 the adapter says, else what most clients of the first round hold.
             allow: parts of the base that may differ, each flagged in the record of every round.
+            rounds: how many there will be, for clients whose learning rate follows a schedule over
+                all of them.
             options: the method's own.
 
         Raises:
             FedcoreError: the folder holds a federation or is in use; the adapter is not of the
-                method's family; the method needs more of its clients than what folders carry; or a
-                base has no such part to allow.
+                method's family; the method needs more of its clients than what folders carry; a
+                base has no such part to allow; or ``rounds`` is below 1.
         """
         path, chosen = Path(folder), create_method(method, **options)
         if latest_state(path / "state") is not None:
             raise FedcoreError(f"{path} holds a federation; open it, or pass another folder")
         refuse(chosen, ONE_BROADCAST, "a server of folders")
+        if rounds is not None:
+            count("FileServer.create", "rounds", rounds, least=1)
         adapter = start if isinstance(start, AdapterState) else read_adapter(start)
         if base is None and not isinstance(start, AdapterState):
             base = BaseIdentity.read(start)
@@ -98,7 +104,13 @@ class FileServer:
         if base is not None:
             base = base.without(slot.name for slot in layout.dense_slots)
         served = BroadcastFolder(
-            adapter, 0, chosen.name, options_of(chosen), base=base, allow=check_allow(allow)
+            adapter,
+            0,
+            chosen.name,
+            options_of(chosen),
+            base=base,
+            allow=check_allow(allow),
+            total_rounds=rounds,
         )
         with claimed(path):
             check_newest(-1, path / "state")

@@ -293,8 +293,14 @@ def receive(client: FederatedClient, model: Any) -> None:
     """
     tensors = {key: _tensor(key, value) for key, value in model.params.items()}
     adapter = AdapterState.from_peft(tensors, client.outline.config, name="the global model")
-    announced = _announcement(model.meta or {})
-    client.receive(adapter, round=model.current_round, announced=announced)
+    # Rounds count on where a job that is started again begins; its number of rounds does not.
+    total = None if model.total_rounds is None else (model.start_round or 0) + model.total_rounds
+    client.receive(
+        adapter,
+        round=model.current_round,
+        announced=_announcement(model.meta or {}),
+        total_rounds=total,
+    )
 
 
 def reply(client: FederatedClient) -> Any:

@@ -305,7 +305,7 @@ def _exchange(folder: Path) -> Formats:
     adapter = _lora()
     layout = adapter.layout()
     base = BaseIdentity.of("sampled", {"weights": {"w": "0" * 16}})
-    rest: dict[str, Any] = {"base": base, "allow": ("template",)}
+    rest: dict[str, Any] = {"base": base, "allow": ("template",), "total_rounds": 3}
     broadcast = BroadcastFolder(adapter, 2, "fedex", {"seed": 1}, _residual(adapter), **rest)
     write_broadcast(broadcast, folder / "broadcast")
     said: tuple[Any, ...] = ({"peft_type": "LORA"}, adapter.scaling, base)

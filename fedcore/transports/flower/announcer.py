@@ -45,6 +45,8 @@ class Announcer:
         self._config, self._base, self._allow = config, base, check_allow(allow)
         self._scaling: dict[str, float] = {}
         self._newest: tuple[ServerState, Announcement] | None = None
+        self.total_rounds: int | None = None
+        """How many rounds the run has; None before it starts."""
 
     def fit(self, layout: FactorLayout) -> None:
         """Compare the configuration with the adapter, whose layout is ``layout``.
@@ -70,7 +72,13 @@ class Announcer:
             identity = broadcast_identity(state.row, state.layout, constants, state.residual)
             kind = {} if self._config is None else kind_of(self._config)
             announced = Announcement(
-                state.round, identity, kind, self._scaling, self._base, self._allow
+                state.round,
+                identity,
+                kind,
+                self._scaling,
+                self._base,
+                self._allow,
+                self.total_rounds,
             )
             self._newest = state, announced
         return self._newest[1]

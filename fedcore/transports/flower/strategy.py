@@ -221,6 +221,7 @@ class FedLoRA(FedAvg):
         """
         folder = None if checkpoint_dir is None else Path(checkpoint_dir)
         with claimed(folder):
+            self._announcer.total_rounds = num_rounds if num_rounds > 0 else None
             self._prepare(initial_arrays, folder, resume)
             done = self.state.round
             if done:
