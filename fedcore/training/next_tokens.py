@@ -42,9 +42,8 @@ def encode_continuations(dataset: TextDataset, tokenizer: Any, max_length: int) 
     plain = encode(dataset, tokenizer, max_length)
     short = (plain.attention_mask.sum(dim=1) < 2).nonzero()
     if len(short):
-        text = dataset.texts[int(short[0])]
         raise FedcoreError(
-            f"dataset {dataset.name!r}: the text {text!r} has fewer than two tokens; there is "
-            "nothing to predict"
+            f"dataset {dataset.name!r}: text {int(short[0]) + 1} of {len(dataset)} has fewer than "
+            "two tokens; there is nothing to predict"
         )
     return NextTokens(plain.input_ids, plain.attention_mask, plain.labels)

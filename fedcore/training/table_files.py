@@ -8,7 +8,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,14 +37,27 @@ def _check_columns(where: str, columns: Iterable[str], wanted: tuple[str, ...]) 
             raise FedcoreError(f"{where}: {unknown_name('column', column, known)}")
 
 
+def _renamed(where: str, columns: Iterable[str], names: Mapping[str, str]) -> list[str]:
+    """``columns`` under the recipe's names for them."""
+    known = list(columns)
+    _check_columns(where, known, tuple(names))
+    taken = sorted(set(names.values()) & set(known) - set(names))
+    if taken:
+        raise FedcoreError(
+            f"{where}: column {taken[0]!r} is there, and another one is renamed to it; leave one "
+            "of them out of columns"
+        )
+    return [names.get(column, column) for column in known]
+
+
 def _csv_rows(
-    path: Path, delimiter: str, wanted: tuple[str, ...]
+    path: Path, delimiter: str, wanted: tuple[str, ...], names: Mapping[str, str]
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     # newline="" keeps line breaks inside quoted fields as they are.
     stream = io.StringIO(_decode(path), newline="")
     reader = csv.reader(stream, delimiter=delimiter, strict=True)
     try:
-        header = next(reader, [])
+        header = _renamed(f"{path}:1", next(reader, []), names)
         _check_columns(f"{path}:1", header, wanted)
         for column in wanted:
             if header.count(column) > 1:
@@ -63,7 +76,9 @@ def _csv_rows(
         raise FedcoreError(f"{path}:{reader.line_num}: {error}") from None
 
 
-def _jsonl_rows(path: Path, wanted: tuple[str, ...]) -> Iterator[tuple[int, dict[str, Any]]]:
+def _jsonl_rows(
+    path: Path, wanted: tuple[str, ...], names: Mapping[str, str]
+) -> Iterator[tuple[int, dict[str, Any]]]:
     # Only \n ends a line: JSON strings may hold U+2028 and the like unescaped.
     for number, line in enumerate(_decode(path).split("\n"), start=1):
         if not line.strip():
@@ -74,12 +89,19 @@ def _jsonl_rows(path: Path, wanted: tuple[str, ...]) -> Iterator[tuple[int, dict
             raise FedcoreError(f"{path}:{number}: not JSON: {error.msg}") from None
         if not isinstance(record, dict):
             raise FedcoreError(f"{path}:{number}: {type(record).__name__}, not a JSON object")
-        _check_columns(f"{path}:{number}", record, wanted)
-        yield number, record
+        where = f"{path}:{number}"
+        renamed = dict(zip(_renamed(where, record, names), record.values(), strict=True))
+        _check_columns(where, renamed, wanted)
+        yield number, renamed
 
 
 def read_table(
-    path: Path, *, text_column: str = "text", label_column: str = "label"
+    path: Path,
+    *,
+    text_column: str = "text",
+    label_column: str = "label",
+    columns: Mapping[str, str] | None = None,
+    labels: Collection[str] | None = None,
 ) -> tuple[list[str], list[str]]:
     """The texts and label names of a ``.csv``, ``.tsv`` or ``.jsonl`` file, in file order.
 
@@ -87,31 +109,46 @@ def read_table(
     be strings or integers; with an empty ``label_column`` all texts have one label.
     ``text_column`` may be a template of columns, as in ``"{question} {answer}"``.
 
+    Args:
+        columns: the file's columns that are known under another name, to that name.
+        labels: the only ones that there may be.
+
     Raises:
         FedcoreError: an unknown ending, an absent column, a row with too few or too many fields, a
             broken quote, an empty or non-string text, an empty or other label, bytes that are not
-            UTF-8, or no rows at all; with file and line.
+            UTF-8, or no rows at all; with file and line, and without the row's values.
     """
     wanted = wanted_columns(text_column, label_column)
     if path.suffix.lower() not in TABLE_SUFFIXES:
         valid = ", ".join(TABLE_SUFFIXES)
         raise FedcoreError(f"{path}: unknown ending {path.suffix!r}; valid: {valid}")
     if path.suffix.lower() == ".jsonl":
-        rows = _jsonl_rows(path, wanted)
+        rows = _jsonl_rows(path, wanted, columns or {})
     else:
-        rows = _csv_rows(path, "\t" if path.suffix.lower() == ".tsv" else ",", wanted)
-    texts, labels = [], []
+        delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
+        rows = _csv_rows(path, delimiter, wanted, columns or {})
+    texts, names = [], []
     for line, row in rows:
         text = fill(text_column, row)
         label = row[label_column] if label_column else UNLABELLED
         if not isinstance(text, str) or not text.strip():
-            raise FedcoreError(f"{path}:{line}: column {text_column!r} is {text!r}, not a text")
+            raise FedcoreError(f"{path}:{line}: column {text_column!r} {_not(text)} a text")
         if not (isinstance(label, str) or is_integer(label)) or not str(label).strip():
             raise FedcoreError(
-                f"{path}:{line}: column {label_column!r} is {label!r}, not a string or an integer"
+                f"{path}:{line}: column {label_column!r} {_not(label)} a string or an integer"
+            )
+        name = str(label).strip()
+        if labels is not None and name not in labels:
+            raise FedcoreError(
+                f"{path}:{line}: column {label_column!r} holds a label that is not in data.labels"
             )
         texts.append(text)
-        labels.append(str(label).strip())
+        names.append(name)
     if not texts:
         raise FedcoreError(f"{path}: no rows")
-    return texts, labels
+    return texts, names
+
+
+def _not(value: object) -> str:
+    """How a value of the wrong kind is described without its content."""
+    return "is empty, not" if isinstance(value, str) else f"holds {type(value).__name__}, not"

@@ -82,8 +82,8 @@ BAD_FILES = {
     ),
     "short row": ("a.csv", b"text,label\nx,1\ny\n", r"a\.csv:3: 1 fields; the header has 2"),
     "long row": ("a.csv", b"text,label\nx,1,2\n", r"a\.csv:2: 3 fields; the header has 2"),
-    "empty label": ("a.csv", b"text,label\nx,1\n\ny, \n", r"a\.csv:4: column 'label' is ' '"),
-    "empty text": ("a.csv", b"text,label\n,1\n", r"a\.csv:2: column 'text' is ''"),
+    "empty label": ("a.csv", b"text,label\nx,1\n\ny, \n", r"a\.csv:4: column 'label' is empty"),
+    "empty text": ("a.csv", b"text,label\n,1\n", r"a\.csv:2: column 'text' is empty"),
     "open quote": ("a.csv", b'text,label\n"x,1\n', r"a\.csv:\d: unexpected end of data"),
     "bytes": ("a.csv", b"text,label\nx,1\n\xa3,2\n", r"a\.csv:3: byte 0xa3 is not UTF-8"),
     "no rows": ("a.tsv", b"text\tlabel\n", r"a\.tsv: no rows"),
@@ -91,10 +91,18 @@ BAD_FILES = {
     "not json": ("a.jsonl", b'{"text": "x", "label": 1}\n{\n', r"a\.jsonl:2: not JSON"),
     "not an object": ("a.jsonl", b"[1]\n", r"a\.jsonl:1: list, not a JSON object"),
     "no key": ("a.jsonl", b'{"text": "x"}\n', r"a\.jsonl:1: unknown column 'label'"),
-    "null label": ("a.jsonl", b'{"text": "x", "label": null}\n', r"jsonl:1: .*'label' is None"),
-    "float label": ("a.jsonl", b'{"text": "x", "label": 1.5}\n', r"jsonl:1: .*'label' is 1.5"),
-    "bool label": ("a.jsonl", b'{"text": "x", "label": true}\n', r"jsonl:1: .*'label' is True"),
-    "text type": ("a.jsonl", b'{"text": 3, "label": 1}\n', r"jsonl:1: column 'text' is 3"),
+    "null label": (
+        "a.jsonl",
+        b'{"text": "x", "label": null}\n',
+        r"jsonl:1: .*'label' holds NoneType",
+    ),
+    "float label": (
+        "a.jsonl",
+        b'{"text": "x", "label": 1.5}\n',
+        r"jsonl:1: .*'label' holds float",
+    ),
+    "bool label": ("a.jsonl", b'{"text": "x", "label": true}\n', r"jsonl:1: .*'label' holds bool"),
+    "text type": ("a.jsonl", b'{"text": 3, "label": 1}\n', r"jsonl:1: column 'text' holds int"),
 }
 
 

@@ -112,7 +112,7 @@ def test_a_checkpoint_without_a_language_head_is_refused(tmp_path):
 def test_texts_and_tokenizers_that_leave_nothing_to_predict_are_refused(loaded):
     _, tokenizer = loaded
     short = TextDataset(("goal win", "bank"), (0, 1), ("x", "y"), "toy")
-    with pytest.raises(FedcoreError, match="'toy': the text 'bank' has fewer than two tokens"):
+    with pytest.raises(FedcoreError, match="'toy': text 2 of 2 has fewer than two tokens"):
         encode_continuations(short, tokenizer, 4)
     tokenizer.padding_side = "left"
     try:

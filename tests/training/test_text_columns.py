@@ -35,7 +35,7 @@ def test_tables_take_templates_and_need_no_labels(tmp_path):
     with pytest.raises(FedcoreError, match=r"t\.csv:1: unknown column 'r'"):
         load_dataset(str(table), text_column="{q}{r}", label_column="")
     lines.write_text('{"q": "how", "a": 4}\n')
-    with pytest.raises(FedcoreError, match=r"t\.jsonl:1: .* is 4, not a text"):
+    with pytest.raises(FedcoreError, match=r"t\.jsonl:1: .* holds int, not a text"):
         load_dataset(str(lines), text_column="{q}{a}", label_column="")
     local = load_dataset(str(table), text_column="q", label_column="", subset="main")
     assert local.texts == ("how many 0", "how many 1", "how many 2")
