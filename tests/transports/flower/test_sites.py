@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import lru_cache
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from fedcore.experiments import run as local
 from fedcore.experiments.observer import Observer
 from fedcore.experiments.setup import build_experiment
 from fedcore.federation.state import latest_state, read_state
-from fedcore.transports.flower import recipe_strategy
+from fedcore.transports.flower import apps, recipe_strategy
 from fedcore.transports.flower.apps import serve
 from fedcore.transports.flower.client import model_tensors
 from fedcore.transports.flower.messages import to_arrays
@@ -33,6 +34,14 @@ def home(tmp_path_factory):
     # The same rows as hospital-a's, under other names.
     write_site(home / "own notes a.jsonl", 100, 0, "note", "diagnosis")
     return home
+
+
+@pytest.fixture(scope="module", autouse=True)
+def processes():
+    """One process stands for those of all nodes, and keeps what each of them would build once."""
+    cached, apps._experiment = apps._experiment, lru_cache(None)(apps._experiment.__wrapped__)
+    yield
+    apps._experiment = cached
 
 
 @pytest.fixture(autouse=True)
