@@ -52,19 +52,19 @@ def check(
     if settings is not None:
         if test_data is not None or columns is not None:
             raise FedcoreError("--test-data and --columns belong to --data; put them into the file")
-        own = read_site_settings(settings)
-        if not own.owns_data:
+        chosen_site = read_site_settings(settings)
+        if not chosen_site.owns_data:
             raise FedcoreError(f"{settings} has no data; set site and data in it")
     else:
         given = {"site": site, "data": data, "test-data": test_data, "columns": columns}
         values = {name: str(value) for name, value in given.items() if value is not None}
-        own = SiteSettings.read(values, "the command line")
+        chosen_site = SiteSettings.read(values, "the command line")
     chosen = load_recipe(recipe, parse_settings(set_ or []))
     # Imported once recipe and settings are known to be sound: it loads transformers.
     from fedcore.experiments.site_check import check_site
 
     console = Console(width=80)
-    for name, value in _lines(check_site(chosen, own)):
+    for name, value in _lines(check_site(chosen, chosen_site)):
         console.print(f"{name:<20} {value}", highlight=False)
 
 

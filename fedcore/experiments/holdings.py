@@ -53,8 +53,8 @@ def site_texts(recipe: Recipe, sites: Sequence[SiteSettings]) -> tuple[TextDatas
     classes: list[int] = []
     shards: dict[str, Tensor] = {}
     test_shards: dict[str, Tensor] = {}
-    for name, own in read.items():
-        for part, into in ((own.train, shards), (own.test, test_shards)):
+    for name, of_site in read.items():
+        for part, into in ((of_site.train, shards), (of_site.test, test_shards)):
             into[name] = torch.arange(len(texts), len(texts) + len(part))
             texts += part.texts
             classes += part.labels
@@ -62,7 +62,7 @@ def site_texts(recipe: Recipe, sites: Sequence[SiteSettings]) -> tuple[TextDatas
         shards,
         test_shards,
         torch.cat([*test_shards.values(), torch.zeros(0, dtype=torch.int64)]),
-        tuple(len(own.train) + len(own.test) for own in read.values()),
+        tuple(len(of_site.train) + len(of_site.test) for of_site in read.values()),
     )
     name = f"sites {', '.join(read)}" if len(read) < 4 else f"{len(read)} sites"
     return TextDataset(tuple(texts), tuple(classes), labels, name), holdings

@@ -48,7 +48,7 @@ def check_site(recipe: Recipe, site: SiteSettings) -> SiteCheck:
     """Read the site's data and build its model and adapter, as its node would.
 
     Raises:
-        FedcoreError: whatever the node would be refused for; a recipe whose data are no sites'.
+        FedcoreError: whatever the node would be refused for; a recipe that partitions its data.
     """
     if not recipe.data.at_sites:
         raise FedcoreError(

@@ -86,7 +86,8 @@ class SiteStrategy(RecipeStrategy):
             connected = set(grid.get_node_ids())
             self._free_rivals(connected)
             new = sorted(connected - self._known())
-            new = [node for node in new if self._silent[node] < MOST_SILENCES]
+            if not first:
+                new = [node for node in new if self._silent[node] < MOST_SILENCES]
             if new:
                 self._introduce(grid, new)
             here = len(self._nodes(grid))
