@@ -18,7 +18,7 @@ def test_two_of_three_expected_sites_train_and_evaluate_on_their_own_rows(tmp_pa
     write_sites(tmp_path / "sites")
     own = write_site(tmp_path / "own notes a.jsonl", 100, 0, "note", "diagnosis")
     labels = {"data.labels": ["film", "money", "sport"]}
-    evaluation = {"evaluation.on": "sites", "evaluation.min_targets": 5}
+    evaluation = {"evaluation.on": "sites", "evaluation.min_targets": 5, "rounds": 1}
     simulation = {"data.sites": str(tmp_path / "sites"), **labels, **evaluation}
     local.start(site_recipe(tmp_path, **simulation), tmp_path / "local")
     rounds = {"round.expected": 3, "round.quorum": 2, "round.patience": 5.0}
@@ -32,12 +32,12 @@ def test_two_of_three_expected_sites_train_and_evaluate_on_their_own_rows(tmp_pa
     )
     with Deployment(tmp_path, nodes=2, configs=configs) as deployment:
         process = deployment.spawn("run", f"flwr run {app} loopback --stream")
-        wait_for(out / "summary.json", process, deployment, seconds=400)
+        wait_for(out / "summary.json", process, deployment, seconds=540)
         said = deployment.log("run") + deployment.log("superlink")
 
     assert json.loads((out / "summary.json").read_text())["finished"]
     records = [json.loads(line) for line in (out / "metrics.jsonl").open()]
-    assert [record["sampled"] for record in records[1:]] == [["hospital-a", "hospital-b"]] * 2
+    assert [record["sampled"] for record in records[1:]] == [["hospital-a", "hospital-b"]]
     for record in records[1:]:
         examples = {c["client"]: c["examples"] for c in record["clients"]}
         assert examples == {"hospital-a": 80, "hospital-b": 32}
