@@ -1,5 +1,5 @@
 """The command line: ``fedcore run``, ``compare``, ``evaluate``, ``aggregate``, ``export``,
-``bench``, ``flower-app`` and lists.
+``bench``, ``site``, ``flower-app`` and lists.
 
 Other distributions and rooms add commands through the entry-point group ``fedcore.commands``: each
 entry point is a function that becomes a command of the entry point's name.
@@ -36,6 +36,7 @@ def _build():  # type: ignore[no-untyped-def]  # typer is optional and imported 
             flower_app,
             listing,
             run,
+            site,
         )
     except ImportError as error:
         raise missing_extra(error.name or "a dependency", "run") from error
@@ -55,6 +56,7 @@ def _build():  # type: ignore[no-untyped-def]  # typer is optional and imported 
     app.command()(export.export)
     app.command("flower-app")(flower_app.flower_app)
     app.add_typer(bench.bench, name="bench")
+    app.add_typer(site.site, name="site")
     for entry in sorted(entry_points(group="fedcore.commands"), key=lambda point: point.name):
         app.command(name=entry.name)(entry.load())
     return app

@@ -32,8 +32,10 @@ def flower_app(
     from fedcore.transports.flower.apps import write_app
 
     write_app(chosen, folder, out=out, timeout=timeout, dependencies=install or [])
+    expected = chosen.round.expected
+    who = f"{chosen.clients} clients" if expected is None else f"{expected} sites"
     Console().print(
-        f"app: {folder}  ({chosen.clients} clients, {chosen.rounds} rounds; flwr run {folder})",
+        f"app: {folder}  ({who}, {chosen.rounds} rounds; flwr run {folder})",
         highlight=False,
         soft_wrap=True,
     )

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from secrets import randbits
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedcore.data.codecs import Codec, codec_error, find_codec
 from fedcore.data.seeding import derive_seed
@@ -85,7 +85,10 @@ def train_one_client(
             recipe.evaluation.batch_size,
             recipe.evaluation.logits_budget,
         )
-        accuracy, held_out_loss = evaluation.accuracy, evaluation.loss
+        # Where the held-out rows are a site's own, a mean over few of them would show single rows.
+        settings = recipe.evaluation
+        if settings.on == "server" or int(evaluation.predictions.sum()) >= settings.min_targets:
+            accuracy, held_out_loss = evaluation.accuracy, evaluation.loss
     memory = {**result.state}
     if recipe.privacy.noise_multiplier is not None:
         memory[SPENT] = steps_after(own, result.steps)
@@ -169,8 +172,13 @@ def local_settings(experiment: Experiment) -> LocalSettings:
 
 
 def constants(experiment: Experiment) -> list[Tensor]:
-    """The model's buffers that no client may change, in order of their names."""
-    return [experiment.binding.constants[name] for name in sorted(experiment.binding.constants)]
+    """The model's buffers that no client may change, in order of their names.
+
+    Frozen embeddings are not among them: they are the base model's, whose identity is compared, and
+    no message holds them.
+    """
+    named = sorted(experiment.binding.constants.items())
+    return [tensor for _, tensor in named if not isinstance(tensor, nn.Parameter)]
 
 
 def drops_out(experiment: Experiment, round: int, client: str) -> bool:

@@ -19,11 +19,14 @@ class ClientReports:
     Attributes:
         losses: mean loss of the steps.
         local_accuracy, local_loss: of the model that a client trained, on its own held-out shard.
+        examples: training examples by client, of sites whose rows the server does not have, None
+            of one that did not say; None where the experiment knows them.
     """
 
     losses: Mapping[str, float] = field(default_factory=dict)
     local_accuracy: Mapping[str, float] = field(default_factory=dict)
     local_loss: Mapping[str, float] = field(default_factory=dict)
+    examples: Mapping[str, int | None] | None = None
 
 
 def round_record(
@@ -51,11 +54,11 @@ def round_record(
         modules: what the aggregation did to each.
         upload_error: mean relative error of the uploads' number format.
     """
-    return Round(
+    record = Round(
         index=round,
         accuracy=outcome.accuracy,
         loss=outcome.loss,
-        train_loss=_mean_loss(experiment, reports.losses),
+        train_loss=_mean_loss(experiment, reports),
         clients=_clients(experiment, outcome, reports),
         sampled=tuple(sampled),
         dropped=tuple(DroppedClient(client=c, reason=r) for c, r in sorted(dropped.items())),
@@ -66,14 +69,20 @@ def round_record(
         seconds=dict(seconds),
         modules=tuple(ModuleRound(**asdict(module)) for module in modules),
     )
+    # A field that says nothing is not written.
+    return record if outcome.sites is None else record.model_copy(update={"sites": outcome.sites})
 
 
-def _mean_loss(experiment: Experiment, losses: Mapping[str, float]) -> float:
+def _mean_loss(experiment: Experiment, reports: ClientReports) -> float:
     """The mean over clients, by their numbers of training examples."""
-    total = weight = 0.0
-    for client, loss in losses.items():
+    total, weight, examples = 0.0, 0.0, reports.examples
+    for client, loss in reports.losses.items():
         if isfinite(loss):
-            share = len(experiment.training_indices(client))
+            share = 1
+            if examples is None:
+                share = len(experiment.training_indices(client))
+            elif (said := examples.get(client)) is not None:
+                share = said
             total += share * loss
             weight += share
     return total / weight if weight else float("nan")
@@ -82,15 +91,18 @@ def _mean_loss(experiment: Experiment, losses: Mapping[str, float]) -> float:
 def _clients(
     experiment: Experiment, outcome: Score, reports: ClientReports
 ) -> tuple[ClientRound, ...]:
+    examples = reports.examples
+    if examples is None:
+        examples = {client: len(rows) for client, rows in experiment.shards.items()}
     return tuple(
         ClientRound(
             client=client,
-            examples=len(experiment.shards[client]),
+            **({} if (said := examples[client]) is None else {"examples": said}),
             train_loss=reports.losses.get(client),
             global_accuracy=outcome.clients.get(client),
             local_accuracy=reports.local_accuracy.get(client),
             global_loss=outcome.client_losses.get(client),
             local_loss=reports.local_loss.get(client),
         )
-        for client in sorted(experiment.shards)
+        for client in sorted(examples)
     )

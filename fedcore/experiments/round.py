@@ -27,13 +27,21 @@ from fedcore.experiments.privacy import (
 )
 from fedcore.experiments.record import ClientReports, round_record
 from fedcore.experiments.setup import Experiment
-from fedcore.experiments.traffic import NOTHING, added, downlink, uplink
+from fedcore.experiments.traffic import (
+    NOTHING,
+    added,
+    downlink,
+    evaluation_downlink,
+    together,
+    uplink,
+)
 from fedcore.federation.acceptance import Limits
 from fedcore.federation.diagnostics import ModuleDiagnosis, diagnose
 from fedcore.federation.downloads import lower_rank_starts
 from fedcore.federation.records import Round
 from fedcore.federation.server_round import Aggregation, OpenRound
 from fedcore.federation.state import ServerState
+from fedcore.recipes import Recipe
 
 NOTHING_RECORDED = {"round": -1, "accuracy": None, "loss": None}
 """The record of a state that no engine has run from yet."""
@@ -171,6 +179,8 @@ def run_round(experiment: Experiment, state: ServerState, observer: Observer) ->
     after = replace(closed.state, simulated_clients=clients)
     outcome = score(experiment, after) if evaluates(experiment, t) else Score()
     seconds["evaluate"] = perf_counter() - started
+    if outcome.sites is not None:
+        down = together(down, evaluation_downlink(experiment, after, sorted(experiment.shards)))
 
     up = uplink(experiment, state, opened.layout, closed.reported)
     after = replace(after, traffic=added(state.traffic, up, down))
@@ -217,11 +227,15 @@ def initial_record(experiment: Experiment, state: ServerState) -> Round:
 
 def sample_clients(experiment: Experiment, round: int) -> tuple[str, ...]:
     """The clients that take part in ``round``, drawn without replacement, in order of their ids."""
-    everyone = experiment.trainers
-    if experiment.recipe.privacy.central.noise_multiplier is not None:
-        return poisson_sample(experiment.recipe, everyone, round)
-    count = experiment.recipe.round.sampled(len(everyone))
-    generator = torch.Generator().manual_seed(derive_seed(experiment.recipe.seed, "sample", round))
+    return sample(experiment.recipe, experiment.trainers, round)
+
+
+def sample(recipe: Recipe, everyone: tuple[str, ...], round: int) -> tuple[str, ...]:
+    """Those of ``everyone``, in order of their ids, that take part in ``round``."""
+    if recipe.privacy.central.noise_multiplier is not None:
+        return poisson_sample(recipe, everyone, round)
+    count = recipe.round.sampled(len(everyone))
+    generator = torch.Generator().manual_seed(derive_seed(recipe.seed, "sample", round))
     chosen = torch.randperm(len(everyone), generator=generator)[:count]
     return tuple(sorted(everyone[i] for i in chosen.tolist()))
 

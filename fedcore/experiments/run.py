@@ -35,7 +35,7 @@ from fedcore.federation.outcome import outcome
 from fedcore.federation.record_files import validated
 from fedcore.federation.records import Round, Summary
 from fedcore.federation.state import ServerState
-from fedcore.recipes import Recipe, recipe_digest
+from fedcore.recipes import SITES, Recipe, recipe_digest
 
 Rounds = Callable[[Experiment, RunFolder, ServerState, Observer], Iterator[ServerState]]
 """What runs the rounds that are left after a state, reports each to the observer, and yields its
@@ -59,6 +59,8 @@ def start(
             exist.
     """
     watcher = observer or Observer()
+    if rounds is None:
+        check_simulated(recipe)
     check_sources(recipe)
     RunFolder.check_free(path)
     with recipe_threads(recipe):
@@ -71,6 +73,19 @@ def start(
             experiment.base.save(folder.path)
             origin = run_origin(experiment, folder)
             return _go_on(experiment, folder, None, origin, watcher, rounds or _rounds)
+
+
+def check_simulated(recipe: Recipe) -> None:
+    """Refuse to simulate sites whose files are on other machines.
+
+    Raises:
+        FedcoreError: with what to do instead.
+    """
+    if recipe.data.source == SITES:
+        raise FedcoreError(
+            "data.source = 'sites' is a deployment, whose nodes have the data: write its app with "
+            "fedcore flower-app, or set data.sites to a folder with one file per site instead"
+        )
 
 
 def resume(
@@ -108,6 +123,8 @@ def resume(
         if state is not None:
             check_recipe_kept(state.origin, folder)
         recipe = folder.recipe()
+        if rounds is None:
+            check_simulated(recipe)
         if state is not None:
             check_continued(recipe, validated(Round, state.record, f"the newest record of {path}"))
         with recipe_threads(recipe):
@@ -190,7 +207,7 @@ def _go_on(
         written = write_adapters(experiment, state, folder.path)
     adapters = [str(path.relative_to(folder.path)) for path in written]
     summary = summarise(experiment, state, records, adapters)
-    if experiment.task.generates:
+    if experiment.task.generates and len(experiment.test):
         folder.write_json("sample.json", generation_sample(experiment, start_row, state))
     folder.write_json("summary.json", summary)
     return summary.plain()

@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from fedcore.data.base_identity import BaseIdentity
 from fedcore.data.seeding import derive_seed
 from fedcore.errors import FedcoreError
+from fedcore.experiments.holdings import Holdings, partitioned, site_texts
 from fedcore.experiments.observer import Observer
 from fedcore.experiments.privacy import check_central, check_private
+from fedcore.experiments.site_data import recipe_at, site_files
 from fedcore.experiments.trials import check_sources
 from fedcore.federation import records
 from fedcore.methods import Method
@@ -22,19 +24,14 @@ from fedcore.methods.requirements import KEEPS_BASE, MIXED_RANKS, SECURE_SUM, of
 from fedcore.recipes import Recipe
 from fedcore.training.base_identity import identity_of
 from fedcore.training.binding import ModelBinding
-from fedcore.training.datasets import (
-    TextDataset,
-    load_dataset,
-    split_indices,
-    subsample,
-)
-from fedcore.training.encoding import EncodedDataset
+from fedcore.training.datasets import TextDataset, load_dataset, subsample
+from fedcore.training.encoding import EncodedDataset, no_examples
 from fedcore.training.features import encoder_digest, mean_states
 from fedcore.training.forward import Forward
 from fedcore.training.live_adapter import ADAPTER_NAME
-from fedcore.training.partitions import Partition, assign_like, partition
 from fedcore.training.prefix import FrozenPrefix
 from fedcore.training.residual import FrozenResidual
+from fedcore.training.site_settings import SiteSettings
 from fedcore.training.tasks import Task, find_task
 from fedcore.tuners.attach import attach_adapter
 
@@ -130,14 +127,28 @@ class Experiment:
 
 
 def build_experiment(
-    recipe: Recipe, observer: Observer, cache: SharedCache | None = None
+    recipe: Recipe,
+    observer: Observer,
+    cache: SharedCache | None = None,
+    site: SiteSettings | None = None,
 ) -> Experiment:
     """Load, encode, split, partition and wrap, everything seeded by the recipe's seed.
 
+    Where sites own the data, nothing is partitioned: a simulation takes the files of
+    ``data.sites``, a node its own, and the server of a deployment none.
+
+    Args:
+        site: whose node this is, where it has data of its own.
+
     Raises:
-        FedcoreError: a source, column, target module or layer that does not exist, or a partition
-            that cannot be drawn.
+        FedcoreError: a source, column, target module or layer that does not exist, a partition
+            that cannot be drawn, or a site's data or settings that do not fit the recipe.
     """
+    sites: tuple[SiteSettings, ...] = () if site is None else (site,)
+    if site is not None:
+        recipe = recipe_at(recipe, site)
+    elif recipe.data.sites is not None:
+        sites = site_files(recipe.data.sites)
     check_sources(recipe)
     cache = cache or SharedCache()
     method, task = _seeded(recipe.method.create(), recipe), find_task(recipe.task)
@@ -149,9 +160,24 @@ def build_experiment(
         refuse(method, (KEEPS_BASE, of_family("lora")), "adapter.use_dora")
     seed = recipe.seed
     observer.preparing(f"model {recipe.model.source}")
-    dataset_key = (recipe.task, recipe.data, recipe.model.source, recipe.model.max_length)
-    labels_needed = cache.texts.get(dataset_key)
-    texts = labels_needed[0] if labels_needed else _load_texts(recipe, observer)
+    dataset_key: tuple[object, ...] = (
+        recipe.task,
+        recipe.data,
+        recipe.model.source,
+        recipe.model.max_length,
+    )
+    if recipe.data.at_sites:
+        # How a site's texts are split, and so their order, follows from the seed.
+        dataset_key = (*dataset_key, recipe.seed, sites)
+        observer.preparing(f"data of {len(sites)} sites")
+        texts, holdings = site_texts(recipe, sites)
+    else:
+        cached = cache.texts.get(dataset_key)
+        texts = cached[0] if cached else _load_texts(recipe, observer)
+        holdings = partitioned(recipe, texts)
+    if recipe.data.sites is not None:
+        recipe = recipe.model_copy(update={"clients": len(sites)})
+        recipe.check_cohort(recipe.clients)
     classes = len(texts.label_names)
     model, tokenizer = task.load(recipe.model.source, classes, derive_seed(seed, "head"))
     # Onto its device before it is wrapped: adapters are created beside their base weights.
@@ -175,27 +201,27 @@ def build_experiment(
     )
     if dataset_key not in cache.texts:
         observer.preparing(f"encoding {len(texts.texts)} texts")
-        cache.texts[dataset_key] = (texts, task.encode(texts, tokenizer, recipe.model.max_length))
+        length = recipe.model.max_length
+        encoded = task.encode(texts, tokenizer, length) if len(texts) else no_examples(length)
+        cache.texts[dataset_key] = (texts, encoded)
     examples = cache.texts[dataset_key][1]
-    train, test = (
-        torch.as_tensor(indices)
-        for indices in split_indices(texts, recipe.data.test_fraction, derive_seed(seed, "split"))
-    )
-    parts = _partition(recipe, examples.labels[train])
-    held_out = assign_like(parts, examples.labels[test].numpy(), derive_seed(seed, "held-out"))
-    ids = client_ids(recipe.clients)
-    shards = {c: train[torch.tensor(i)] for c, i in zip(ids, parts.indices, strict=True)}
-    test_shards = {c: test[torch.tensor(i)] for c, i in zip(ids, held_out.indices, strict=True)}
-    prefix, states, flags = _prefix(recipe, model, examples, dataset_key, cache, observer)
+    prefix, states, flags = _prefix(recipe, model, examples, holdings, dataset_key, cache, observer)
     forward = Forward(model, examples, prefix, states)
     if task.generates and isinstance(forward.head, str):
         flags += (f"evaluation makes whole logits, in smaller batches: {forward.head}",)
     binding = ModelBinding.of(model)
     modules = binding.layout.modules
+    shards, test_shards = holdings.shards, holdings.test_shards
+    ids = tuple(sorted(shards))
     ranks = client_ranks(recipe, method, ids, modules)
     example_counts = {client: len(indices) for client, indices in shards.items()}
     if method.capabilities.population == "pooled":
-        example_counts = {POOLED: len(train)}
+        example_counts = {POOLED: sum(example_counts.values())}
+    if recipe.evaluation.on != "server" and method.capabilities.personalised:
+        raise FedcoreError(
+            f"evaluation.on is {recipe.evaluation.on!r}, and the clients of {method.name} have "
+            "models of their own; pass evaluation.on = 'server'"
+        )
     check_private(recipe, method, example_counts, mixed_ranks=bool(ranks))
     check_central(recipe, method, mixed_ranks=bool(ranks))
     statistics = {}
@@ -213,7 +239,7 @@ def build_experiment(
         examples=examples,
         shards=shards,
         test_shards=test_shards,
-        test=test,
+        test=holdings.test,
         label_names=texts.label_names,
         counts=records.PartitionRecord(
             client_ids=ids,
@@ -275,12 +301,6 @@ def _statistics(
     return statistics
 
 
-def client_ids(clients: int) -> tuple[str, ...]:
-    """``client-00``, ``client-01``, ... wide enough to sort by number."""
-    width = max(2, len(str(clients - 1)))
-    return tuple(f"client-{i:0{width}d}" for i in range(clients))
-
-
 def _load_texts(recipe: Recipe, observer: Observer) -> TextDataset:
     data = recipe.data
     observer.preparing(f"data {data.source}")
@@ -296,23 +316,11 @@ def _load_texts(recipe: Recipe, observer: Observer) -> TextDataset:
     return texts
 
 
-def _partition(recipe: Recipe, labels: Tensor) -> Partition:
-    settings = recipe.partition
-    return partition(
-        labels.numpy(),
-        recipe.clients,
-        settings.kind,
-        alpha=settings.alpha,
-        labels_per_client=settings.labels_per_client,
-        min_examples=settings.min_examples,
-        seed=derive_seed(recipe.seed, "partition"),
-    )
-
-
 def _prefix(
     recipe: Recipe,
     model: nn.Module,
     examples: EncodedDataset,
+    holdings: Holdings,
     dataset_key: Any,
     cache: SharedCache,
     observer: Observer,
@@ -321,7 +329,8 @@ def _prefix(
     large.
     """
     prefix = FrozenPrefix.find(model)
-    if prefix is None or not recipe.training.reuse_prefix or recipe.training.autocast:
+    unused = not recipe.training.reuse_prefix or recipe.training.autocast or not len(examples)
+    if prefix is None or unused:
         return prefix, None, ()
     key = (dataset_key, prefix.length)
     if key not in cache.states:
@@ -333,7 +342,12 @@ def _prefix(
         observer.preparing(
             f"states of {prefix.length} frozen layers for {len(examples.labels)} texts"
         )
-        cache.states[key] = prefix.compute(examples, recipe.evaluation.batch_size)
+        batch_size, blocks = recipe.evaluation.batch_size, list(holdings.blocks)
+        parts = [examples]
+        if len(blocks) > 1:
+            parts = [examples.take(rows) for rows in torch.arange(len(examples)).split(blocks)]
+        states = [prefix.compute(part, batch_size) for part in parts]
+        cache.states[key] = states[0] if len(states) == 1 else torch.cat(states)
     return prefix, cache.states[key], ()
 
 

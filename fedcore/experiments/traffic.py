@@ -55,6 +55,25 @@ def downlink(experiment: Experiment, state: ServerState, sampled: Sequence[str])
     return sizes
 
 
+def evaluation_downlink(
+    experiment: Experiment, state: ServerState, sites: Sequence[str]
+) -> dict[str, int]:
+    """Bytes that ``sites`` download to evaluate the global model of ``state``: all of it."""
+    sizes, codec = dict(NOTHING), Fp32()
+    for site in sites:
+        _add(sizes, _sizes(state.layout, experiment.ranks.get(site), codec))
+        residual = sum(part.numel for part in state.residual.values())
+        sizes["adapter"] += residual * torch.float32.itemsize
+    return sizes
+
+
+def together(one: Mapping[str, int], other: Mapping[str, int]) -> dict[str, int]:
+    """The bytes of both."""
+    sizes = dict(one)
+    _add(sizes, other)
+    return sizes
+
+
 def added(
     traffic: Mapping[str, int], up: Mapping[str, int], down: Mapping[str, int]
 ) -> dict[str, int]:

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from fedcore.errors import FedcoreError
+from fedcore.experiments.site_data import site_files
 from fedcore.methods.registry import find_method, method_classes
-from fedcore.recipes import Recipe, load_recipe
+from fedcore.recipes import SITES, Recipe, load_recipe
 from fedcore.training.datasets import check_data_source
 from fedcore.training.hub_access import check_obtainable
 from fedcore.training.models import check_model_source
@@ -67,6 +68,9 @@ def check_sources(recipe: Recipe) -> None:
         FedcoreError: one line with the nearest valid names, or with what to pass instead of a hub
             id that is out of reach.
     """
-    data, model = check_data_source(recipe.data.source), check_model_source(recipe.model.source)
+    model = check_model_source(recipe.model.source)
     check_obtainable("model", model)
-    check_obtainable("dataset", data)
+    if recipe.data.sites is not None:
+        site_files(recipe.data.sites)
+    elif recipe.data.source != SITES:
+        check_obtainable("dataset", check_data_source(recipe.data.source))

@@ -202,6 +202,21 @@ class CentralPrivacySpent(PrivacyRecord):
     epsilon: Number
 
 
+class SitesEvaluation(Record):
+    """What the sites' sums over their own held-out rows make, each prediction weighing alike.
+
+    ``answered`` are the sites that sent sums; others have too few predictions or did not reply.
+    ``targets`` counts the predictions, ``examples`` the rows. A number is ``None`` where no site
+    answered.
+    """
+
+    accuracy: Number
+    loss: Number
+    targets: Count
+    examples: Count
+    answered: Names
+
+
 _OF_TRAINED = ("train_loss", "clients", "dropped", "bytes_up", "bytes_down", "modules")
 """Fields that every round but the initial one has; one that lacks them had a broken writer."""
 
@@ -211,7 +226,8 @@ class Round(Record):
 
     ``clients`` may hold more than the ``sampled`` ones, which took part; ``flags`` is what the
     method wants a user to know. ``upload_error`` is what the number format of the uploads lost of
-    them, relative to their norm, on average over the clients.
+    them, relative to their norm, on average over the clients. ``sites`` is what the sites answered
+    to an evaluation, where the recipe evaluates there.
     """
 
     index: Annotated[int, Strict(), Field(ge=-1, alias="round")]
@@ -229,6 +245,7 @@ class Round(Record):
     modules: tuple[ModuleRound, ...] = ()
     privacy: PrivacySpent | None = None
     central_privacy: CentralPrivacySpent | None = None
+    sites: SitesEvaluation | None = None
 
     @model_validator(mode="after")
     def _whole(self) -> Round:

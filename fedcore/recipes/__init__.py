@@ -8,10 +8,12 @@ from fedcore.recipes.loading import (
     recipe_digest,
     shipped_recipes,
     to_toml,
+    with_settings,
 )
-from fedcore.recipes.schema import Recipe
+from fedcore.recipes.schema import SITES, Recipe
 
 __all__ = [
+    "SITES",
     "Recipe",
     "load_recipe",
     "parse_recipe",
@@ -20,4 +22,5 @@ __all__ = [
     "recipe_digest",
     "shipped_recipes",
     "to_toml",
+    "with_settings",
 ]

@@ -49,6 +49,18 @@ def parse_recipe(text: str) -> Recipe:
         raise FedcoreError(f"the recipe's text: {error}") from error
 
 
+def with_settings(recipe: Recipe, settings: Mapping[str, Any]) -> Recipe:
+    """``recipe`` with dotted keys set anew.
+
+    Raises:
+        FedcoreError: as :func:`load_recipe`.
+    """
+    values = recipe.plain()
+    for key, value in settings.items():
+        _set(values, key, value)
+    return _recipe(values)
+
+
 def parse_settings(assignments: Sequence[str]) -> dict[str, Any]:
     """``["rounds=6", "adapter.layers=[4,5]"]`` as keys and values; what is not TOML is a string.
 

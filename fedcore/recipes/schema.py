@@ -40,20 +40,62 @@ class ModelSection(Section):
     allow: tuple[Part, ...] = ()
 
 
+SITES = "sites"
+"""The ``data.source`` of a deployment whose sites have their own data."""
+
+
 class DataSection(Section):
     """Which labelled texts.
 
-    ``source``: ``bbc-news``, a CSV, TSV or JSONL file, or a dataset of the hub with its ``subset``.
+    ``source``: ``bbc-news``, a CSV, TSV or JSONL file, or a dataset of the hub with its ``subset``;
+    ``"sites"`` where every node has a file of its own. ``sites`` simulates those: a folder with one
+    file per site. ``labels`` are the classes of all sites, in their order.
     ``text_column`` may be a template of columns, as in ``"{question} {answer}"``; an empty
     ``label_column`` says that there are no labels.
     """
 
     source: str = "bbc-news"
+    sites: str | None = None
     subset: str | None = None
     text_column: str = "text"
     label_column: str = "label"
+    labels: tuple[str, ...] | None = None
     test_fraction: float = Field(0.2, gt=0, lt=1)
     max_examples: int | None = Field(None, ge=10)
+
+    @property
+    def at_sites(self) -> bool:
+        """Whether sites own the data, in a deployment or a simulation of one."""
+        return self.sites is not None or self.source == SITES
+
+    @model_validator(mode="after")
+    def _fits_sites(self) -> DataSection:
+        if not self.at_sites:
+            if self.labels is not None:
+                raise FedcoreError(
+                    "data.labels is set, and the data set has its own classes; leave it out, or "
+                    "set data.sites or data.source = 'sites'"
+                )
+            return self
+        if self.sites is not None and "source" in self.model_fields_set:
+            raise FedcoreError(
+                f"data.source = {self.source!r} and data.sites are both set; leave one of them out"
+            )
+        for key in ("subset", "max_examples"):
+            if getattr(self, key) is not None:
+                raise FedcoreError(
+                    f"data.{key} is set, and sites take all of their rows; leave it out"
+                )
+        if self.labels is not None and len(set(self.labels)) != len(self.labels):
+            raise FedcoreError("data.labels names a label twice; pass each label once")
+        if self.labels is not None and not self.label_column:
+            raise FedcoreError("data.labels is set with an empty data.label_column; leave it out")
+        if self.source == SITES and self.label_column and self.labels is None:
+            raise FedcoreError(
+                "data.labels is not set, and no one sees the rows of all sites; pass the list of "
+                'all labels, or data.label_column = "" for texts without labels'
+            )
+        return self
 
 
 class PartitionSection(Section):
@@ -205,6 +247,10 @@ class RoundsSection(Section):
     ``codec`` is the number format of the uploads. With ``secure_sum`` the server learns their
     weighted mean alone, through a simulation of secure aggregation, of at least ``min_cohort``
     clients: a round that fewer complete keeps the model.
+
+    In a deployment the first round begins once all ``expected`` sites are there, or ``quorum`` of
+    them after ``patience`` seconds; a round with fewer replies than the quorum's is repeated once,
+    and then the run ends with its state saved.
     """
 
     participation: float = Field(1.0, gt=0, le=1)
@@ -217,6 +263,15 @@ class RoundsSection(Section):
     codec: Literal["fp32", "bf16", "int8"] = "fp32"
     secure_sum: bool = False
     min_cohort: int = Field(2, ge=2)
+    expected: int | None = Field(None, ge=1)
+    quorum: int | None = Field(None, ge=1)
+    patience: float = Field(600.0, ge=0, allow_inf_nan=False)
+
+    @model_validator(mode="after")
+    def _enough_expected(self) -> RoundsSection:
+        if self.expected is not None and self.quorum is not None and self.quorum > self.expected:
+            raise ValueError(f"quorum is {self.quorum}; pass 1 to round.expected = {self.expected}")
+        return self
 
     @model_validator(mode="after")
     def _fits_secure_sum(self) -> RoundsSection:
@@ -277,11 +332,15 @@ class PrivacySection(Section):
 class EvaluationSection(Section):
     """When the models are evaluated, and the quality that traffic is counted up to.
 
-    ``target_accuracy`` is for classifiers, ``target_perplexity`` for language models, as is
-    ``logits_budget``, the bytes that logits may take at once.
+    ``on``: whose held-out rows: the ``"server"``'s, those of the ``"sites"``, each of which sends
+    sums over its own, or ``"both"``. A site with fewer than ``min_targets`` predictions sends
+    nothing. ``target_accuracy`` is for classifiers, ``target_perplexity`` for language models, as
+    is ``logits_budget``, the bytes that logits may take at once.
     """
 
     every: int = Field(1, ge=1)
+    on: Literal["server", "sites", "both"] = "server"
+    min_targets: int = Field(50, ge=1)
     batch_size: int = Field(64, ge=1)
     logits_budget: int = Field(LOGITS_BUDGET, ge=1)
     target_accuracy: float = Field(0.9, gt=0, le=1)
@@ -315,13 +374,71 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _enough_clients(self) -> Recipe:
-        asked, least = self.round.sampled(self.clients), self.round.min_cohort
-        if self.round.secure_sum and asked < least:
+        # How many sites there are is known only where their files are.
+        if not self.data.at_sites:
+            self.check_cohort(self.clients)
+        return self
+
+    @model_validator(mode="after")
+    def _fits_sites(self) -> Recipe:
+        if not self.data.at_sites:
+            if self.round.expected is not None:
+                raise FedcoreError(
+                    "round.expected is set, and all clients of a partition are expected; leave it "
+                    "out, or set data.source = 'sites'"
+                )
+            if self.round.quorum is not None and self.round.quorum > self.clients:
+                raise FedcoreError(
+                    f"round.quorum is {self.round.quorum}; pass 1 to clients = {self.clients}"
+                )
+            return self
+        if "partition" in self.model_fields_set:
+            key = ".".join(["partition", *sorted(self.partition.model_fields_set)[:1]])
             raise FedcoreError(
-                f"round.min_cohort is {least}, and a round asks {asked} of {self.clients} clients: "
-                "every round would be skipped; raise clients or round.participation"
+                f"recipe key {key}: every site trains on its own rows, so nothing is partitioned; "
+                "leave the section out"
+            )
+        if self.data.source != SITES:
+            return self
+        if self.round.expected is None:
+            raise FedcoreError(
+                "round.expected is not set, and no file says how many sites there are; pass the "
+                "number of sites that the first round waits for"
+            )
+        if "clients" in self.model_fields_set and self.round.expected > self.clients:
+            raise FedcoreError(
+                f"round.expected is {self.round.expected}; pass 1 to clients = {self.clients}"
+            )
+        if self.evaluation.on != "sites":
+            raise FedcoreError(
+                f"evaluation.on is {self.evaluation.on!r}, and with data.source = 'sites' the "
+                "server has no rows; pass evaluation.on = 'sites'"
+            )
+        if self.adapter.client_ranks is not None:
+            raise FedcoreError(
+                "adapter.client_ranks goes by the order of all clients, which sites of a "
+                "deployment do not have; leave it out"
             )
         return self
+
+    def check_cohort(self, clients: int) -> None:
+        """Refuse a secure sum over fewer clients than its least.
+
+        Raises:
+            FedcoreError: every round of so many clients would be skipped.
+        """
+        asked, least = self.round.sampled(clients), self.round.min_cohort
+        if self.round.secure_sum and asked < least:
+            raise FedcoreError(
+                f"round.min_cohort is {least}, and a round asks {asked} of {clients} clients: "
+                "every round would be skipped; raise clients or round.participation"
+            )
+
+    @property
+    def most_clients(self) -> int | None:
+        """How many clients there may be at most; None where sites may be any number."""
+        unset = self.data.at_sites and "clients" not in self.model_fields_set
+        return None if unset else self.clients
 
     def local_settings(self, method: Method) -> LocalSettings:
         """How much one trainer trains in a round; one holder of all data as much as everyone."""
@@ -333,4 +450,11 @@ class Recipe(Section):
     def plain(self) -> dict[str, Any]:
         """The recipe as nested plain values, without keys that are None."""
         values: dict[str, Any] = self.model_dump(mode="json", exclude_none=True)
+        if self.data.at_sites:
+            # What does not apply is refused where it is set, so it is not written as if it were.
+            del values["partition"]
+            if self.data.sites is not None:
+                del values["data"]["source"]
+            if self.most_clients is None:
+                del values["clients"]
         return values

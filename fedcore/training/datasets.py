@@ -6,7 +6,7 @@ up to white space are kept once (the first), and the number left out is recorded
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -185,6 +185,37 @@ def load_dataset(
         return _read_folders(source, origin.path)
     texts, names = read_table(origin.path, text_column=text_column, label_column=label_column)
     return _build(source, texts, names, _sorted_labels(names))
+
+
+def load_table(
+    path: Path,
+    name: str,
+    *,
+    text_column: str,
+    label_column: str,
+    labels: Sequence[str] | None = None,
+    columns: Mapping[str, str] | None = None,
+) -> TextDataset:
+    """The texts of one table file, with classes that are given.
+
+    Args:
+        name: of the data set, in errors.
+        labels: the classes in their order, those of the file by default; it need not have all.
+        columns: as in :func:`~fedcore.training.table_files.read_table`.
+
+    Raises:
+        FedcoreError: as :func:`~fedcore.training.table_files.read_table`, or fewer than two
+            classes.
+    """
+    texts, names = read_table(
+        path, text_column=text_column, label_column=label_column, columns=columns, labels=labels
+    )
+    return _build(name, texts, names, _sorted_labels(names) if labels is None else labels)
+
+
+def classes_of(names: Sequence[str]) -> tuple[str, ...]:
+    """The distinct ``names`` in the order of classes: alphabetical, or numerical of integers."""
+    return tuple(_sorted_labels(names))
 
 
 def _shares(counts: np.ndarray, total: int, least: np.ndarray, most: np.ndarray) -> np.ndarray:

@@ -88,6 +88,12 @@ def check_length(tokenizer: Any, max_length: int, least: int) -> None:
         )
 
 
+def no_examples(length: int) -> EncodedDataset:
+    """The data set of a server that has no data: no example of ``length`` tokens."""
+    ids = torch.zeros(0, length, dtype=torch.int64)
+    return EncodedDataset(ids, ids.clone(), torch.zeros(0, dtype=torch.int64))
+
+
 def encode(dataset: TextDataset, tokenizer: Any, max_length: int) -> EncodedDataset:
     """Tokenise ``dataset``; every example is truncated or padded to ``max_length`` tokens.
 

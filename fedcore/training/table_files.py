@@ -10,7 +10,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,10 @@ _PARQUET_ROWS = 1024
 
 
 def read_rows(
-    path: Path, columns: Collection[str], optional: Collection[str] = ()
+    path: Path,
+    columns: Collection[str],
+    optional: Collection[str] = (),
+    renamed: Mapping[str, str] | None = None,
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """The rows of a ``.csv``, ``.tsv``, ``.jsonl`` or ``.parquet`` file, in file order.
 
@@ -37,6 +40,7 @@ def read_rows(
     Args:
         columns: what every row must have.
         optional: what is read where it is there. Further columns may be left out or not.
+        renamed: the file's columns that are known under another name, to that name.
 
     Yields:
         The line on which a row ends, counted from 1, or its row in a Parquet file; and its values.
@@ -50,12 +54,13 @@ def read_rows(
     if suffix not in TABLE_SUFFIXES:
         valid = ", ".join(TABLE_SUFFIXES)
         raise FedcoreError(f"{path}: unknown ending {path.suffix!r}; valid: {valid}")
+    names = renamed or {}
     if suffix == ".parquet":
-        yield from _parquet_rows(path, columns, optional)
+        yield from _parquet_rows(path, columns, optional, names)
     elif suffix == ".jsonl":
-        yield from json_lines(path, columns)
+        yield from json_lines(path, columns, names)
     else:
-        yield from _csv_rows(path, "\t" if suffix == ".tsv" else ",", columns)
+        yield from _csv_rows(path, "\t" if suffix == ".tsv" else ",", columns, names)
 
 
 def _decode(path: Path) -> str:
@@ -93,14 +98,28 @@ def _check_header(where: str, header: list[str], columns: Collection[str]) -> No
             raise FedcoreError(f"{where}: column {column!r} appears {header.count(column)} times")
 
 
+def _renamed(where: str, columns: Iterable[str], names: Mapping[str, str]) -> list[str]:
+    """``columns`` of a file under the names by which they are known."""
+    known = list(columns)
+    taken = sorted(set(names.values()) & set(known) - set(names))
+    if taken:
+        raise FedcoreError(
+            f"{where}: column {taken[0]!r} is there, and another one is renamed to it; leave one "
+            "of them out of columns"
+        )
+    return [names.get(column, column) for column in known]
+
+
 def _csv_rows(
-    path: Path, delimiter: str, columns: Collection[str]
+    path: Path, delimiter: str, columns: Collection[str], names: Mapping[str, str]
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     # newline="" keeps line breaks inside quoted fields as they are.
     stream = io.StringIO(_decode(path), newline="")
     reader = csv.reader(stream, delimiter=delimiter, strict=True)
     try:
         header = next(reader, [])
+        _check_header(f"{path}:1", header, names)
+        header = _renamed(f"{path}:1", header, names)
         _check_header(f"{path}:1", header, columns)
         for row in reader:
             if not row:
@@ -121,7 +140,9 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         raise FedcoreError(str(error)) from None
 
 
-def json_lines(path: Path, columns: Collection[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+def json_lines(
+    path: Path, columns: Collection[str], names: Mapping[str, str] | None = None
+) -> Iterator[tuple[int, dict[str, Any]]]:
     """Line number and object of every line of a JSON-lines file; blank lines are passed over.
 
     Raises:
@@ -145,12 +166,16 @@ def json_lines(path: Path, columns: Collection[str]) -> Iterator[tuple[int, dict
             ) from None
         if not isinstance(record, dict):
             raise FedcoreError(f"{path}:{number}: {type(record).__name__}, not a JSON object")
+        if names:
+            _check_columns(f"{path}:{number}", record, names)
+            known = _renamed(f"{path}:{number}", record, names)
+            record = dict(zip(known, record.values(), strict=True))
         _check_columns(f"{path}:{number}", record, columns)
         yield number, record
 
 
 def _parquet_rows(
-    path: Path, columns: Collection[str], optional: Collection[str]
+    path: Path, columns: Collection[str], optional: Collection[str], names: Mapping[str, str]
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     try:
         from pyarrow import ArrowException  # type: ignore[import-untyped]
@@ -160,13 +185,15 @@ def _parquet_rows(
     number = 0
     try:
         with ParquetFile(path) as file:
-            known = file.schema_arrow.names
+            stored = file.schema_arrow.names
+            _check_columns(str(path), stored, names)
+            known = dict(zip(_renamed(str(path), stored, names), stored, strict=True))
             _check_columns(str(path), known, columns)
-            chosen = [column for column in (*columns, *optional) if column in known]
+            chosen = [known[column] for column in (*columns, *optional) if column in known]
             for batch in file.iter_batches(_PARQUET_ROWS, columns=chosen):
                 for record in batch.to_pylist():
                     number += 1
-                    yield number, record
+                    yield number, {names.get(column, column): v for column, v in record.items()}
     except (ArrowException, OSError) as error:
         raise FedcoreError(
             f"cannot read {path} as Parquet after row {number}: {type(error).__name__}"
@@ -174,19 +201,29 @@ def _parquet_rows(
 
 
 def read_table(
-    path: Path, *, text_column: str = "text", label_column: str = "label"
+    path: Path,
+    *,
+    text_column: str = "text",
+    label_column: str = "label",
+    columns: Mapping[str, str] | None = None,
+    labels: Collection[str] | None = None,
 ) -> tuple[list[str], list[str]]:
     """The texts and label names of a file that :func:`read_rows` reads, in file order.
 
     Labels may be strings or integers; with an empty ``label_column`` all texts have one label.
     ``text_column`` may be a template of columns, as in ``"{question} {answer}"``.
 
+    Args:
+        columns: the file's columns that are known under another name, to that name.
+        labels: the only ones that there may be.
+
     Raises:
         FedcoreError: as :func:`read_rows`, or an empty or non-string text, an empty or other label,
             or no rows at all; with file and line.
     """
-    texts, labels = [], []
-    for line, row in read_rows(path, wanted_columns(text_column, label_column)):
+    texts, names = [], []
+    wanted = wanted_columns(text_column, label_column)
+    for line, row in read_rows(path, wanted, renamed=columns):
         text = fill(text_column, row)
         label = row[label_column] if label_column else UNLABELLED
         if not isinstance(text, str) or not text.strip():
@@ -198,8 +235,13 @@ def read_table(
                 f"{path}:{line}: column {label_column!r} is {described(label)}; each row needs a "
                 "string or an integer"
             )
+        name = str(label).strip()
+        if labels is not None and name not in labels:
+            raise FedcoreError(
+                f"{path}:{line}: column {label_column!r} holds a label that is not in data.labels"
+            )
         texts.append(text)
-        labels.append(str(label).strip())
+        names.append(name)
     if not texts:
         raise FedcoreError(f"{path}: no rows")
-    return texts, labels
+    return texts, names

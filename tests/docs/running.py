@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 from sybil import Document, Example
 from sybil.evaluators.python import PythonEvaluator
 
-from fedcore.recipes import load_recipe
+from fedcore.recipes import SITES, load_recipe
 from tests.docs.commands import check_command, command_lines
 from tests.docs.pages import OUTPUT, Evaluator, read_page
 from tests.transports.nvflare_stand_in import install
@@ -105,7 +105,13 @@ def _run_session(environment: Mapping[str, str], example: Example) -> None:
 
 def _read_recipe(example: Example) -> None:
     """A recipe, or a part of one; what has a title is there for the blocks that follow."""
-    load_recipe(BASE, _dotted(tomllib.loads(example.parsed)))
+    settings = _dotted(tomllib.loads(example.parsed))
+    base: str | Path = BASE
+    if "data.sites" in settings or settings.get("data.source") == SITES:
+        # What the base recipe says of its data does not go with sites.
+        base = Path("nothing.toml")
+        base.write_text("", encoding="utf-8")
+    load_recipe(base, settings)
     title = example.region.lexemes["title"]
     if title:
         Path(title).write_text(example.parsed, encoding="utf-8")

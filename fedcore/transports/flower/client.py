@@ -23,6 +23,7 @@ from fedcore.data.low_rank import LowRank, packed, unpacked
 from fedcore.errors import FedcoreError
 from fedcore.experiments.client_models import OWN, with_own
 from fedcore.experiments.client_round import drops_out, train_one_client
+from fedcore.experiments.evaluation import site_sums
 from fedcore.experiments.observer import Observer
 from fedcore.experiments.privacy import check_local
 from fedcore.experiments.setup import Experiment
@@ -39,7 +40,13 @@ from fedcore.transports.flower.messages import (
     from_arrays,
     to_arrays,
 )
-from fedcore.transports.flower.reply_metrics import METRICS
+from fedcore.transports.flower.reply_metrics import (
+    CORRECT,
+    EXAMPLES,
+    LOSS_SUM,
+    METRICS,
+    TARGETS,
+)
 
 _ROW, _OWN, _RESIDUAL, _RUN = (f"fedcore.{name}" for name in ("row", "own", "residual", "run"))
 
@@ -86,7 +93,7 @@ class ClientMemory:
                 del state[name]
 
 
-ARRAYS, EXAMPLES = "arrays", "num-examples"
+ARRAYS = "arrays"
 
 DROPPED_OUT = 4101
 """The code of the error by which a client says that it drops out of a round, as the recipe asks."""
@@ -199,6 +206,38 @@ def train(
     )
     if round_config.tell and client in experiment.statistics:
         answer[TOLD] = to_arrays(experiment.statistics[client])
+    return Message(answer, reply_to=message)
+
+
+def evaluate_global(message: Message, experiment: Experiment, client: str) -> Message:
+    """A client's sums over its held-out rows with the adapter that ``message`` brings as a whole.
+
+    What the client remembers of the run is not touched. With fewer predictions than
+    ``evaluation.min_targets`` the reply holds none of them.
+
+    Raises:
+        FedcoreError: a message that does not fit the recipe.
+    """
+    content = message.content
+    round_config = RoundConfig.read(content)
+    if not round_config.whole:
+        raise FedcoreError("an evaluation needs the whole adapter, and the message has a part")
+    key_map, _ = KeyMap.of(model_tensors(experiment))
+    given = _updated(ClientMemory(), content, round_config, key_map, experiment, client)
+    assert given.row is not None
+    experiment.residual.load(given.residual)
+    experiment.binding.load(given.row)
+    sums = site_sums(experiment, client)
+    answer = RecordDict({RECORD: ReplyInfo(client, round_config.round).record()})
+    if sums is not None:
+        answer[METRICS] = MetricRecord(
+            {
+                EXAMPLES: sums.examples,
+                TARGETS: sums.targets,
+                CORRECT: sums.correct,
+                LOSS_SUM: sums.loss,
+            }
+        )
     return Message(answer, reply_to=message)
 
 

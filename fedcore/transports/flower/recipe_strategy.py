@@ -3,38 +3,45 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
-from time import perf_counter, sleep
+from time import monotonic, perf_counter, sleep
 from typing import Any
 
 import torch
-from flwr.app import Message, MessageType, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Result
 
 from fedcore.data.rows import Ranks
 from fedcore.errors import FedcoreError, printable
-from fedcore.experiments.evaluation import Score, evaluates, score
+from fedcore.experiments.evaluation import Score, SiteSums, evaluates, score, with_sites
 from fedcore.experiments.observer import Observer
 from fedcore.experiments.privacy import check_local
 from fedcore.experiments.record import ClientReports, round_record
-from fedcore.experiments.round import sample_clients
+from fedcore.experiments.round import sample
 from fedcore.experiments.run_folder import RunFolder
 from fedcore.experiments.setup import Experiment
-from fedcore.experiments.traffic import added, downlink, uplink
+from fedcore.experiments.traffic import added, downlink, evaluation_downlink, together, uplink
+from fedcore.federation.announcements import with_agreed
 from fedcore.federation.diagnostics import ModuleDiagnosis, diagnose
-from fedcore.federation.server_round import ClosedRound
+from fedcore.federation.downloads import download
+from fedcore.federation.server_round import ClosedRound, OpenRound
 from fedcore.federation.state import ServerState
 from fedcore.methods.base import Broadcast
-from fedcore.transports.flower.messages import ReplyInfo
-from fedcore.transports.flower.reply_metrics import METRICS
+from fedcore.transports.flower.messages import ReplyInfo, broadcast_content
+from fedcore.transports.flower.reply_metrics import METRICS, read_sums
 from fedcore.transports.flower.strategy import FedLoRA, wait_for_nodes
 
 # A node that never says who it is delays only so many rounds.
-_MOST_SILENCES = 3
+MOST_SILENCES = 3
 
 _MOST_THREADS = 1 << 16
-_POLL = 1.0
+POLL = 1.0
+
+
+class TooFewRepliesError(FedcoreError):
+    """A round and its repetition had fewer valid replies than the quorum; its state is saved."""
 
 
 class RecipeStrategy(FedLoRA):
@@ -87,17 +94,84 @@ class RecipeStrategy(FedLoRA):
         self._sampled: tuple[str, ...] = ()
         self._began = 0.0
         self._save_seconds = 0.0
+        self._grid: Grid | None = None
+        self._timeout = 0.0
+        self._configured: tuple[int, ArrayRecord, ConfigRecord] | None = None
+
+    def start(
+        self,
+        grid: Grid,
+        initial_arrays: ArrayRecord,
+        num_rounds: int = 3,
+        timeout: float = 3600,
+        *further: Any,
+        **options: Any,
+    ) -> Result:
+        """As :meth:`FedLoRA.start`; a round that is repeated has the same ``timeout`` again.
+
+        Raises:
+            TooFewRepliesError: a round had fewer replies than ``round.quorum``, twice.
+            FedcoreError: as :meth:`FedLoRA.start`.
+        """
+        self._timeout = timeout
+        return super().start(grid, initial_arrays, num_rounds, timeout, *further, **options)
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """As :meth:`FedLoRA.configure_train`."""
+        self._grid, self._configured = grid, (server_round, arrays, config)
+        return super().configure_train(server_round, arrays, config, grid)
 
     def choose(self, grid: Grid) -> dict[int, str]:
-        """The nodes of the recipe's sample; the first round waits until every client is there."""
-        everyone = set(self._experiment.trainers)
-        self._meet(grid, everyone if not self._names else set())
-        self._sampled = sample_clients(self._experiment, self.state.round)
+        """The nodes of the recipe's sample; the first round waits until every client is there, or
+        for ``round.patience`` seconds and ``round.quorum`` of them.
+        """
+        self._meet(grid)
+        node_of = self._nodes(grid)
+        population = self._population(node_of)
+        self._sampled = sample(self._experiment.recipe, population, self.state.round)
         self._observer.round_started(self.state.round, len(self._sampled), 0)
         self._began = perf_counter()
-        connected = set(grid.get_node_ids())
-        node_of = {name: node for node, name in self._names.items() if node in connected}
         return {node_of[name]: name for name in self._sampled if name in node_of}
+
+    @property
+    def quorum(self) -> int | None:
+        """How many clients a round needs at least; None where a round may end with fewer."""
+        return self._experiment.recipe.round.quorum
+
+    def _nodes(self, grid: Grid) -> dict[str, int]:
+        """Client to its node, of those that are connected."""
+        connected = set(grid.get_node_ids())
+        return {name: node for node, name in self._names.items() if node in connected}
+
+    def _population(self, connected: Collection[str]) -> tuple[str, ...]:
+        """The clients that a round's are drawn from."""
+        return self._experiment.trainers
+
+    def _received(self, replies: Iterable[Message]) -> tuple[OpenRound, dict[str, RecordDict]]:
+        """The round with all that came back; one with fewer replies than the quorum's is repeated
+        once.
+        """
+        opened, contents = super()._received(replies)
+        least = 0 if self.quorum is None else self._experiment.recipe.round.sampled(self.quorum)
+        if len(contents) >= least:
+            return opened, contents
+        round = self.state.round
+        self._observer.message(
+            f"round {round} has {len(contents)} valid replies of at least {least}: it is repeated"
+        )
+        assert self._grid is not None
+        assert self._configured is not None
+        messages = self.configure_train(*self._configured, self._grid)
+        again = self._grid.send_and_receive(messages, timeout=self._timeout)
+        opened, contents = super()._received(again)
+        if len(contents) < least:
+            raise TooFewRepliesError(
+                f"round {round} has {len(contents)} valid replies of at least {least}, twice: the "
+                f"run ends after {round} rounds; start it again with the same run folder to resume"
+            )
+        return opened, contents
 
     def ranks_of(self, node: int, client: str) -> Ranks | None:
         """The recipe's."""
@@ -132,10 +206,16 @@ class RecipeStrategy(FedLoRA):
             )
         seconds["diagnose"] = perf_counter() - started
         started = perf_counter()
-        measured = not able.personalised and evaluates(experiment, before.round)
-        outcome = score(experiment, closed.state) if measured else Score()
+        down = downlink(experiment, before, self._sampled)
+        outcome = Score()
+        if not able.personalised and evaluates(experiment, before.round):
+            if experiment.recipe.evaluation.on == "server":
+                outcome = score(experiment, closed.state)
+            else:
+                asked, sums = self._site_sums(closed.state)
+                outcome = with_sites(experiment, closed.state, sums)
+                down = together(down, evaluation_downlink(experiment, closed.state, asked))
         seconds["evaluate"] = perf_counter() - started
-        names = ("train-loss", "local-accuracy", "local-loss")
         absent = set(self._sampled) - {who.client for who in self._asked.values()}
         dropped = {d.client_id: d.reason for d in cohort.dropped}
         dropped |= dict.fromkeys(absent, "no node of it is connected")
@@ -143,16 +223,69 @@ class RecipeStrategy(FedLoRA):
             experiment,
             before.round,
             outcome,
-            ClientReports(*(_reported(replies, name) for name in names)),
+            ClientReports(
+                losses=_reported(replies, "train-loss"),
+                local_accuracy=_reported(replies, "local-accuracy"),
+                local_loss=_reported(replies, "local-loss"),
+                examples=self._examples(),
+            ),
             sampled=self._sampled,
             dropped=dropped,
             flags=closed.flags,
             up=uplink(experiment, before, cohort.layout, closed.reported),
-            down=downlink(experiment, before, self._sampled),
+            down=down,
             seconds=seconds,
             modules=modules,
         )
         return record.plain()
+
+    def _examples(self) -> Mapping[str, int | None] | None:
+        """What clients have said of their rows, where the experiment does not know it."""
+        return None
+
+    def _site_sums(self, state: ServerState) -> tuple[list[str], dict[str, SiteSums]]:
+        """The clients that were asked to evaluate ``state``, and the sums of those that answered.
+
+        What a client answers cannot end the run.
+        """
+        assert self._grid is not None
+        node_of = self._nodes(self._grid)
+        announced = self._announcer.announce(state, self.key_map.constants)
+        messages = []
+        for client, node in sorted(node_of.items()):
+            ranks = self.ranks_of(node, client)
+            content = broadcast_content(
+                state,
+                self.method,
+                self.key_map,
+                client,
+                ranks,
+                download(state, self.method, client, ranks, everything=True),
+                with_agreed(announced, state).brief,
+                config=ConfigRecord(),
+                arrays_key=self.arrayrecord_key,
+                config_key=self.configrecord_key,
+            )
+            messages.append(
+                Message(content=content, message_type=MessageType.EVALUATE, dst_node_id=node)
+            )
+        client_of = {node: client for client, node in node_of.items()}
+        sums: dict[str, SiteSums] = {}
+        for reply in self._grid.send_and_receive(messages, timeout=self._timeout):
+            client = client_of.get(reply.metadata.src_node_id, "")
+            if not client or reply.has_error():
+                continue
+            try:
+                of_site = read_sums(reply.content, self._experiment.recipe.evaluation.min_targets)
+            except FedcoreError as error:
+                self._observer.message(f"the evaluation of {client} is left out: {error}")
+            except Exception as error:
+                kind = type(error).__name__
+                self._observer.message(f"the evaluation of {client} cannot be read ({kind})")
+            else:
+                if of_site is not None:
+                    sums[client] = of_site
+        return sorted(node_of), sums
 
     def keep(self, after: ServerState) -> ServerState:
         """Add the traffic and write state and record to the run folder."""
@@ -167,18 +300,22 @@ class RecipeStrategy(FedLoRA):
         self._observer.round_finished(record)
         return state
 
-    def _meet(self, grid: Grid, wanted: set[str]) -> None:
-        """Ask every new node who it is, and again where it is slow, until all of ``wanted`` are
-        known, or as many nodes as are wanted have been asked and the patience is over.
+    def _meet(self, grid: Grid) -> None:
+        """Ask every new node who it is, and again where it is slow.
+
+        Before the first round until all clients are known, or as many nodes as clients have been
+        asked and the patience is over, or a quorum is there after ``round.patience`` seconds.
         """
-        connected = set(wait_for_nodes(grid, max(1, len(wanted))))
-        free = {name for node, name in self._names.items() if node not in connected}
-        self._rivals = {node: name for node, name in self._rivals.items() if name not in free}
+        wanted = set() if self._names else set(self._experiment.trainers)
+        rounds = self._experiment.recipe.round
+        began = monotonic()
+        connected = set(wait_for_nodes(grid, max(1, self.quorum or 1 if wanted else 1)))
+        self._free_rivals(connected)
         waited = 0.0
         while True:
             new = [node for node in sorted(grid.get_node_ids()) if node not in self._known()]
             if not wanted:
-                new = [node for node in new if self._silent[node] < _MOST_SILENCES]
+                new = [node for node in new if self._silent[node] < MOST_SILENCES]
             if new:
                 self._introduce(grid, new)
             missing = sorted(wanted - set(self._names.values()))
@@ -186,11 +323,18 @@ class RecipeStrategy(FedLoRA):
                 return
             self._observer.message(f"waiting for {len(missing)} clients, first {missing[0]}")
             while (connected := set(grid.get_node_ids())) <= self._known():
-                if len(connected) >= len(wanted) and waited >= self._patience:
+                asked = len(connected) >= len(wanted) and waited >= self._patience
+                late = self.quorum is not None and monotonic() - began >= rounds.patience
+                if asked or (late and len(self._nodes(grid)) >= (self.quorum or 0)):
                     self._observer.message(f"the run starts without {', '.join(missing)}")
                     return
-                sleep(_POLL)
-                waited += _POLL
+                sleep(POLL)
+                waited += POLL
+
+    def _free_rivals(self, connected: Collection[int]) -> None:
+        """Let nodes be asked again that bore the name of one that is gone."""
+        free = {name for node, name in self._names.items() if node not in connected}
+        self._rivals = {node: name for node, name in self._rivals.items() if name not in free}
 
     def _known(self) -> set[int]:
         return set(self._names) | self._strangers | set(self._rivals)
@@ -230,13 +374,17 @@ class RecipeStrategy(FedLoRA):
             except Exception as error:
                 answers[node] = f"node {node} answers with nonsense ({type(error).__name__})"
                 continue
-            if name not in self._experiment.trainers:
-                answers[node] = f"a node says it is {printable(name)!r}, which the recipe lacks"
+            if (problem := self._problem_of(name)) is not None:
+                answers[node] = f"a node says it is {printable(name)!r}, {problem}"
             elif not 0 <= count <= _MOST_THREADS:
                 answers[node] = f"node {node} says it computes on an impossible number of threads"
             else:
                 answers[node] = reply
         return answers
+
+    def _problem_of(self, name: str) -> str | None:
+        """Why no client can be called ``name``, if so."""
+        return None if name in self._experiment.trainers else "which the recipe lacks"
 
     def _named(self, grid: Grid, claims: Mapping[int, ReplyInfo]) -> dict[str, int]:
         """Note whose nodes these are; returns client to threads of those that are new.

@@ -15,12 +15,19 @@ from flwr.common.logger import log
 
 from fedcore.data.validation import check_weight, one_number
 from fedcore.errors import FedcoreError, printable
+from fedcore.experiments.evaluation import SiteSums
 
 Aggregate = Callable[[list[RecordDict], str], MetricRecord]
 """Flower's form of a function that makes one metric record of all."""
 
 METRICS = "metrics"
 """The name under which the metrics of a reply stand once they are read."""
+
+EXAMPLES = "num-examples"
+"""The metric that holds a client's rows."""
+
+TARGETS, CORRECT, LOSS_SUM = "targets", "correct", "loss-sum"
+"""Metrics of a site's reply to an evaluation: sums over its held-out rows."""
 
 _MOST = 100
 
@@ -51,6 +58,32 @@ def read_weight(metrics: Mapping[str, float], key: str) -> float:
     if key not in metrics:
         raise FedcoreError(f"its reply does not say {key}")
     return metrics[key]
+
+
+def read_sums(content: RecordDict, least: int) -> SiteSums | None:
+    """A site's sums over its held-out rows; None where it sent none.
+
+    Args:
+        least: predictions that a site may answer for.
+
+    Raises:
+        FedcoreError: naming what is absent, or impossible.
+    """
+    metrics = read_metrics(content)
+    if not metrics:
+        return None
+    values = {}
+    for name in (EXAMPLES, TARGETS, CORRECT, LOSS_SUM):
+        if name not in metrics:
+            raise FedcoreError(f"its reply does not say {name}")
+        value = metrics[name]
+        if value < 0 or (name != LOSS_SUM and value != int(value)):
+            raise FedcoreError(f"its {name} is {value:g}, which is not a sum of that kind")
+        values[name] = value
+    targets, correct = int(values[TARGETS]), int(values[CORRECT])
+    if targets < least or correct > targets:
+        raise FedcoreError(f"its reply says {correct} correct of {targets} targets")
+    return SiteSums(int(values[EXAMPLES]), targets, correct, values[LOSS_SUM])
 
 
 def with_metrics(content: RecordDict, metrics: Mapping[str, float]) -> RecordDict:

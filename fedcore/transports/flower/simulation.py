@@ -39,6 +39,7 @@ def start(
         MissingExtraError: Ray is not installed.
     """
     check_recipe(recipe)
+    local.check_simulated(recipe)
     return local.start(recipe, path, observer, cache, rounds=simulated_rounds)
 
 

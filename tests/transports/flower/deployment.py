@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from time import monotonic, sleep
@@ -15,8 +16,9 @@ from time import monotonic, sleep
 class Deployment:
     """Use it as a context manager; every process is the leader of a group of its own."""
 
-    def __init__(self, home: Path, nodes: int) -> None:
+    def __init__(self, home: Path, nodes: int, configs: Sequence[str] = ()) -> None:
         self.home, self.nodes = home, nodes
+        self.configs = configs or [f"partition-id={i} num-partitions={nodes}" for i in range(nodes)]
         self.processes: dict[str, subprocess.Popen] = {}
         self.port, *self.ports = free_ports(nodes + 1)
         self.bin = Path(sys.executable).parent
@@ -49,7 +51,7 @@ class Deployment:
                     f"supernode-{i}",
                     f"flower-supernode --insecure --superlink 127.0.0.1:{self.port} --port {port}",
                     "--node-config",
-                    f"partition-id={i} num-partitions={self.nodes}",
+                    self.configs[i],
                 )
         except BaseException:
             self.__exit__()

@@ -41,7 +41,7 @@ def experiment(job):
 
 @pytest.fixture(autouse=True)
 def no_waiting(monkeypatch):
-    monkeypatch.setattr(recipe_strategy, "_POLL", 0.0)
+    monkeypatch.setattr(recipe_strategy, "POLL", 0.0)
 
 
 def started(experiment, grid, observer, rounds):
