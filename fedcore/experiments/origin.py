@@ -83,9 +83,7 @@ def differences_of_base(experiment: Experiment, folder: RunFolder, purpose: str)
 def _data(experiment: Experiment) -> str:
     examples, total = experiment.examples, sha256()
     tensors = {
-        "input_ids": examples.input_ids,
-        "attention_mask": examples.attention_mask,
-        "labels": examples.labels,
+        **examples.tensors(),
         "test": experiment.test,
         **{f"train/{client}": rows for client, rows in sorted(experiment.shards.items())},
         **{f"test/{client}": rows for client, rows in sorted(experiment.test_shards.items())},

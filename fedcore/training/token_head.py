@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -50,7 +51,8 @@ class TokenHead:
 
         Runs the model on a few tokens to see that the head gives the model's own logits.
         """
-        base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+        outer: Any = model
+        base = outer.get_base_model() if hasattr(outer, "get_base_model") else outer
         module = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
         if not isinstance(module, nn.Module):
             return "the model names no output embeddings"
@@ -87,13 +89,17 @@ def _finishes(config: Any) -> Iterator[Callable[[Tensor], Tensor]]:
 
     for name in ("final_logit_softcapping", "logits_soft_cap"):
         if not math.isnan(cap := number(name)):
-            yield lambda logits, cap=cap: torch.tanh(logits / cap) * cap
+            yield partial(_capped, cap=cap)
     for name in ("logit_scale", "lm_head_multiplier"):
         if not math.isnan(factor := number(name)):
-            yield lambda logits, factor=factor: logits * factor
+            yield partial(torch.mul, other=factor)
     if not math.isnan(divisor := number("logits_scaling")):
         yield lambda logits: logits / divisor
     yield lambda logits: logits
+
+
+def _capped(logits: Tensor, cap: float) -> Tensor:
+    return torch.tanh(logits / cap) * cap
 
 
 def _equal(ours: Tensor, theirs: Tensor) -> bool:
