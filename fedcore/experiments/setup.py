@@ -147,10 +147,13 @@ def build_experiment(
     labels_needed = cache.texts.get(dataset_key)
     texts = labels_needed[0] if labels_needed else _load_texts(recipe, observer)
     classes = len(texts.label_names)
-    model, tokenizer = task.load(recipe.model.source, classes, derive_seed(seed, "head"))
+    device, weights = _device(recipe.training.device), recipe.model.weights
+    model, tokenizer = task.load(
+        recipe.model.source, classes, derive_seed(seed, "head"), weights, device
+    )
     # Onto its device before it is wrapped: adapters are created beside their base weights.
     model = attach_adapter(
-        model.to(_device(recipe.training.device)),
+        model if weights.quantisation else model.to(device),
         method.family,
         rank=recipe.adapter.rank,
         alpha=recipe.adapter.alpha,

@@ -67,6 +67,7 @@ def check_sources(recipe: Recipe) -> None:
         FedcoreError: one line with the nearest valid names, or with what to pass instead of a hub
             id that is out of reach.
     """
+    recipe.model.weights.check()
     data, model = check_data_source(recipe.data.source), check_model_source(recipe.model.source)
     check_obtainable("model", model)
     check_obtainable("dataset", data)
