@@ -179,10 +179,13 @@ def build_experiment(
         recipe = recipe.model_copy(update={"clients": len(sites)})
         recipe.check_cohort(recipe.clients)
     classes = len(texts.label_names)
-    model, tokenizer = task.load(recipe.model.source, classes, derive_seed(seed, "head"))
+    device, weights = _device(recipe.training.device), recipe.model.weights
+    model, tokenizer = task.load(
+        recipe.model.source, classes, derive_seed(seed, "head"), weights, device
+    )
     # Onto its device before it is wrapped: adapters are created beside their base weights.
     model = attach_adapter(
-        model.to(_device(recipe.training.device)),
+        model if weights.quantisation else model.to(device),
         method.family,
         rank=recipe.adapter.rank,
         alpha=recipe.adapter.alpha,

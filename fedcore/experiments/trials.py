@@ -68,6 +68,7 @@ def check_sources(recipe: Recipe) -> None:
         FedcoreError: one line with the nearest valid names, or with what to pass instead of a hub
             id that is out of reach.
     """
+    recipe.model.weights.check()
     model = check_model_source(recipe.model.source)
     check_obtainable("model", model)
     if recipe.data.sites is not None:

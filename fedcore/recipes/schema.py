@@ -18,6 +18,7 @@ from fedcore.training.optimisers import OptimiserSettings
 from fedcore.training.private_training import PrivateSettings
 from fedcore.training.schedules import Schedule, ScheduleName
 from fedcore.training.token_head import LOGITS_BUDGET
+from fedcore.training.weight_format import DtypeName, Quantisation, WeightFormat
 
 
 class Section(BaseModel):
@@ -31,13 +32,22 @@ class ModelSection(Section):
 
     ``source``: ``minilm`` or ``smollm2``, a local folder, or a hub id ``org/name``. ``identity``:
     whether the digest by which server and clients compare their base model is of sampled blocks of
-    its weights or of all; ``allow``: the parts of it that may differ.
+    its weights or of all; ``allow``: the parts of it that may differ. ``dtype``, ``quantisation``
+    and ``compute_dtype``: in which numbers the base's weights are held, and 4-bit ones multiplied.
     """
 
     source: str = "minilm"
     max_length: int = Field(64, ge=4)
     identity: Mode = "sampled"
     allow: tuple[Part, ...] = ()
+    dtype: DtypeName = "fp32"
+    quantisation: Quantisation | None = None
+    compute_dtype: DtypeName | None = None
+
+    @property
+    def weights(self) -> WeightFormat:
+        """The same as loading takes it."""
+        return WeightFormat(self.dtype, self.quantisation, self.compute_dtype)
 
 
 SITES = "sites"
@@ -371,6 +381,17 @@ class Recipe(Section):
     round: RoundsSection = RoundsSection()
     privacy: PrivacySection = PrivacySection()
     evaluation: EvaluationSection = EvaluationSection()
+
+    @model_validator(mode="after")
+    def _head_is_fp32(self) -> Recipe:
+        model = self.model
+        for key, plain in (("dtype", "fp32"), ("quantisation", None)):
+            if self.task == "classification" and getattr(model, key) != plain:
+                raise FedcoreError(
+                    f"model.{key} is {getattr(model, key)!r} and task is 'classification', whose "
+                    "head trains in fp32; leave it out"
+                )
+        return self
 
     @model_validator(mode="after")
     def _enough_clients(self) -> Recipe:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from fedcore.errors import unknown_name
@@ -17,6 +18,7 @@ from fedcore.training.encoding import EncodedDataset, encode
 from fedcore.training.language_models import load_language_model
 from fedcore.training.models import load_classifier
 from fedcore.training.next_tokens import encode_continuations
+from fedcore.training.weight_format import WeightFormat
 
 
 @dataclass(frozen=True)
@@ -25,13 +27,14 @@ class Task:
 
     Attributes:
         peft_type: PEFT's name of the task, which decides whether a head trains with the adapter.
-        load: model source, number of classes and seed to the base model and its tokenizer.
+        load: model source, number of classes and seed to the base model and its tokenizer, in a
+            format of its weights and, where they are quantised, on a device.
         encode: texts, tokenizer and length to examples with their targets.
         generates: whether the models continue texts, so that a report can show one.
     """
 
     peft_type: str
-    load: Callable[[str, int, int], tuple[nn.Module, Any]]
+    load: Callable[[str, int, int, WeightFormat, torch.device], tuple[nn.Module, Any]]
     encode: Callable[[TextDataset, Any, int], EncodedDataset]
     generates: bool = False
 
@@ -39,12 +42,16 @@ class Task:
 TASKS: Mapping[str, Task] = {
     "classification": Task(
         peft_type="SEQ_CLS",
-        load=lambda source, classes, seed: load_classifier(source, classes, seed=seed),
+        load=lambda source, classes, seed, weights, _: load_classifier(
+            source, classes, seed=seed, dtype=weights.torch_dtype
+        ),
         encode=encode,
     ),
     "causal": Task(
         peft_type="CAUSAL_LM",
-        load=lambda source, classes, seed: load_language_model(source),
+        load=lambda source, _, __, weights, device: load_language_model(
+            source, weights=weights, device=device
+        ),
         encode=encode_continuations,
         generates=True,
     ),
