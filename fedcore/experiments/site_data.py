@@ -9,7 +9,7 @@ from pathlib import Path
 from fedcore.data.seeding import derive_seed
 from fedcore.errors import FedcoreError
 from fedcore.recipes import Recipe, with_settings
-from fedcore.recipes.schema import DataSection, ModelSection
+from fedcore.recipes.schema import DataSection
 from fedcore.training.datasets import TextDataset, classes_of, load_table, train_test_split
 from fedcore.training.site_settings import SiteSettings, check_site_name
 from fedcore.training.table_files import TABLE_SUFFIXES, read_table
@@ -149,14 +149,8 @@ def recipe_at(recipe: Recipe, site: SiteSettings) -> Recipe:
     if site.device is not None:
         settings["training.device"] = site.device
     for key in ("dtype", "quantisation"):
-        value = getattr(site, key)
-        if value is None:
-            continue
-        if key not in ModelSection.model_fields:
-            raise FedcoreError(
-                f"site {site.site}: {key} is set, and recipes have no model.{key}; leave it out"
-            )
-        settings[f"model.{key}"] = value
+        if getattr(site, key) is not None:
+            settings[f"model.{key}"] = getattr(site, key)
     batch = recipe.training.batch_size
     if site.batch_size not in (None, batch):
         raise FedcoreError(
