@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from difflib import get_close_matches
 
 _LONGEST_MESSAGE = 4000
+
+# A name of somebody else: longer than any path or key that has a meaning.
+_LONG_WORD = re.compile(r"(\S{400})\S{200,}")
+_LONGEST_QUOTED = 1 << 16
 
 
 def printable(text: object, most: int = 200) -> str:
@@ -30,11 +35,13 @@ def printable(text: object, most: int = 200) -> str:
 class FedcoreError(ValueError):
     """Something given to fedcore is wrong; the message names it, its value and what to pass.
 
-    A message is one line of printable characters, whatever it quotes.
+    A message is one line of printable characters, whatever it quotes; a word that nobody can read
+    to its end is shortened, so that what is said after it is seen.
     """
 
     def __init__(self, message: object = "") -> None:
-        super().__init__(printable(message, _LONGEST_MESSAGE))
+        text = _LONG_WORD.sub(r"\1...", str(message)[:_LONGEST_QUOTED])
+        super().__init__(printable(text, _LONGEST_MESSAGE))
 
 
 class MissingExtraError(ImportError):

@@ -42,3 +42,12 @@ def test_an_error_is_one_printable_line():
     error = FedcoreError("client a\x1b[2J\nround 9: client b: all is well")
     assert str(error) == r"client a\x1b[2J\nround 9: client b: all is well"
     assert str(unknown_name("method", "\x1b" * 5000, ["a"])).isprintable()
+
+
+def test_a_word_without_end_does_not_hide_the_remedy():
+    said = str(FedcoreError(f"the file lacks {'a' * 5000}; pass another one"))
+    assert said.startswith("the file lacks aaa")
+    assert said.endswith("... pass another one")
+    assert len(said) < 500
+    path = "/" + "/".join(["folder"] * 50)
+    assert path in str(FedcoreError(f"cannot read {path}"))
