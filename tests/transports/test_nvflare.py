@@ -427,7 +427,11 @@ def test_a_client_knows_how_many_rounds_there_are(
 ) -> None:
     """A job that starts again at round 2 and runs 5 more has 7."""
     served = FedLoRAAggregator(start("fedit"), "fedit").global_params()
-    rounds = {"current_round": begins, "start_round": begins, "total_rounds": total}
+    rounds: dict[str, Any] = {
+        "current_round": begins,
+        "start_round": begins,
+        "total_rounds": total,
+    }
     client = FederatedClient(lora_bert(), method="fedit")
     nvflare.receive(client, FLModel(params_type="FULL", params=served, **rounds))
     if expected is not None:
