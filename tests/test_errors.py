@@ -35,7 +35,7 @@ def test_what_does_not_print_is_escaped(text, shown):
 def test_long_text_is_cut():
     assert printable("a" * 10**6) == "a" * 197 + "..."
     assert printable("\x00" * 10**6, 10) == r"\x00\x0..."
-    assert len(str(FedcoreError("x" * 10**6))) == 4000
+    assert len(str(FedcoreError("x " * 10**6))) == 4000
 
 
 def test_an_error_is_one_printable_line():

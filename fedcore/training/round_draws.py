@@ -1,7 +1,7 @@
 """What a Trainer script draws in a round: its seed, its examples, its place in the schedule.
 
 A Trainer seeds itself by ``args.seed`` each time it is made, and every round has a Trainer of its
-own. With one seed for all rounds a client of few steps trains on the same examples in every round.
+own. Under one seed, few steps see the same examples in every round.
 """
 
 from __future__ import annotations

@@ -51,9 +51,10 @@ class TokenHead:
 
         Runs the model on a few tokens to see that the head gives the model's own logits.
         """
-        outer: Any = model
-        base = outer.get_base_model() if hasattr(outer, "get_base_model") else outer
-        module = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
+        whole: Any = model
+        base = whole.get_base_model() if hasattr(model, "get_base_model") else whole
+        named: Any = getattr(base, "get_output_embeddings", None)
+        module = None if named is None else named()
         if not isinstance(module, nn.Module):
             return "the model names no output embeddings"
         config = base.config.get_text_config()
@@ -89,17 +90,29 @@ def _finishes(config: Any) -> Iterator[Callable[[Tensor], Tensor]]:
 
     for name in ("final_logit_softcapping", "logits_soft_cap"):
         if not math.isnan(cap := number(name)):
-            yield partial(_capped, cap=cap)
+            yield partial(_capped, cap)
     for name in ("logit_scale", "lm_head_multiplier"):
         if not math.isnan(factor := number(name)):
-            yield partial(torch.mul, other=factor)
+            yield partial(_scaled, factor)
     if not math.isnan(divisor := number("logits_scaling")):
-        yield lambda logits: logits / divisor
-    yield lambda logits: logits
+        yield partial(_divided, divisor)
+    yield _as_they_are
 
 
-def _capped(logits: Tensor, cap: float) -> Tensor:
+def _capped(cap: float, logits: Tensor) -> Tensor:
     return torch.tanh(logits / cap) * cap
+
+
+def _scaled(factor: float, logits: Tensor) -> Tensor:
+    return logits * factor
+
+
+def _divided(divisor: float, logits: Tensor) -> Tensor:
+    return logits / divisor
+
+
+def _as_they_are(logits: Tensor) -> Tensor:
+    return logits
 
 
 def _equal(ours: Tensor, theirs: Tensor) -> bool:

@@ -117,7 +117,7 @@ def default_of(field: FieldInfo) -> str:
         return f"`{str(value).lower()}`"
     if isinstance(value, tuple):
         return "`[" + ", ".join(f'"{one}"' for one in value) + "]`"
-    return f"`{value}`" if isinstance(value, str) else f"`{value:g}`"
+    return f"`{value}`" if isinstance(value, str | int) else f"`{value:g}`"
 
 
 if __name__ == "__main__":

@@ -99,10 +99,10 @@ def test_a_difference_that_is_allowed_is_flagged_in_every_round(tmp_path: Path) 
         server = FileServer.open(tmp_path / "federation").round(
             tmp_path / f"uploads-{server.state.round}"
         )
-        assert server.state.record["flags"] == [
+        assert (
             "site-1: its base differs from the server's in its template, first chat_template, as "
             "allowed"
-        ]
+        ) in server.state.record["flags"]
     with pytest.raises(FedcoreError, match="did you mean template"):
         federation(tmp_path / "other", allow=["templates"])
 

@@ -421,6 +421,26 @@ def test_statistics_take_the_place_of_factors_where_a_method_sends_them(
     assert not torch.equal(aggregator.state.row, before)
 
 
+@pytest.mark.parametrize(("begins", "total", "expected"), [(0, 5, 5), (2, 5, 7), (0, None, None)])
+def test_a_client_knows_how_many_rounds_there_are(
+    start: Callable[[str], str], begins: int, total: int | None, expected: int | None
+) -> None:
+    """A job that starts again at round 2 and runs 5 more has 7."""
+    served = FedLoRAAggregator(start("fedit"), "fedit").global_params()
+    rounds: dict[str, Any] = {
+        "current_round": begins,
+        "start_round": begins,
+        "total_rounds": total,
+    }
+    client = FederatedClient(lora_bert(), method="fedit")
+    nvflare.receive(client, FLModel(params_type="FULL", params=served, **rounds))
+    if expected is not None:
+        assert client.total_rounds == expected
+        return
+    with pytest.raises(FedcoreError, match="does not say how many rounds"):
+        _ = client.total_rounds
+
+
 def test_trainers_take_part(tmp_path: Path, start: Callable[[str], str]) -> None:
     """Receive, train, reply, for both phases of RoLoRA."""
     aggregator = FedLoRAAggregator(start("rolora"), "rolora")

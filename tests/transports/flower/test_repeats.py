@@ -16,6 +16,7 @@ from fedcore.training.base_identity import identity_of
 from fedcore.training.live_adapter import live_adapter
 from fedcore.transports.flower import FedLoRA, from_arrays, repeat, to_arrays
 from fedcore.transports.flower.client import ClientMemory, model_tensors
+from fedcore.transports.flower.messages import ReplyInfo, RoundConfig
 from fedcore.transports.flower.recipe_strategy import RecipeStrategy
 from tests.experiments.jobs import tiny_recipe
 from tests.training.trainer_rounds import lora_bert
@@ -85,6 +86,26 @@ def test_a_client_on_another_base_does_not_train(kind, message, home, elsewhere,
     with pytest.raises(FedcoreError, match=f"round 0: client client-01: .*{message}"):
         run(tiny_recipe(home, rounds=1), handlers, rounds=1)
     assert sorted(set(trained)) == ["client-00", "client-02", "client-03"]
+
+
+def test_messages_say_how_many_rounds_there_are_and_no_reply_repeats_it(home):
+    said = {"server": [], "clients": []}
+
+    def handlers(grid):
+        genuine = grid.handlers[993]
+
+        def handle(message, context):
+            reply = genuine(message, context)
+            if message.metadata.message_type == "train":
+                said["server"].append(RoundConfig.read(message.content).announced)
+                said["clients"].append(ReplyInfo.read(reply.content).said)
+            return reply
+
+        return {993: handle}
+
+    run(tiny_recipe(home, rounds=2), handlers)
+    assert [announced.total_rounds for announced in said["server"]] == [2, 2]
+    assert [answer.total_rounds for answer in said["clients"]] == [None, None]
 
 
 def test_an_allowed_difference_is_flagged_in_every_round(home, elsewhere):
