@@ -125,7 +125,7 @@ def tokens_of(tokenizer: Any, text: str, what: str) -> list[int]:
     return ids
 
 
-def check_length(model: CachedModel, count: int, what: str) -> None:
+def check_positions(model: CachedModel, count: int, what: str) -> None:
     """Refuse more tokens than the model has positions for.
 
     Raises:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedcore.answers.cached import CachedModel, Read, check_length, tokens_of
+from fedcore.answers.cached import CachedModel, Read, check_positions, tokens_of
 from fedcore.answers.task import AnswerTask
 from fedcore.errors import FedcoreError
 
@@ -44,7 +44,7 @@ def option_likelihoods(
                     "that of a continuation; begin options with a blank, and end the prompt "
                     "without one"
                 )
-            check_length(model, len(whole), what)
+            check_positions(model, len(whole), what)
         prompts.append(prompt)
         options.append([whole[len(prompt) :] for whole in wholes])
     # Of like length side by side: less padding.

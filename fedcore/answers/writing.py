@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from fedcore.answers.cached import CachedModel, check_length, tokens_of
+from fedcore.answers.cached import CachedModel, check_positions, tokens_of
 from fedcore.answers.marking import until
 from fedcore.answers.task import AnswerTask
 
@@ -35,7 +35,7 @@ def continuations(
     for number, row in enumerate(task.rows, start=1):
         what = f"{task.name}, row {number}"
         prompts.append(tokens_of(tokenizer, row.prompt, what))
-        check_length(model, len(prompts[-1]) + 1, what)
+        check_positions(model, len(prompts[-1]) + 1, what)
     ends = _ends(model, tokenizer)
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     texts = [""] * len(prompts)

@@ -1,4 +1,4 @@
-"""What a Trainer script draws in a round: its seed, its examples, its place in the schedule.
+"""What a Trainer script draws in a round: its seed and its examples.
 
 A Trainer seeds itself by ``args.seed`` each time it is made, and every round has a Trainer of its
 own. Under one seed, few steps see the same examples in every round.
@@ -8,15 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
 
 from fedcore.checks import count
 from fedcore.data.seeding import derive_seed
-from fedcore.errors import FedcoreError
 
 _SEEDS = 2**31
 """NumPy, which a Trainer seeds too, takes 32 bits; configurations are signed."""
@@ -78,55 +74,3 @@ class RoundDraws:
             f"the Trainer's seed {seed} {known}, so that the same examples are drawn again; pass "
             "seed=client.round_seed() to its arguments, or train on client.round_examples(...)"
         )
-
-
-def schedule_over_rounds(
-    optimiser: Optimizer,
-    name: str,
-    *,
-    round: int,
-    total_rounds: int,
-    steps: int,
-    warmup_rounds: float,
-    options: Mapping[str, Any],
-) -> LambdaLR:
-    """One of transformers' schedules over all rounds, entered where ``round`` begins.
-
-    Step k of round t of S steps has the rate of step ``t S + k`` of ``total_rounds S``.
-
-    Raises:
-        FedcoreError: a number out of range, or a schedule that is unknown or not a function of the
-            step alone.
-    """
-    from transformers import get_scheduler
-
-    count("scheduler", "steps", steps, least=1)
-    if round >= total_rounds:
-        raise FedcoreError(
-            f"scheduler: round {round} is beyond the {total_rounds} rounds of the federation, "
-            "counted from 0; start the server with more rounds"
-        )
-    if not 0 <= warmup_rounds <= total_rounds:
-        raise FedcoreError(
-            f"scheduler: warmup_rounds is {warmup_rounds}; pass a number from 0 to {total_rounds}"
-        )
-    # A schedule writes into the groups of the optimiser that it is made for.
-    spare = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
-    try:
-        whole = get_scheduler(
-            name,
-            spare,
-            num_warmup_steps=int(warmup_rounds * steps),
-            num_training_steps=total_rounds * steps,
-            scheduler_specific_kwargs=dict(options),
-        )
-    except (ValueError, TypeError) as error:
-        raise FedcoreError(f"scheduler: {name!r} cannot be made: {error}") from None
-    if not isinstance(whole, LambdaLR):
-        raise FedcoreError(
-            f"scheduler: {name!r} does not follow from the step alone; pass 'cosine', 'linear' or "
-            "another schedule of transformers that does"
-        )
-    for group in optimiser.param_groups:
-        group.setdefault("initial_lr", group["lr"])
-    return LambdaLR(optimiser, whole.lr_lambdas[0], last_epoch=round * steps - 1)

@@ -39,7 +39,8 @@ from fedcore.training.checkpoints import Start
 from fedcore.training.live_adapter import live_adapter
 from fedcore.training.residual import FrozenResidual
 from fedcore.training.round_checks import check_fits, check_holds, check_optimiser
-from fedcore.training.round_draws import RoundDraws, schedule_over_rounds
+from fedcore.training.round_draws import RoundDraws
+from fedcore.training.schedules import Schedule, enter_schedule
 from fedcore_kernels.layout import FactorLayout
 
 try:
@@ -198,22 +199,27 @@ class FederatedClient(TrainerCallback):  # type: ignore[misc,unused-ignore]
         Args:
             optimiser: over what trains, with the highest rate; made after ``receive``.
             steps: optimiser steps of a round, the same in every round.
-            name: as transformers calls it.
+            name: as transformers calls it, of :data:`~fedcore.training.schedules.ScheduleName`.
             warmup_rounds: rounds over which the rate rises from 0.
             options: the schedule's own.
 
         Raises:
             FedcoreError: the number of rounds is not known or this one is beyond them, a number
-                out of range, or a schedule that is unknown or not a function of the step alone.
+                out of range, or an unknown schedule or option of it.
         """
-        return schedule_over_rounds(
+        count("scheduler", "steps", steps, least=1)
+        if self.round >= self.total_rounds:
+            raise FedcoreError(
+                f"scheduler: round {self.round} is beyond the {self.total_rounds} rounds of the "
+                "federation, counted from 0; start the server with more rounds"
+            )
+        return enter_schedule(
             optimiser,
-            name,
+            Schedule(name, warmup_rounds, options),
+            rate=max(group["lr"] for group in optimiser.param_groups),
             round=self.round,
-            total_rounds=self.total_rounds,
+            rounds=self.total_rounds,
             steps=steps,
-            warmup_rounds=warmup_rounds,
-            options=options,
         )
 
     @property

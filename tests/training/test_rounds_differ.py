@@ -213,10 +213,14 @@ def test_one_schedule_goes_over_all_rounds(
     [
         (3, {}, "round 3 is beyond the 3 rounds of the federation"),
         (0, {"steps": 0}, "steps is 0; pass an integer of 1 or more"),
-        (0, {"name": "cosine_ish"}, "'cosine_ish' cannot be made"),
-        (0, {"name": "reduce_lr_on_plateau"}, "does not follow from the step alone"),
-        (0, {"warmup_rounds": 4}, "warmup_rounds is 4; pass a number from 0 to 3"),
-        (0, {"name": "cosine_with_min_lr", "minimum": 1}, "'cosine_with_min_lr' cannot be made"),
+        (0, {"name": "cosine_ish"}, "unknown schedule 'cosine_ish'"),
+        (0, {"name": "reduce_lr_on_plateau"}, "unknown schedule 'reduce_lr_on_plateau'"),
+        (0, {"warmup_rounds": 4}, "warmup_rounds is 4 of 3 rounds"),
+        (
+            0,
+            {"name": "cosine_with_min_lr", "minimum": 1},
+            "for 'cosine_with_min_lr' 'minimum'",
+        ),
     ],
 )
 def test_schedules_that_cannot_be_are_refused(
