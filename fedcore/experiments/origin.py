@@ -61,11 +61,11 @@ def check_origin(began: Mapping[str, str], now: Mapping[str, str], experiment: E
             )
 
 
-def differences_of_base(experiment: Experiment, folder: RunFolder, purpose: str) -> tuple[str, ...]:
+def differences_of_base(experiment: Experiment, folder: RunFolder, action: str) -> tuple[str, ...]:
     """In what the base of ``experiment`` differs as it may from the one the run began with.
 
     Args:
-        purpose: what cannot be done with the run where it differs otherwise, as a participle.
+        action: what cannot be done with the run where it differs otherwise, as a participle.
 
     Raises:
         FedcoreError: it differs otherwise.
@@ -76,7 +76,7 @@ def differences_of_base(experiment: Experiment, folder: RunFolder, purpose: str)
     allow = experiment.recipe.model.allow
     problem, allowed = base_differences(experiment.base, before, allow, "the run's")
     if problem is not None:
-        raise FedcoreError(f"{folder.path} cannot be {purpose}: {problem}")
+        raise FedcoreError(f"{folder.path} cannot be {action}: {problem}")
     return allowed
 
 
