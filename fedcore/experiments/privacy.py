@@ -13,7 +13,13 @@ from fedcore.data.cohort import Cohort
 from fedcore.errors import FedcoreError
 from fedcore.federation.records import CentralPrivacySpent, NoisySteps, PrivacySpent, Round
 from fedcore.methods.base import Aggregate, Broadcast, Method
-from fedcore.methods.requirements import NOISY_MEAN, SENDS_NO_STATISTICS, of_family, refuse
+from fedcore.methods.requirements import (
+    NOISY_MEAN,
+    PART_OF_MODEL,
+    SENDS_NO_STATISTICS,
+    of_family,
+    refuse,
+)
 from fedcore.privacy import SecureSum
 from fedcore.privacy.accounting import Spending, epsilon
 from fedcore.privacy.central import noisy_mean
@@ -35,7 +41,8 @@ def check_private(
         mixed_ranks: whether clients differ in rank.
 
     Raises:
-        FedcoreError: the method releases something besides what DP-SGD trained; bf16 autocast;
+        FedcoreError: the method releases something besides what DP-SGD trained, or trains the whole
+            model; bf16 autocast;
             clients of lower rank; a delta that permits publishing a whole example; an epsilon that
             the accountant cannot compute.
         MissingExtraError: Opacus is not installed.
@@ -43,7 +50,7 @@ def check_private(
     privacy = recipe.privacy
     if privacy.noise_multiplier is None:
         return
-    needs = (SENDS_NO_STATISTICS, of_family(method.family))
+    needs = (SENDS_NO_STATISTICS, PART_OF_MODEL, of_family(method.family))
     refuse(method, needs, "privacy.noise_multiplier, which adds noise to what was trained alone")
     if recipe.training.autocast:
         raise FedcoreError(

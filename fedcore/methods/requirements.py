@@ -50,6 +50,10 @@ KEEPS_BASE = Need(
     lambda method: not method.capabilities.updates_base,
     "updates base weights, which one adapter does not hold",
 )
+PART_OF_MODEL = Need(
+    lambda method: not method.capabilities.whole_model,
+    "trains parameters of every kind, not all of which have a gradient for each example",
+)
 MIXED_RANKS = Need(lambda method: method.capabilities.mixed_ranks, "needs equal ranks")
 ANY_RANK = Need(
     lambda method: method.capabilities.any_rank, "does not choose the rank of its result"

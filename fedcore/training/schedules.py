@@ -200,10 +200,12 @@ def enter_schedule(
         steps: of this client in this round; without any, the scheduler has nothing to follow.
 
     Raises:
-        FedcoreError: a ``round`` that is not one of ``rounds``, or as :meth:`Schedule.check`.
+        FedcoreError: a ``round`` that is not one of ``rounds`` where rates change with them, or as
+            :meth:`Schedule.check`.
     """
     count("", "rounds", rounds, least=1)
-    count("", "round", round, least=0, most=rounds - 1)
+    # Without a curve there is no end of it.
+    count("", "round", round, least=0, most=None if schedule.name == "constant" else rounds - 1)
     steps = max(steps, 1)
     factors = schedule.factors(rate, rounds, steps)
     for group in optimiser.param_groups:

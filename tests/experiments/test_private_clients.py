@@ -27,7 +27,8 @@ NOISY = {
     "adapter.layers": [-1],
 }
 TELLING = [m.name for m in default_methods() if m.capabilities.wants_features]
-OTHERS = [m.name for m in default_methods() if m.name not in TELLING]
+WHOLE = [m.name for m in default_methods() if m.capabilities.whole_model]
+OTHERS = [m.name for m in default_methods() if m.name not in (*TELLING, *WHOLE)]
 
 
 class Stop(Observer):
@@ -61,6 +62,13 @@ def test_every_other_method_trains_privately(method, home, tmp_path):
     assert bool(torch.isfinite(after).all())
     if method != "local_only":
         assert not torch.equal(before, after)
+
+
+@pytest.mark.parametrize("method", WHOLE)
+def test_a_method_that_trains_the_whole_model_is_refused_at_once(method, home, tmp_path):
+    with pytest.raises(FedcoreError, match=r"trains parameters of every kind.*; use one of head"):
+        start(tiny_recipe(home, **NOISY, **{"method.name": method}), tmp_path / "run")
+    assert not (tmp_path / "run" / "state").exists()
 
 
 @pytest.mark.parametrize("method", TELLING)

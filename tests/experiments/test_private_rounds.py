@@ -37,6 +37,7 @@ def lines(folder):
 def test_methods_run_under_it_or_say_why_not(method, home, tmp_path):
     recipe = tiny_recipe(home, **NOISY, **{"method.name": method, "rounds": 1, "clients": 5})
     runs = ("fedit", "ffa", "rolora", "fedsa", "florg.avg_a", "fedrot", "fed_sb", "head_only")
+    runs = (*runs, "fedavg.full")
     if method not in runs:
         with pytest.raises(FedcoreError, match=r"mean of what was trained: .*; use one of fedit"):
             start(recipe, tmp_path / "run")

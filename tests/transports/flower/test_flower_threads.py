@@ -83,7 +83,7 @@ def test_a_clients_app_computes_on_the_recipes_threads(threads, home, monkeypatc
         computed.append(torch.get_num_threads())
         return Message(RecordDict(), reply_to=message)
 
-    def build(text):
+    def build(text, settings):
         computed.append(torch.get_num_threads())
         return build_experiment(apps.parse_recipe(text), Observer())
 
