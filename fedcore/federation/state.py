@@ -318,7 +318,10 @@ def prune_clients(folder: Path, keep: int) -> None:
     The global row of every round stays; only the newest states can be resumed from.
     """
     for path in list(state_folders(folder).values())[:-keep]:
-        delete_file(path / CLIENTS_FILE)
+        file = path / CLIENTS_FILE
+        # Nobody reads it again: what somebody else put in its place is no reason to end a run.
+        if file.is_symlink() or not file.is_dir():
+            delete_file(file)
 
 
 def _by_client(state: ServerState) -> dict[str, dict[str, Tensor]]:
