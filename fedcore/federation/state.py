@@ -319,7 +319,7 @@ def prune_clients(folder: Path, keep: int) -> None:
     """
     for path in list(state_folders(folder).values())[:-keep]:
         file = path / CLIENTS_FILE
-        # Nobody reads it again: what somebody else put in its place is no reason to end a run.
+        # Nobody reads it again: what somebody else put in its place must not end a run.
         if file.is_symlink() or not file.is_dir():
             delete_file(file)
 
