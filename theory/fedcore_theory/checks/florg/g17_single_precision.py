@@ -38,10 +38,12 @@ TABLE: Table = {
     "truncated, Gram Q": ((1e-7, 1e-7), (3e-6, 3e-6), (1e-4, 1e-4), (1, 1)),
     "truncated, dual Gram": ((1e-7, 1e-7), (5e-7, 1e-6), (1e-5, 1e-4), (0.2, 0.8)),
     "truncated, SVD of F": ((9e-8, 9e-8), (3e-7, 3e-7), (2e-6, 5e-6), (2e-5, 4e-5)),
-    "sketched, batch": ((8e-8, 8e-8), (6e-6, 2e-5), (1e-4, 3e-4), (0.4, 0.8)),
+    "sketched, batch": ((8e-8, 3e-7), (6e-6, 2e-5), (1e-4, 3e-3), (0.4, 0.8)),
     "sketched, stream": ((6e-5, 1e-4), (0.2, np.inf), GARBAGE, GARBAGE),
 }
-"""Errors of each form in fp32, for conditions 10 to 1e4, as an earlier run of ours found them."""
+"""Errors of each form in fp32, for conditions 10 to 1e4: the least and the largest that earlier
+runs of ours found on several processors, whose roundings differ.
+"""
 
 
 def draw(seed: int) -> Graded:
@@ -160,6 +162,6 @@ CHECK = Check(
     measure=measure,
     picture=picture,
     finding="Grams in fp32 are usable to a condition of about 1e3, the plain stream to about 60. "
-    "The bounds are a factor of 10 around what an earlier run of ours found: a regression test, "
-    "not a law.",
+    "The bounds are a factor of 10 around what earlier runs of ours found on several processors: a "
+    "regression test, not a law.",
 )

@@ -33,12 +33,12 @@ GARBAGE = (0.5, np.inf)
 TABLE: Table = {
     "plain, fp64": ((4e-13, 4e-13), (6e-9, 6e-9), (4e-5, 4e-5), (9e-2, np.inf)),
     "plain, fp32 wire": ((6e-8, 6e-8), (5e-5, 5e-5), (3e-2, 3e-2), GARBAGE),
-    "whitened, fp64": ((0, 2e-15), (0, 4e-14), (0, 1e-12), (0, 1e-10)),
+    "whitened, fp64": ((0, 4e-15), (0, 4e-14), (0, 8e-12), (0, 2e-10)),
     "whitened, fp32 wire": ((0, 4e-9), (0, 1e-7), (0, 3e-6), (0, 1e-5)),
     "whitened, all fp32": ((1e-7, 3e-7), (4e-7, 1e-6), (4e-6, 2e-5), (2e-5, 2e-4)),
 }
-"""Errors for conditions 10 to 1e4, as earlier runs of ours found them; for the shipped forms the
-upper end alone."""
+"""Errors for conditions 10 to 1e4, as earlier runs of ours found them on several processors; for
+the shipped forms the upper end alone."""
 
 _BOUNDED = ("whitened, fp64", "whitened, fp32 wire")
 
