@@ -272,6 +272,19 @@ def test_procrustes_completes_null_directions_to_an_isometry(
         assert_close(torch.linalg.det(found).cpu(), torch.ones(5, dtype=torch.float64), 4)
 
 
+@pytest.mark.parametrize("size", [3, 4, 5])
+def test_a_direction_of_almost_nothing_does_not_change_the_determinant(
+    size: int, device: torch.device
+) -> None:
+    """Round-off once sent such columns among the padding, from where they came back mirrored."""
+    source, target = normal(6, 64, size, 9), normal(7, 64, size, 9)
+    target[:, 1] = target[:, 0]
+    target[32:, 2] = -target[32:, 0]
+    with backend("triton"):
+        found = procrustes(source.to(device), target.to(device), rotation_only=True)
+    assert_close(torch.linalg.det(found).cpu(), torch.ones(64, dtype=torch.float64), size)
+
+
 def test_procrustes_recovers_a_rotation_from_long_broadcast_rows(device: torch.device) -> None:
     """Several slabs of columns, the last of them short; nothing is contiguous."""
     turns = torch.stack([orthonormal(i, 3, 3) for i in range(4)])

@@ -134,7 +134,10 @@ def orthogonalised(w, v, SWEEPS: tl.constexpr, CARRY: tl.constexpr):
             # Exact up to round-off of the longer column; a sweep that changes nothing measures
             # every norm afresh, so no matrix converges on these.
             gain = tangent * inner
+            # Never below zero, or a column of almost nothing would change places with the padding,
+            # whose norm is 0, and come back with another sign.
             norms = tl.where(on_left == swap, right + gain, left - gain)
+            norms = tl.where(norms < 0, 0.0, norms)
             moved |= (turn | swap).to(tl.int32)
         moving = tl.max(moved, 1)
         unsettled = tl.max(moving, 0)
