@@ -79,7 +79,11 @@ def _lines(report: SiteCheck) -> list[tuple[str, str]]:
             "tokens of a row",
             f"{min(lengths)} / {median(lengths):g} / {max(lengths)} (min/median/max)",
         ),
-        ("truncated rows", f"{report.truncated} beyond max_length = {report.max_length}"),
+        (
+            "long rows" if report.overlong else "truncated rows",
+            f"{report.truncated} beyond max_length = {report.max_length}",
+        ),
+        *([("rows", report.overlong)] if report.overlong else []),
         ("steps per round", str(report.steps)),
         ("trained numbers", str(report.parameters)),
         ("upload per round", f"{report.upload_bytes} bytes"),

@@ -16,6 +16,7 @@ from fedcore.experiments.client_models import client_row
 from fedcore.experiments.setup import Experiment
 from fedcore.federation.records import Sample
 from fedcore.federation.state import ServerState
+from fedcore.training.encoding import IGNORED
 from fedcore.training.generation import continue_greedily
 from fedcore.training.live_adapter import live_adapter
 from fedcore.training.models import quiet_transformers
@@ -30,17 +31,19 @@ CONTINUATION = 24
 def generation_sample(experiment: Experiment, start: Tensor, state: ServerState) -> Sample:
     """The beginning of a held-out text, its own continuation, and the two models'.
 
-    The text is the first held-out one of the most tokens. Where every client has a model of its
-    own, the first client's is asked.
+    The text is the first held-out one of the most tokens; its beginning is what stands before the
+    first token that is predicted, or :data:`PROMPT` tokens where all are. Where every client has a
+    model of its own, the first client's is asked.
 
     Args:
         start: ``(P,)``, the row before any training.
     """
-    tokens = experiment.examples.attention_mask[experiment.test].sum(dim=1)
-    chosen = int(experiment.test[int(tokens.argmax())])
+    tokens = experiment.examples.inputs(experiment.test)["attention_mask"].sum(dim=1)
+    chosen = experiment.test[int(tokens.argmax())]
     length = int(tokens.max())
-    text = experiment.examples.input_ids[chosen, :length]
-    given = min(PROMPT, length // 2)
+    text = experiment.examples.inputs(chosen[None])["input_ids"][0, :length]
+    asked = (experiment.examples.targets(chosen[None])[0] != IGNORED).nonzero()
+    given = int(asked[0]) + 1 if int(asked[0]) else min(PROMPT, length // 2)
     end = experiment.tokenizer.eos_token_id
 
     def continued(row: Tensor) -> str:

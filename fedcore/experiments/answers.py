@@ -25,6 +25,7 @@ from fedcore.experiments.run_folder import RunFolder
 from fedcore.experiments.setup import Experiment, SharedCache, build_experiment
 from fedcore.federation.state import ServerState
 from fedcore.recipes import Recipe
+from fedcore.training.tasks import find_task
 
 
 @dataclass(frozen=True)
@@ -66,10 +67,10 @@ def run_models(
     """
     run = RunFolder.open(folder)
     recipe = run.recipe()
-    if recipe.task != "causal":
+    if not find_task(recipe.task).generates:
         raise FedcoreError(
             f"{folder} is a run of task {recipe.task!r}, whose models answer nothing; its "
-            "accuracies are in its report. Pass a run of task 'causal'"
+            "accuracies are in its report. Pass a run of task 'causal' or 'sft'"
         )
     state = run.state(round)
     if state is None:
@@ -79,8 +80,10 @@ def run_models(
     experiment = build_experiment(_plain(recipe), observer or Observer(), cache)
     differences_of_base(experiment, run, "evaluated")
     check_origin(state.origin, run_origin(experiment, run), experiment)
-    ((texts, _),) = cache.texts.values()
-    training = torch.cat(list(experiment.shards.values()))
+    ((texts, encoded),) = cache.texts.values()
+    training = torch.cat(list(experiment.shards.values())).numpy()
+    if encoded.rows is not None:
+        training = encoded.rows.positions[training]
     rows = (
         Candidate(BASE, (partial(_base, experiment),)),
         *_candidates(experiment, state, clients=clients),
@@ -88,7 +91,7 @@ def run_models(
     return RunModels(
         Candidates(experiment.model, experiment.tokenizer, rows),
         recipe.data.source,
-        frozenset(texts.take(training.numpy()).texts),
+        frozenset(texts.take(training).texts),
     )
 
 

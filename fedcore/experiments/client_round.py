@@ -13,13 +13,12 @@ from fedcore.data.codecs import Codec, codec_error, find_codec
 from fedcore.data.seeding import derive_seed
 from fedcore.data.validation import digest
 from fedcore.experiments.client_models import OWN
-from fedcore.experiments.evaluation import evaluates
+from fedcore.experiments.evaluation import evaluate_on, evaluates
 from fedcore.experiments.observer import Observer
 from fedcore.experiments.privacy import SPENT, steps_after
 from fedcore.experiments.setup import Experiment
 from fedcore.methods.base import Broadcast
 from fedcore.privacy.keyed_stream import SECRET_BITS
-from fedcore.training.evaluation import evaluate
 from fedcore.training.local_training import LocalResult, LocalSettings, train_client
 from fedcore.training.private_training import train_privately
 from fedcore.tuners.attach import HEADS
@@ -77,14 +76,7 @@ def train_one_client(
     result = _trained(experiment, round, client, own, layout, observer)
     accuracy = held_out_loss = None
     if evaluates(experiment, round) and client in experiment.test_shards:
-        shard = experiment.test_shards[client]
-        evaluation = evaluate(
-            experiment.forward,
-            experiment.examples,
-            shard,
-            recipe.evaluation.batch_size,
-            recipe.evaluation.logits_budget,
-        )
+        evaluation = evaluate_on(experiment, experiment.test_shards[client])
         # Where the held-out rows are a site's own, a mean over few of them would show single rows.
         settings = recipe.evaluation
         if settings.on == "server" or int(evaluation.predictions.sum()) >= settings.min_targets:
@@ -98,11 +90,10 @@ def train_one_client(
     upload = method.prepare_upload(trained, read, broadcast, round)
     codec = find_codec(recipe.round.codec)
     received, lost = _transmitted(codec, upload.row, method.upload_layout(layout, round))
-    examples = len(experiment.training_indices(client))
     return TrainedClient(
         upload=received,
         trained=trained,
-        weight=float(examples) if recipe.round.weighting == "examples" else 1.0,
+        weight=experiment.weight(client),
         frozen=digest(experiment.binding.read(frozen), frozen, constants(experiment)),
         kept=memory,
         loss=result.loss,
@@ -132,6 +123,21 @@ def _trained(
     state = {} if method.capabilities.restarts else own
     seed = derive_seed(recipe.seed, "train", round, client)
     indices, local = experiment.training_indices(client), local_settings(experiment)
+    if recipe.by_trl:
+        # trl is installed where clients train by it alone.
+        from fedcore.experiments.sft_client import train_by_trl
+
+        return train_by_trl(
+            experiment,
+            client,
+            parameters,
+            dense,
+            local,
+            optimiser,
+            round=round,
+            state=state,
+            observer=observer,
+        )
     private = recipe.privacy.settings()
     if private is None:
         return train_client(
@@ -169,6 +175,17 @@ def _trained(
 def local_settings(experiment: Experiment) -> LocalSettings:
     """How much one trainer of the recipe trains in a round."""
     return experiment.recipe.local_settings(experiment.method)
+
+
+def local_steps(experiment: Experiment, client: str) -> int:
+    """Optimiser steps of ``client`` in a round."""
+    if experiment.recipe.by_trl:
+        from fedcore.experiments.sft_client import client_rows
+
+        rows = len(client_rows(experiment, client))
+    else:
+        rows = len(experiment.training_indices(client))
+    return local_settings(experiment).count_steps(rows)
 
 
 def constants(experiment: Experiment) -> list[Tensor]:

@@ -95,10 +95,10 @@ def site_sums(experiment: Experiment, client: str) -> SiteSums | None:
 
     None below ``evaluation.min_targets`` predictions, whose sums would show single rows.
     """
-    settings, shard = experiment.recipe.evaluation, experiment.test_shards[client]
-    outcome = evaluate(experiment.forward, experiment.examples, shard, settings.batch_size)
+    shard = experiment.test_shards[client]
+    outcome = evaluate_on(experiment, shard)
     targets = int(outcome.predictions.sum())
-    if targets < settings.min_targets:
+    if targets < experiment.recipe.evaluation.min_targets:
         return None
     loss = float(outcome.losses.double().sum())
     return SiteSums(len(shard), targets, int(outcome.correct.sum()), loss)
@@ -138,12 +138,18 @@ def _score(accuracy: float, loss: float, shards: Mapping[str, Evaluation]) -> Sc
     )
 
 
-def _evaluate_row(experiment: Experiment, row: Tensor) -> Evaluation:
-    experiment.binding.load(row)
+def evaluate_on(experiment: Experiment, indices: Tensor) -> Evaluation:
+    """The outcome of the model as it is loaded on the examples ``indices``."""
+    settings = experiment.recipe.evaluation
     return evaluate(
         experiment.forward,
         experiment.examples,
-        experiment.test,
-        experiment.recipe.evaluation.batch_size,
-        experiment.recipe.evaluation.logits_budget,
+        indices,
+        settings.batch_size,
+        settings.logits_budget,
     )
+
+
+def _evaluate_row(experiment: Experiment, row: Tensor) -> Evaluation:
+    experiment.binding.load(row)
+    return evaluate_on(experiment, experiment.test)

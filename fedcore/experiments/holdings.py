@@ -11,8 +11,10 @@ from torch import Tensor
 from fedcore.data.seeding import derive_seed
 from fedcore.errors import FedcoreError
 from fedcore.experiments.site_data import SiteTexts, labels_of, read_site
+from fedcore.federation.row_counts import RowCounts
 from fedcore.recipes import Recipe
 from fedcore.training.datasets import TextDataset, split_indices
+from fedcore.training.instruction_rows import InstructionRows
 from fedcore.training.partitions import Partition, assign_like, partition
 from fedcore.training.site_settings import SiteSettings
 
@@ -33,6 +35,43 @@ class Holdings:
     test: Tensor
     blocks: tuple[int, ...]
 
+    def of_used(self, rows: InstructionRows) -> tuple[Holdings, dict[str, RowCounts]]:
+        """The same with indices of the rows that are used, and what became of each client's rows.
+
+        Raises:
+            FedcoreError: a client has no training row that is used, or there is no held-out one.
+        """
+        index = torch.full((rows.read,), -1, dtype=torch.int64)
+        index[torch.from_numpy(rows.positions)] = torch.arange(len(rows))
+
+        def used(of: Tensor) -> Tensor:
+            return index[of][index[of] >= 0]
+
+        shards = {client: used(shard) for client, shard in self.shards.items()}
+        counts = {
+            client: rows.take(torch.cat([shard, self.test_shards[client]])).counts
+            for client, shard in self.shards.items()
+        }
+        for client, shard in shards.items():
+            if not len(shard):
+                raise FedcoreError(
+                    f"{client}: none of its {len(self.shards[client])} training rows is short "
+                    "enough; raise model.max_length, or pass data.overlong = 'cut_prompt'"
+                )
+        test = used(self.test)
+        if len(self.test) and not len(test):
+            raise FedcoreError(
+                f"none of the {len(self.test)} held-out rows is short enough; raise "
+                "model.max_length, or pass data.overlong = 'cut_prompt'"
+            )
+        ends = torch.tensor(self.blocks, dtype=torch.int64).cumsum(0).tolist()
+        blocks = tuple(
+            int((index[end - size : end] >= 0).sum())
+            for end, size in zip(ends, self.blocks, strict=True)
+        )
+        held_out = {client: used(shard) for client, shard in self.test_shards.items()}
+        return Holdings(shards, held_out, test, blocks), counts
+
 
 def site_texts(recipe: Recipe, sites: Sequence[SiteSettings]) -> tuple[TextDataset, Holdings]:
     """The texts of ``sites``, one after the other, each site's training texts first; no site, no
@@ -45,19 +84,17 @@ def site_texts(recipe: Recipe, sites: Sequence[SiteSettings]) -> tuple[TextDatas
     most = recipe.most_clients
     if most is not None and len(sites) > most:
         raise FedcoreError(f"there are {len(sites)} sites and clients = {most}; raise clients")
-    labels = labels_of(recipe.data, sites)
-    read: dict[str, SiteTexts] = {
-        site.site: read_site(recipe.data, site, recipe.seed, labels) for site in sites
-    }
-    texts: list[str] = []
-    classes: list[int] = []
+    labels = labels_of(recipe, sites)
+    read: dict[str, SiteTexts] = {site.site: read_site(recipe, site, labels) for site in sites}
+    parts: list[TextDataset] = []
     shards: dict[str, Tensor] = {}
     test_shards: dict[str, Tensor] = {}
+    count = 0
     for name, of_site in read.items():
         for part, into in ((of_site.train, shards), (of_site.test, test_shards)):
-            into[name] = torch.arange(len(texts), len(texts) + len(part))
-            texts += part.texts
-            classes += part.labels
+            into[name] = torch.arange(count, count + len(part))
+            parts.append(part)
+            count += len(part)
     holdings = Holdings(
         shards,
         test_shards,
@@ -65,7 +102,7 @@ def site_texts(recipe: Recipe, sites: Sequence[SiteSettings]) -> tuple[TextDatas
         tuple(len(of_site.train) + len(of_site.test) for of_site in read.values()),
     )
     name = f"sites {', '.join(read)}" if len(read) < 4 else f"{len(read)} sites"
-    return TextDataset(tuple(texts), tuple(classes), labels, name), holdings
+    return recipe.reader().joined(parts, labels, name), holdings
 
 
 def partitioned(recipe: Recipe, texts: TextDataset) -> Holdings:

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from math import isfinite
+from typing import Any
 
 from fedcore.experiments.evaluation import Score
 from fedcore.experiments.setup import Experiment
 from fedcore.federation.diagnostics import ModuleDiagnosis
 from fedcore.federation.records import ClientRound, DroppedClient, ModuleRound, Round, Traffic
+from fedcore.federation.row_counts import RowCounts
 
 
 @dataclass(frozen=True)
@@ -21,12 +23,14 @@ class ClientReports:
         local_accuracy, local_loss: of the model that a client trained, on its own held-out shard.
         examples: training examples by client, of sites whose rows the server does not have, None
             of one that did not say; None where the experiment knows them.
+        rows: what became of clients' rows of instruction data, of those that say it now.
     """
 
     losses: Mapping[str, float] = field(default_factory=dict)
     local_accuracy: Mapping[str, float] = field(default_factory=dict)
     local_loss: Mapping[str, float] = field(default_factory=dict)
     examples: Mapping[str, int | None] | None = None
+    rows: Mapping[str, RowCounts] = field(default_factory=dict)
 
 
 def round_record(
@@ -94,15 +98,19 @@ def _clients(
     examples = reports.examples
     if examples is None:
         examples = {client: len(rows) for client, rows in experiment.shards.items()}
-    return tuple(
-        ClientRound(
-            client=client,
-            **({} if (said := examples[client]) is None else {"examples": said}),
-            train_loss=reports.losses.get(client),
-            global_accuracy=outcome.clients.get(client),
-            local_accuracy=reports.local_accuracy.get(client),
-            global_loss=outcome.client_losses.get(client),
-            local_loss=reports.local_loss.get(client),
+    rounds = []
+    for client in sorted(examples):
+        # A field that says nothing is not written.
+        optional: dict[str, Any] = {"examples": examples[client], "rows": reports.rows.get(client)}
+        rounds.append(
+            ClientRound(
+                client=client,
+                **{name: value for name, value in optional.items() if value is not None},
+                train_loss=reports.losses.get(client),
+                global_accuracy=outcome.clients.get(client),
+                local_accuracy=reports.local_accuracy.get(client),
+                global_loss=outcome.client_losses.get(client),
+                local_loss=reports.local_loss.get(client),
+            )
         )
-        for client in sorted(examples)
-    )
+    return tuple(rounds)

@@ -15,7 +15,7 @@ from fedcore.data.cohort import Cohort, CohortBuilder
 from fedcore.data.seeding import derive_seed
 from fedcore.data.validation import digest
 from fedcore.experiments.client_models import personalised, with_own
-from fedcore.experiments.client_round import constants, drops_out, local_settings, train_one_client
+from fedcore.experiments.client_round import constants, drops_out, local_steps, train_one_client
 from fedcore.experiments.evaluation import Score, evaluates, score
 from fedcore.experiments.observer import Observer
 from fedcore.experiments.privacy import (
@@ -39,6 +39,7 @@ from fedcore.federation.acceptance import Limits
 from fedcore.federation.diagnostics import ModuleDiagnosis, diagnose
 from fedcore.federation.downloads import lower_rank_starts
 from fedcore.federation.records import Round
+from fedcore.federation.row_counts import RowCounts
 from fedcore.federation.server_round import Aggregation, OpenRound
 from fedcore.federation.state import ServerState
 from fedcore.recipes import Recipe
@@ -91,12 +92,9 @@ def train_clients(
     accuracy: dict[str, float] = {}
     held_out_loss: dict[str, float] = {}
     clients = {client: dict(tensors) for client, tensors in state.simulated_clients.items()}
-    local = local_settings(experiment)
-    observer.round_started(
-        t,
-        len(sampled),
-        sum(local.count_steps(len(experiment.training_indices(c))) for c in sampled),
-    )
+    if t == 0 and experiment.rows:
+        observer.message(str(RowCounts.sum(experiment.rows.values())))
+    observer.round_started(t, len(sampled), sum(local_steps(experiment, c) for c in sampled))
     experiment.residual.load(state.residual)
     for client in sampled:
         if drops_out(experiment, t, client):
@@ -188,7 +186,12 @@ def run_round(experiment: Experiment, state: ServerState, observer: Observer) ->
         experiment,
         t,
         outcome,
-        ClientReports(trained.losses, trained.local_accuracy, trained.local_loss),
+        ClientReports(
+            trained.losses,
+            trained.local_accuracy,
+            trained.local_loss,
+            rows=experiment.rows if t == 0 else {},
+        ),
         sampled=sampled,
         dropped={d.client_id: d.reason for d in closed.cohort.dropped},
         flags=closed.flags,

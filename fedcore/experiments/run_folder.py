@@ -20,8 +20,9 @@ from fedcore.data.folders import (
 )
 from fedcore.errors import FedcoreError
 from fedcore.federation.checkpoints import offering_newest_good, read_newest, save
+from fedcore.federation.record_fields import Record
 from fedcore.federation.record_files import read_record, validated
-from fedcore.federation.records import Environment, Record, Round, Summary
+from fedcore.federation.records import Environment, Round, Summary
 from fedcore.federation.seals import SEAL
 from fedcore.federation.state import (
     ServerState,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -12,27 +13,28 @@ from torch import Tensor, nn
 
 from fedcore.data.base_identity import BaseIdentity
 from fedcore.data.seeding import derive_seed
-from fedcore.errors import FedcoreError
+from fedcore.errors import FedcoreError, missing_extra
 from fedcore.experiments.holdings import Holdings, partitioned, site_texts
 from fedcore.experiments.observer import Observer
 from fedcore.experiments.privacy import check_central, check_private
 from fedcore.experiments.site_data import recipe_at, site_files
 from fedcore.experiments.trials import check_sources
 from fedcore.federation import records
+from fedcore.federation.row_counts import RowCounts
 from fedcore.methods import Method
 from fedcore.methods.requirements import KEEPS_BASE, MIXED_RANKS, SECURE_SUM, of_family, refuse
 from fedcore.recipes import Recipe
 from fedcore.training.base_identity import identity_of
 from fedcore.training.binding import ModelBinding
-from fedcore.training.datasets import TextDataset, load_dataset, subsample
-from fedcore.training.encoding import EncodedDataset, no_examples
+from fedcore.training.datasets import TextDataset, subsample
+from fedcore.training.encoding import EncodedDataset, Examples, no_examples
 from fedcore.training.features import encoder_digest, mean_states
 from fedcore.training.forward import Forward
 from fedcore.training.live_adapter import ADAPTER_NAME
 from fedcore.training.prefix import FrozenPrefix
 from fedcore.training.residual import FrozenResidual
 from fedcore.training.site_settings import SiteSettings
-from fedcore.training.tasks import Task, find_task
+from fedcore.training.tasks import Encoded, Task, find_task
 from fedcore.tuners.attach import attach_adapter
 
 _OF_PRODUCTS = ("errors are of the products B A, before DoRA normalises them",)
@@ -45,7 +47,7 @@ POOLED = "everyone"
 class SharedCache:
     """What several runs of one process may share: encoded texts and frozen-prefix states by key."""
 
-    texts: dict[Any, tuple[TextDataset, EncodedDataset]] = field(default_factory=dict)
+    texts: dict[Any, tuple[TextDataset, Encoded]] = field(default_factory=dict)
     states: dict[Any, Tensor] = field(default_factory=dict)
 
 
@@ -66,6 +68,8 @@ class Experiment:
         statistics: client id to the statistics of its data that it sends before its first
             round.
         flags: what every round's record says of the run as a whole.
+        rows: client id to what became of its rows of instruction data.
+        packed: client id to its rows as trl takes them, once it has trained.
     """
 
     recipe: Recipe
@@ -75,7 +79,7 @@ class Experiment:
     tokenizer: Any
     binding: ModelBinding
     forward: Forward
-    examples: EncodedDataset
+    examples: Examples
     shards: Mapping[str, Tensor]
     test_shards: Mapping[str, Tensor]
     test: Tensor
@@ -85,6 +89,8 @@ class Experiment:
     ranks: Mapping[str, Mapping[str, int]]
     statistics: Mapping[str, Mapping[str, Tensor]]
     flags: tuple[str, ...] = ()
+    rows: Mapping[str, RowCounts] = field(default_factory=dict)
+    packed: dict[str, Any] = field(default_factory=dict)
 
     @cached_property
     def base(self) -> BaseIdentity:
@@ -114,6 +120,13 @@ class Experiment:
     def held(self) -> dict[str, int]:
         """Trainer to the number of its training examples."""
         return {trainer: len(self.training_indices(trainer)) for trainer in self.trainers}
+
+    def weight(self, trainer: str) -> float:
+        """What ``trainer`` weighs in a round, by ``round.weighting``."""
+        by, indices = self.recipe.round.weighting, self.training_indices(trainer)
+        if by == "uniform":
+            return 1.0
+        return float(self.examples.predictions(indices) if by == "tokens" else len(indices))
 
     @property
     def offset(self) -> dict[str, Tensor]:
@@ -154,6 +167,8 @@ def build_experiment(
     method, task = _seeded(recipe.method.create(), recipe), find_task(recipe.task)
     optimiser = recipe.optimiser.settings(method)
     optimiser.schedule.check(optimiser.rate, recipe.rounds)
+    if recipe.by_trl and (sites or not recipe.data.at_sites) and find_spec("trl") is None:
+        raise missing_extra("trl", "llm")
     if recipe.round.secure_sum:
         refuse(method, SECURE_SUM, "round.secure_sum")
     if recipe.adapter.use_dora:
@@ -162,7 +177,7 @@ def build_experiment(
     observer.preparing(f"model {recipe.model.source}")
     dataset_key: tuple[object, ...] = (
         recipe.task,
-        recipe.data,
+        recipe.data.model_dump_json(),
         recipe.model.source,
         recipe.model.max_length,
     )
@@ -204,10 +219,16 @@ def build_experiment(
     )
     if dataset_key not in cache.texts:
         observer.preparing(f"encoding {len(texts.texts)} texts")
-        length = recipe.model.max_length
-        encoded = task.encode(texts, tokenizer, length) if len(texts) else no_examples(length)
+        length, overlong = recipe.model.max_length, recipe.data.overlong or "drop"
+        encoded = Encoded(no_examples(length))
+        if len(texts):
+            encoded = task.encode(texts, tokenizer, length, overlong)
         cache.texts[dataset_key] = (texts, encoded)
-    examples = cache.texts[dataset_key][1]
+    encoded = cache.texts[dataset_key][1]
+    examples = encoded.examples
+    counts: Mapping[str, RowCounts] = {}
+    if encoded.rows is not None:
+        holdings, counts = holdings.of_used(encoded.rows)
     prefix, states, flags = _prefix(recipe, model, examples, holdings, dataset_key, cache, observer)
     forward = Forward(model, examples, prefix, states)
     if task.generates and isinstance(forward.head, str):
@@ -254,6 +275,7 @@ def build_experiment(
         ranks=ranks,
         statistics=statistics,
         flags=(*flags, *(_OF_PRODUCTS if recipe.adapter.use_dora else ())),
+        rows=counts,
     )
 
 
@@ -289,7 +311,7 @@ def _statistics(
     recipe: Recipe,
     method: Method,
     model: nn.Module,
-    examples: EncodedDataset,
+    examples: Examples,
     shards: Mapping[str, Tensor],
 ) -> dict[str, Mapping[str, Tensor]]:
     """Each client's statistics of its data, from the features that the base model gives them."""
@@ -307,12 +329,7 @@ def _statistics(
 def _load_texts(recipe: Recipe, observer: Observer) -> TextDataset:
     data = recipe.data
     observer.preparing(f"data {data.source}")
-    texts = load_dataset(
-        data.source,
-        text_column=data.text_column,
-        label_column=data.label_column,
-        subset=data.subset,
-    )
+    texts = recipe.reader().load(data.source, data.subset)
     if data.max_examples is not None and data.max_examples < len(texts):
         # Drawn once for all seeds: which texts exist is part of the data, not of the draw.
         texts = subsample(texts, data.max_examples, seed=0)
@@ -322,7 +339,7 @@ def _load_texts(recipe: Recipe, observer: Observer) -> TextDataset:
 def _prefix(
     recipe: Recipe,
     model: nn.Module,
-    examples: EncodedDataset,
+    examples: Examples,
     holdings: Holdings,
     dataset_key: Any,
     cache: SharedCache,
@@ -333,7 +350,8 @@ def _prefix(
     """
     prefix = FrozenPrefix.find(model)
     unused = not recipe.training.reuse_prefix or recipe.training.autocast or not len(examples)
-    if prefix is None or unused:
+    # States of rows of different lengths would be those of the longest.
+    if prefix is None or unused or not isinstance(examples, EncodedDataset):
         return prefix, None, ()
     key = (dataset_key, prefix.length)
     if key not in cache.states:
@@ -355,7 +373,7 @@ def _prefix(
 
 
 def _count(
-    shards: Mapping[str, Tensor], examples: EncodedDataset, classes: int
+    shards: Mapping[str, Tensor], examples: Examples, classes: int
 ) -> tuple[tuple[int, ...], ...]:
     return tuple(
         tuple(torch.bincount(examples.labels[shards[client]], minlength=classes).tolist())

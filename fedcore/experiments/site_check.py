@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from fedcore.data.codecs import find_codec
 from fedcore.errors import FedcoreError
-from fedcore.experiments.client_round import local_settings
+from fedcore.experiments.client_round import local_steps
 from fedcore.experiments.observer import Observer
-from fedcore.experiments.setup import build_experiment
+from fedcore.experiments.setup import Experiment, SharedCache, build_experiment
 from fedcore.experiments.site_data import read_site
 from fedcore.recipes import Recipe
 from fedcore.training.models import quiet_transformers
@@ -24,6 +24,7 @@ class SiteCheck:
         train, test: rows that the site trains on and holds out.
         lengths: tokens of each row before truncation, special ones included.
         truncated: rows of more than ``max_length`` tokens.
+        overlong: what becomes of them, and of others, where they are rows of instruction data.
         steps: of a round.
         parameters: numbers that the site trains.
         upload_bytes: of its upload in round 0.
@@ -37,6 +38,7 @@ class SiteCheck:
     test: int
     lengths: tuple[int, ...]
     truncated: int
+    overlong: str | None
     max_length: int
     steps: int
     parameters: int
@@ -55,31 +57,45 @@ def check_site(recipe: Recipe, site: SiteSettings) -> SiteCheck:
             f"the recipe has data.source = {recipe.data.source!r}, which is partitioned; set "
             "data.source = 'sites', or data.sites"
         )
-    experiment = build_experiment(recipe, Observer(), site=site)
-    texts = read_site(recipe.data, site, recipe.seed, experiment.label_names)
-    every = [*texts.train.texts, *texts.test.texts]
-    with quiet_transformers():
-        tokens = experiment.tokenizer(every, truncation=False)["input_ids"]
-    lengths = tuple(len(ids) for ids in tokens)
+    cache = SharedCache()
+    experiment = build_experiment(recipe, Observer(), cache, site)
+    texts = read_site(recipe, site, experiment.label_names)
+    longest = recipe.model.max_length
+    ((_, encoded),) = cache.texts.values()
+    if encoded.rows is not None:
+        lengths = tuple(encoded.rows.lengths.tolist())
+    else:
+        with quiet_transformers():
+            every = [*texts.train.texts, *texts.test.texts]
+            ids = experiment.tokenizer(every, truncation=False)["input_ids"]
+        lengths = tuple(map(len, ids))
     layout = experiment.binding.layout
     trained = experiment.binding.trained(experiment.method.plan(0).trains)
     upload = experiment.method.upload_layout(layout, 0)
-    codec, train = find_codec(recipe.round.codec), len(texts.train)
+    codec, train = find_codec(recipe.round.codec), len(experiment.shards[site.site])
     duplicates = texts.train.duplicates
     # Two parts of one file carry the same number.
     if site.test_data is not None:
         duplicates += texts.test.duplicates
     return SiteCheck(
         site=site.site,
-        rows=len(every) + duplicates,
+        rows=len(lengths) + duplicates,
         duplicates=duplicates,
         train=train,
-        test=len(texts.test),
+        test=len(experiment.test_shards[site.site]),
         lengths=lengths,
-        truncated=sum(length > recipe.model.max_length for length in lengths),
-        max_length=recipe.model.max_length,
-        steps=local_settings(experiment).count_steps(train),
+        truncated=sum(length > longest for length in lengths),
+        overlong=str(experiment.rows[site.site]) if site.site in experiment.rows else None,
+        max_length=longest,
+        steps=local_steps(experiment, site.site),
         parameters=sum(parameter.numel() for parameter in trained.values()),
         upload_bytes=codec.bytes(upload),
-        weight=f"{train} training rows" if recipe.round.weighting == "examples" else "as any other",
+        weight=_weight(experiment, site.site),
     )
+
+
+def _weight(experiment: Experiment, site: str) -> str:
+    by, weight = experiment.recipe.round.weighting, experiment.weight(site)
+    if by == "uniform":
+        return "as any other"
+    return f"{weight:.0f} {'target tokens' if by == 'tokens' else 'training rows'}"

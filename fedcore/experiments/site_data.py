@@ -9,10 +9,9 @@ from pathlib import Path
 from fedcore.data.seeding import derive_seed
 from fedcore.errors import FedcoreError
 from fedcore.recipes import Recipe, with_settings
-from fedcore.recipes.schema import DataSection
-from fedcore.training.datasets import TextDataset, classes_of, load_table, train_test_split
+from fedcore.training.datasets import TextDataset, classes_of, train_test_split
 from fedcore.training.site_settings import SiteSettings, check_site_name
-from fedcore.training.table_files import TABLE_SUFFIXES, read_table
+from fedcore.training.table_files import TABLE_SUFFIXES
 from fedcore.training.text_columns import UNLABELLED
 
 
@@ -52,24 +51,22 @@ def site_files(folder: str | Path) -> tuple[SiteSettings, ...]:
     return tuple(sites[name] for name in sorted(sites))
 
 
-def read_site(
-    data: DataSection, site: SiteSettings, seed: int, labels: Sequence[str] | None = None
-) -> SiteTexts:
+def read_site(recipe: Recipe, site: SiteSettings, labels: Sequence[str] | None = None) -> SiteTexts:
     """The texts of one site, from its own file alone.
 
     Without held-out rows of its own a site holds out ``data.test_fraction`` of its rows, drawn by
     ``derive_seed(seed, "split", site)``. Texts that are equal up to white space are kept once.
 
     Args:
-        data: the recipe's: how rows are read, never where from.
+        recipe: says how rows are read, never where from.
         site: with ``data`` set.
-        seed: the run's.
         labels: the classes in their order; by default those of ``data``, or of the site's file.
 
     Raises:
         FedcoreError: naming the site, and its file, line and column, never a value; too few rows.
     """
     assert site.data is not None
+    data, reader = recipe.data, recipe.reader()
     if not data.label_column:
         labels = (UNLABELLED,)
     elif labels is None:
@@ -78,19 +75,12 @@ def read_site(
     def read(file: str) -> TextDataset:
         if Path(file).suffix.lower() not in TABLE_SUFFIXES or not Path(file).is_file():
             raise FedcoreError(f"{file} is not a file that ends with {', '.join(TABLE_SUFFIXES)}")
-        return load_table(
-            Path(file),
-            f"site {site.site}",
-            text_column=data.text_column,
-            label_column=data.label_column,
-            labels=labels,
-            columns=dict(site.columns),
-        )
+        return reader.read(Path(file), f"site {site.site}", labels, dict(site.columns))
 
     try:
         texts = read(site.data)
         if site.test_data is None:
-            seed = derive_seed(seed, "split", site.site)
+            seed = derive_seed(recipe.seed, "split", site.site)
             return SiteTexts(*train_test_split(texts, data.test_fraction, seed))
         held_out = read(site.test_data)
         both = {" ".join(t.split()) for t in texts.texts} & {
@@ -107,30 +97,24 @@ def read_site(
         raise FedcoreError(f"site {site.site}: {error}") from None
 
 
-def labels_of(data: DataSection, sites: Sequence[SiteSettings]) -> tuple[str, ...]:
+def labels_of(recipe: Recipe, sites: Sequence[SiteSettings]) -> tuple[str, ...]:
     """The classes of all ``sites``: those of the recipe, or of all of their files together.
 
     Raises:
         FedcoreError: as :func:`read_site`.
     """
-    if not data.label_column:
+    if not recipe.data.label_column:
         return (UNLABELLED,)
-    if data.labels is not None:
-        return data.labels
+    if recipe.data.labels is not None:
+        return recipe.data.labels
     names: set[str] = set()
     for site in sites:
         assert site.data is not None
         try:
-            _, of_site = read_table(
-                Path(site.data),
-                text_column=data.text_column,
-                label_column=data.label_column,
-                columns=dict(site.columns),
-            )
+            names |= recipe.reader().labels(Path(site.data), dict(site.columns))
         except FedcoreError as error:
             raise FedcoreError(f"site {site.site}: {error}") from None
-        names |= set(of_site)
-    return classes_of(sorted(names))
+    return classes_of(names)
 
 
 def recipe_at(recipe: Recipe, site: SiteSettings) -> Recipe:
@@ -151,10 +135,14 @@ def recipe_at(recipe: Recipe, site: SiteSettings) -> Recipe:
     for key in ("dtype", "quantisation"):
         if getattr(site, key) is not None:
             settings[f"model.{key}"] = getattr(site, key)
-    batch = recipe.training.batch_size
-    if site.batch_size not in (None, batch):
-        raise FedcoreError(
-            f"site {site.site}: batch-size is {site.batch_size}, and training.batch_size is "
-            f"{batch}; smaller batches need accumulation, which this training loop does not have"
-        )
+    batch, part = recipe.training.batch_size, site.batch_size
+    if part is not None and part != batch:
+        if not recipe.by_trl or batch % part:
+            remedy = f"pass one that divides {batch}" if recipe.by_trl else "leave it out"
+            reason = ", of which fedcore's own loop takes no parts" if not recipe.by_trl else ""
+            raise FedcoreError(
+                f"site {site.site}: batch-size is {part}, and training.batch_size is "
+                f"{batch}{reason}; {remedy}"
+            )
+        settings["training.accumulation"] = batch // part
     return with_settings(recipe, settings) if settings else recipe

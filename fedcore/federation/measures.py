@@ -55,7 +55,7 @@ ACCURACY = Measure("accuracy", lower_is_better=False, least=0.0, most=1.0)
 PERPLEXITY = Measure("perplexity", lower_is_better=True, least=1.0, most=inf)
 """The exponential of the mean cross-entropy of a token: 1 is certainty."""
 
-_OF_TASK = {"classification": ACCURACY, "causal": PERPLEXITY}
+_OF_TASK = {"classification": ACCURACY, "causal": PERPLEXITY, "sft": PERPLEXITY}
 
 
 def measure_of(task: str) -> Measure:

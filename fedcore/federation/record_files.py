@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from fedcore.data.folders import OWN_LIMIT, read_json
 from fedcore.errors import FedcoreError
-from fedcore.federation.records import Record
+from fedcore.federation.record_fields import Record
 
 AnyRecord = TypeVar("AnyRecord", bound=Record)
 

@@ -8,68 +8,15 @@ and seconds of a round are sums over its clients.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import isfinite
 from statistics import fmean
-from typing import Annotated, Any
+from typing import Annotated
 
-from fedcore.errors import missing_extra
+from pydantic import ConfigDict, Field, Strict, ValidationInfo, field_validator, model_validator
+from pydantic_core import PydanticCustomError
+
 from fedcore.federation.measures import Measure
-
-try:
-    from pydantic import (
-        AfterValidator,
-        BaseModel,
-        BeforeValidator,
-        ConfigDict,
-        Field,
-        Strict,
-        ValidationInfo,
-        field_validator,
-        model_validator,
-    )
-    from pydantic_core import PydanticCustomError
-except ImportError as error:
-    raise missing_extra("pydantic", "run") from error
-
-
-def _undefined(value: Any) -> bool:
-    return value is None or (isinstance(value, float) and not isfinite(value))
-
-
-def _defined(values: Any) -> Any:
-    if not isinstance(values, dict):
-        return values
-    return {name: value for name, value in values.items() if not _undefined(value)}
-
-
-def _distinct(names: tuple[str, ...]) -> tuple[str, ...]:
-    if len(set(names)) != len(names):
-        raise PydanticCustomError("repeated", "a list of strings that are all different")
-    return names
-
-
-Whole = Annotated[int, Strict()]
-Count = Annotated[int, Strict(), Field(ge=0)]
-Number = Annotated[
-    Annotated[float, Strict()] | None,
-    BeforeValidator(lambda value: None if _undefined(value) else value),
-]
-"""A number, or ``None`` where it is undefined: NaN and infinities become ``None``."""
-
-Numbers = Annotated[dict[str, Annotated[float, Strict()]], BeforeValidator(_defined)]
-"""Numbers by name, without those that are undefined."""
-
-Names = Annotated[tuple[str, ...], AfterValidator(_distinct)]
-
-
-class Record(BaseModel):
-    """Frozen; keys that it does not know are ignored, since later versions may write more."""
-
-    model_config = ConfigDict(frozen=True, extra="ignore", populate_by_name=True)
-
-    def plain(self) -> dict[str, Any]:
-        """As JSON values: what was set, so that a record is written as it was read."""
-        return self.model_dump(mode="json", by_alias=True, exclude_unset=True)
+from fedcore.federation.record_fields import Count, Names, Number, Numbers, Record, Whole
+from fedcore.federation.row_counts import RowCounts
 
 
 class Traffic(Record):
@@ -96,7 +43,8 @@ class ClientRound(Record):
     ``global_accuracy`` and ``global_loss`` are those of the model which the client holds after the
     round, the global one or, of personalised methods, its own; ``local_accuracy`` and
     ``local_loss`` those of its model after local training and before aggregation. All on the
-    client's own held-out shard.
+    client's own held-out shard. ``rows`` is what became of its rows of instruction data, in the
+    first record that has the client.
     """
 
     client: str
@@ -106,6 +54,7 @@ class ClientRound(Record):
     local_accuracy: Number = None
     global_loss: Number = None
     local_loss: Number = None
+    rows: RowCounts | None = None
 
     def global_quality(self, measure: Measure) -> float | None:
         """Of the model that the client holds after the round."""
@@ -169,8 +118,8 @@ class PrivacySpent(PrivacyRecord):
     """
 
     max_grad_norm: Number
-    steps: dict[str, Whole] = {}
-    history: dict[str, tuple[NoisySteps, ...]] = {}
+    steps: dict[str, Whole] = Field(default_factory=dict)
+    history: dict[str, tuple[NoisySteps, ...]] = Field(default_factory=dict)
     epsilon: Numbers
 
     @property
@@ -241,7 +190,7 @@ class Round(Record):
     bytes_up: Traffic = NO_TRAFFIC
     bytes_down: Traffic = NO_TRAFFIC
     upload_error: Number = None
-    seconds: Numbers = {}
+    seconds: Numbers = Field(default_factory=dict)
     modules: tuple[ModuleRound, ...] = ()
     privacy: PrivacySpent | None = None
     central_privacy: CentralPrivacySpent | None = None
@@ -317,10 +266,10 @@ class Summary(Record):
     best_client: Number = None
     bytes_up: Traffic
     bytes_down: Traffic
-    seconds: Numbers = {}
+    seconds: Numbers = Field(default_factory=dict)
     peak_memory_bytes: Whole | None = None
     git: str | None = None
-    versions: dict[str, str] = {}
+    versions: dict[str, str] = Field(default_factory=dict)
     privacy: PrivacySummary | None = None
     central_privacy: CentralPrivacySpent | None = None
     target_accuracy: Number = None
@@ -358,7 +307,7 @@ class Environment(Record):
     threads: Whole | None = None
     gpu: str | None = None
     git_commit: str | None = None
-    versions: dict[str, str] = {}
+    versions: dict[str, str] = Field(default_factory=dict)
 
 
 class PartitionRecord(Record):

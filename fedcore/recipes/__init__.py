@@ -10,7 +10,8 @@ from fedcore.recipes.loading import (
     to_toml,
     with_settings,
 )
-from fedcore.recipes.schema import SITES, Recipe
+from fedcore.recipes.schema import Recipe
+from fedcore.recipes.sections import SITES
 
 __all__ = [
     "SITES",

@@ -14,7 +14,8 @@ from pydantic import BaseModel, ValidationError
 from fedcore.data.folders import read_regular
 from fedcore.errors import FedcoreError, unknown_name
 from fedcore.federation.seals import digest_of_content
-from fedcore.recipes.schema import MethodSection, Recipe
+from fedcore.recipes.schema import Recipe
+from fedcore.recipes.sections import MethodSection
 
 
 def shipped_recipes() -> list[str]:

@@ -1,10 +1,11 @@
 """Rows of instruction data as examples: what a model is given, and what it is to write.
 
-A row has one of four formats. ``text`` has a text that is learned as a whole. ``prompt_completion``
+A row has one of five formats. ``text`` has a text that is learned as a whole. ``prompt_completion``
 has a prompt and its completion, both texts or both lists of messages. ``messages`` has a list of
 messages with ``role`` and ``content``. ``alpaca`` has ``instruction``, ``output`` and perhaps
 ``input``, which are put into the template of Taori et al., "Stanford Alpaca: An
-Instruction-following LLaMA model" (2023).
+Instruction-following LLaMA model" (2023). Of ``columns``, prompt and completion are templates of
+the file's columns, as in ``"Question: {question}"``.
 
 A defect is an error that names the file, the line and the column. No error shows a value: rows may
 be confidential.
@@ -13,32 +14,33 @@ be confidential.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 from torch import Tensor
 
 from fedcore.checks import choice
 from fedcore.errors import FedcoreError, unknown_name
-from fedcore.training.datasets import check_data_source
+from fedcore.training.datasets import check_data_source, load_dataset
 from fedcore.training.hub_tables import read_hub_rows
 from fedcore.training.table_files import read_rows
-from fedcore.training.text_columns import described
+from fedcore.training.text_columns import columns_of, described, fill
 
 _REQUIRED: Mapping[str, tuple[str, ...]] = {
     "text": ("text",),
     "prompt_completion": ("prompt", "completion"),
     "messages": ("messages",),
     "alpaca": ("instruction", "output"),
+    "columns": ("prompt", "completion"),
 }
 _OPTIONAL: Mapping[str, tuple[str, ...]] = {"alpaca": ("input",)}
 
-FORMATS = tuple(_REQUIRED)
+FormatName = Literal["text", "prompt_completion", "messages", "alpaca", "columns"]
 """What a row may hold."""
 
-LOSSES = ("last", "assistant", "all")
+LossName = Literal["last", "assistant", "all"]
 """Which messages of a conversation are learned: the last one, those of the assistant, or all."""
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -62,12 +64,25 @@ class Example:
         prompt: a text, or messages; empty where the whole completion is learned without one.
         completion: a text, or messages, as the prompt is.
         assistant_only: of the completion's messages, those of the assistant alone are learned.
+        where: what stands in front of ``line`` in an error, where it is not what the other examples
+            have.
     """
 
     line: int
     prompt: str | tuple[Message, ...]
     completion: str | tuple[Message, ...]
     assistant_only: bool = False
+    where: str = ""
+
+    @property
+    def words(self) -> str:
+        """All that it says, without a template."""
+        said = [self.prompt, self.completion]
+        return "\n".join(
+            part if isinstance(part, str) else "\n".join(m.get("content", "") for m in part)
+            for part in said
+            if part
+        )
 
 
 @dataclass(frozen=True)
@@ -87,7 +102,8 @@ class Conversations:
 
     def place(self, index: int) -> str:
         """Where the example at ``index`` comes from, for an error."""
-        return f"{self.where}{self.examples[index].line}"
+        example = self.examples[index]
+        return f"{example.where or self.where}{example.line}"
 
     def take(self, indices: Sequence[int] | np.ndarray | Tensor) -> Conversations:
         """The examples at ``indices``, in that order."""
@@ -99,10 +115,11 @@ class RowFormat:
     """How rows are read.
 
     Attributes:
-        name: one of :data:`FORMATS`.
+        name: one of :data:`FormatName`.
         columns: our name of a column to the file's, where they differ, as in
-            ``{"prompt": "question", "completion": "answer"}``.
-        loss: one of :data:`LOSSES`. ``last``: the last message, which must be the assistant's, is
+            ``{"prompt": "question", "completion": "answer"}``; with format ``"columns"`` prompt and
+            completion as templates of the file's columns.
+        loss: one of :data:`LossName`. ``last``: the last message, which must be the assistant's, is
             the completion and those before it are the prompt. ``assistant``: as ``last``, and the
             assistant's earlier messages are learned too. ``all``: every token is learned, those of
             the user too. Other formats than ``messages`` have ``last`` alone.
@@ -114,7 +131,7 @@ class RowFormat:
     Example:
         >>> form = RowFormat("prompt_completion", {"prompt": "q", "completion": "a"})
         >>> form.example({"q": "2 + 2 = ", "a": "4"}, 1, "sums.csv:1")
-        Example(line=1, prompt='2 + 2 =', completion=' 4', assistant_only=False)
+        Example(line=1, prompt='2 + 2 =', completion=' 4', assistant_only=False, where='')
     """
 
     name: str = "messages"
@@ -122,8 +139,8 @@ class RowFormat:
     loss: str = "last"
 
     def __post_init__(self) -> None:
-        choice("", "format", self.name, FORMATS)
-        choice("", "loss", self.loss, LOSSES)
+        choice("", "format", self.name, get_args(FormatName))
+        choice("", "loss", self.loss, get_args(LossName))
         if self.loss != "last" and self.name != "messages":
             raise FedcoreError(
                 f"loss is {self.loss!r} and format {self.name!r}; pass format 'messages', or "
@@ -136,6 +153,15 @@ class RowFormat:
                 raise FedcoreError(
                     f"columns.{column} is not a name; pass that of the file's column"
                 )
+        if self.name == "columns":
+            for column in self._names():
+                if column not in self.columns:
+                    raise FedcoreError(
+                        f"columns.{column} is not set; pass a template of the file's columns, as "
+                        "in '{question}'"
+                    )
+                columns_of(self.columns[column], f"columns.{column}")
+            return
         names = [self._theirs(column) for column in self._names()]
         for name in names:
             if names.count(name) > 1:
@@ -146,6 +172,9 @@ class RowFormat:
     @property
     def wanted(self) -> tuple[str, ...]:
         """The file's columns that every row must have; a renamed one is always among them."""
+        if self.name == "columns":
+            named = [columns_of(self.columns[column]) for column in self._names()]
+            return tuple(dict.fromkeys(name for names in named for name in names))
         return tuple(
             self._theirs(column)
             for column in self._names()
@@ -185,7 +214,7 @@ class RowFormat:
                     raise values.wrong("messages", "has one message", "write the prompt before it")
                 return Example(line, messages[:-1], messages[-1:])
             return Example(line, (), messages, assistant_only=self.loss == "assistant")
-        if isinstance(row.get(self._theirs("prompt")), str):
+        if self.name == "columns" or isinstance(row.get(self._theirs("prompt")), str):
             prompt, completion = values.text("prompt"), values.text("completion")
             end = prompt.rstrip()
             return Example(line, end, prompt[len(end) :] + completion)
@@ -215,30 +244,68 @@ class RowFormat:
 def load_conversations(
     source: str, form: RowFormat, *, split: str | None = None, subset: str | None = None
 ) -> Conversations:
-    """The examples of a file or of a dataset of the hub.
+    """The examples of a file, of a packaged corpus or of a dataset of the hub.
 
     Args:
-        source: a ``.jsonl``, ``.parquet``, ``.csv`` or ``.tsv`` file, or a hub id as ``owner/name``
-            or ``hf:name``. Messages in a column of text are read as JSON.
+        source: as for :func:`open_rows`.
         form: how its rows are read.
+        split, subset: as for :func:`open_rows`.
+
+    Raises:
+        FedcoreError: as :func:`open_rows`, or a row with a defect; with file and line, and never
+            with a value.
+        MissingExtraError: the package that reads it is not installed.
+    """
+    where, rows = open_rows(source, form.wanted, form.optional, split=split, subset=subset)
+    return form.read(rows, where)
+
+
+def open_rows(
+    source: str,
+    columns: Collection[str],
+    optional: Collection[str] = (),
+    *,
+    split: str | None = None,
+    subset: str | None = None,
+) -> tuple[str, Iterable[tuple[int, Mapping[str, Any]]]]:
+    """The rows of ``source``, each with its line, and what stands in front of a line in an error.
+
+    Args:
+        source: a ``.jsonl``, ``.parquet``, ``.csv`` or ``.tsv`` file, a hub id as ``owner/name`` or
+            ``hf:name``, or a packaged corpus, whose rows have the columns ``text`` and ``label``.
+            Messages in a column of text are read as JSON.
+        columns, optional: what every row must have, and what is read where it is there.
         split: the split of a hub dataset, ``"train"`` by default; nothing else has splits.
         subset: the configuration of a hub dataset that has several.
 
     Raises:
-        FedcoreError: an unknown source, a file that cannot be read, or a row with a defect; with
-            file and line, and never with a value.
+        FedcoreError: an unknown source, or a split of what has none; while rows are read, what
+            cannot be.
         MissingExtraError: the package that reads it is not installed.
     """
     origin = check_data_source(source)
-    if origin.kind == "packaged":
-        raise FedcoreError(f"dataset {source!r} is not instruction data; pass a file of rows")
     if origin.kind == "hub":
         part = split or "train"
-        rows = read_hub_rows(origin.location, form.wanted, form.optional, part, subset)
-        return form.read(rows, f"dataset {origin.location!r}, split {part!r}, row ")
+        rows = read_hub_rows(origin.location, columns, optional, part, subset)
+        return f"dataset {origin.location!r}, split {part!r}, row ", rows
     if split is not None:
         raise FedcoreError(f"dataset {source!r} has no splits; leave out split")
-    return form.read(read_rows(origin.path, form.wanted, form.optional), f"{origin.path}:")
+    if origin.kind == "packaged":
+        return f"dataset {source!r}, row ", _packaged_rows(source, columns)
+    return f"{origin.path}:", read_rows(origin.path, columns, optional)
+
+
+def _packaged_rows(
+    source: str, columns: Collection[str]
+) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    texts = load_dataset(source)
+    for column in columns:
+        if column not in ("text", "label"):
+            raise FedcoreError(
+                f"dataset {source!r}: {unknown_name('column', column, ('text', 'label'))}"
+            )
+    for i, (text, label) in enumerate(zip(texts.texts, texts.labels, strict=True)):
+        yield texts.row(i), {"text": text, "label": texts.label_names[label]}
 
 
 @dataclass(frozen=True)
@@ -252,8 +319,12 @@ class _Values:
     def wrong(self, column: str, problem: str, remedy: str) -> FedcoreError:
         return FedcoreError(f"{self.place}: column {self.theirs(column)!r} {problem}; {remedy}")
 
+    def value(self, column: str) -> object:
+        given = self.theirs(column)
+        return fill(given, self.row) if "{" in given else self.row.get(given)
+
     def text(self, column: str, *, empty: bool = False) -> str:
-        value = self.row.get(self.theirs(column))
+        value = self.value(column)
         if empty and (value is None or value == ""):
             return ""
         if not isinstance(value, str) or not (empty or value.strip()):

@@ -6,10 +6,11 @@ up to white space are kept once (the first), and the number left out is recorded
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any, Protocol, Self
 
 import numpy as np
 
@@ -71,22 +72,99 @@ class TextDataset:
         """Where the text at ``index`` stands in its source, counted from 1."""
         return self.rows[index] if self.rows else index + 1
 
-    def take(self, indices: Sequence[int] | np.ndarray) -> TextDataset:
+    def take(self, indices: Sequence[int] | np.ndarray) -> Self:
         """The examples at ``indices``, in that order, with the same classes."""
-        chosen = [int(i) for i in indices]
-        return TextDataset(
-            tuple(self.texts[i] for i in chosen),
-            tuple(self.labels[i] for i in chosen),
-            self.label_names,
-            self.name,
-            self.duplicates,
-            tuple(self.row(i) for i in chosen),
+        return replace(self, **self._at([int(i) for i in indices]))
+
+    def _at(self, chosen: Sequence[int]) -> dict[str, Any]:
+        """What differs from example to example, of those at ``chosen``."""
+        return {
+            "texts": tuple(self.texts[i] for i in chosen),
+            "labels": tuple(self.labels[i] for i in chosen),
+            "rows": tuple(self.row(i) for i in chosen),
+        }
+
+    @classmethod
+    def joined(cls, parts: Sequence[Self], label_names: Sequence[str], name: str) -> Self:
+        """The examples of ``parts`` one after the other, all with the classes ``label_names``."""
+        return cls(
+            tuple(text for part in parts for text in part.texts),
+            tuple(label for part in parts for label in part.labels),
+            tuple(label_names),
+            name,
         )
 
 
-def _build(
-    name: str, texts: Sequence[str], names: Sequence[str], order: Sequence[str]
+class Reader(Protocol):
+    """How the examples of a data set are read, whatever they hold."""
+
+    def load(self, source: str, subset: str | None) -> TextDataset:
+        """All examples of ``source``, a packaged corpus, a file or a dataset of the hub."""
+
+    def read(
+        self, path: Path, name: str, labels: Sequence[str] | None, columns: Mapping[str, str]
+    ) -> TextDataset:
+        """Those of one file, as :func:`load_table` reads texts."""
+
+    def labels(self, path: Path, columns: Mapping[str, str]) -> set[str]:
+        """The labels in one file."""
+
+    def joined(self, parts: Sequence[Any], label_names: Sequence[str], name: str) -> TextDataset:
+        """As :meth:`TextDataset.joined`."""
+
+
+@dataclass(frozen=True)
+class TextReader:
+    """Texts with a label each, by the names of their columns as :func:`load_dataset` takes them."""
+
+    text_column: str = "text"
+    label_column: str = "label"
+
+    def load(self, source: str, subset: str | None) -> TextDataset:
+        """All texts of ``source``."""
+        return load_dataset(
+            source, text_column=self.text_column, label_column=self.label_column, subset=subset
+        )
+
+    def read(
+        self, path: Path, name: str, labels: Sequence[str] | None, columns: Mapping[str, str]
+    ) -> TextDataset:
+        """Those of one file."""
+        return load_table(
+            path,
+            name,
+            text_column=self.text_column,
+            label_column=self.label_column,
+            labels=labels,
+            columns=columns,
+        )
+
+    def labels(self, path: Path, columns: Mapping[str, str]) -> set[str]:
+        """The labels in one file."""
+        _, names = read_table(
+            path, text_column=self.text_column, label_column=self.label_column, columns=columns
+        )
+        return set(names)
+
+    def joined(
+        self, parts: Sequence[TextDataset], label_names: Sequence[str], name: str
+    ) -> TextDataset:
+        """The texts of ``parts`` one after the other."""
+        return TextDataset.joined(parts, label_names, name)
+
+
+def labelled(
+    name: str, texts: Sequence[str], names: Sequence[str], order: Sequence[str] | None = None
 ) -> TextDataset:
+    """``texts`` with their labels' ``names`` as a data set, each text kept once.
+
+    Args:
+        order: of the classes; alphabetical, or numerical of integers, by default.
+
+    Raises:
+        FedcoreError: fewer than two classes.
+    """
+    order = _sorted_labels(names) if order is None else order
     index = {label: i for i, label in enumerate(order)}
     if len(index) < 2 and names[:1] != [UNLABELLED]:
         raise FedcoreError(f"{name}: {len(index)} class; classification needs two")
@@ -104,7 +182,7 @@ def _build(
     )
 
 
-def _sorted_labels(names: Sequence[str]) -> list[str]:
+def _sorted_labels(names: Iterable[str]) -> list[str]:
     # "10" comes after "9" when all labels are numbers.
     labels = set(names)
     numeric = all(name.removeprefix("-").isdecimal() for name in labels)
@@ -118,7 +196,7 @@ def _read_folders(name: str, folder: Path) -> TextDataset:
             # One article holds a Latin-1 pound sign; the corpus itself is read with "ignore".
             texts.append(file.read_text(encoding="utf-8", errors="ignore").strip())
             names.append(group.name)
-    return _build(name, texts, names, _sorted_labels(names))
+    return labelled(name, texts, names)
 
 
 def check_data_source(source: str) -> NamedSource:
@@ -178,13 +256,13 @@ def load_dataset(
             split=split or "train",
             subset=subset,
         )
-        return _build(source, texts, names, order or _sorted_labels(names))
+        return labelled(source, texts, names, order or None)
     if split is not None:
         raise FedcoreError(f"dataset {source!r} has no splits; split={split!r} was given")
     if origin.kind == "packaged":
         return _read_folders(source, origin.path)
     texts, names = read_table(origin.path, text_column=text_column, label_column=label_column)
-    return _build(source, texts, names, _sorted_labels(names))
+    return labelled(source, texts, names)
 
 
 def load_table(
@@ -210,10 +288,10 @@ def load_table(
     texts, names = read_table(
         path, text_column=text_column, label_column=label_column, columns=columns, labels=labels
     )
-    return _build(name, texts, names, _sorted_labels(names) if labels is None else labels)
+    return labelled(name, texts, names, labels)
 
 
-def classes_of(names: Sequence[str]) -> tuple[str, ...]:
+def classes_of(names: Iterable[str]) -> tuple[str, ...]:
     """The distinct ``names`` in the order of classes: alphabetical, or numerical of integers."""
     return tuple(_sorted_labels(names))
 

@@ -1,11 +1,12 @@
-"""A dataset as token ids of one fixed length.
+"""Examples as token ids: what a model is given for them, and what it is to predict.
 
-Fixed padding makes what a layer computes for an example independent of the batch it is in, which is
-what lets :mod:`fedcore.training.prefix` compute it once.
+Most are of one fixed length. Fixed padding makes what a layer computes for an example independent
+of the batch it is in, which is what lets :mod:`fedcore.training.prefix` compute it once.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Self
@@ -21,8 +22,56 @@ IGNORED = -100
 """The target of a position where nothing is to be predicted."""
 
 
+_TOGETHER = 1024
+
+Indices = Tensor | np.ndarray | Sequence[int]
+
+
+class Examples(ABC):
+    """n examples of a data set, by their indices.
+
+    Attributes:
+        labels: int64 ``(n,)``, the class of each, or the domain by which it is dealt to a client.
+    """
+
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @abstractmethod
+    def inputs(self, batch: Tensor) -> dict[str, Tensor]:
+        """What a model is given for the examples ``batch``: ``input_ids`` and ``attention_mask``,
+        int64 ``(B, T)``, padded on the right.
+        """
+
+    @abstractmethod
+    def targets(self, batch: Tensor) -> Tensor:
+        """What is to be predicted for them: int64 ``(B,)``, or ``(B, T)`` after each token, with
+        :data:`IGNORED` where nothing is.
+        """
+
+    @abstractmethod
+    def tensors(self) -> dict[str, Tensor]:
+        """All that the examples are, by name."""
+
+    @abstractmethod
+    def take(self, indices: Indices) -> Self:
+        """A copy of the examples at ``indices``, in that order."""
+
+    def predictions(self, indices: Tensor) -> int:
+        """How many predictions the examples ``indices`` ask for."""
+        parts = indices.split(_TOGETHER) if len(indices) else ()
+        return sum(int((self.targets(part) != IGNORED).sum()) for part in parts)
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the tensors."""
+        return sum(tensor.nbytes for tensor in self.tensors().values())
+
+
 @dataclass(frozen=True, eq=False)
-class EncodedDataset:
+class EncodedDataset(Examples):
     """Token ids of n examples, T tokens each.
 
     Attributes:
@@ -43,18 +92,14 @@ class EncodedDataset:
                 "must be (n, T), (n, T) and (n,)"
             )
 
-    def __len__(self) -> int:
-        return self.input_ids.shape[0]
-
     @property
     def length(self) -> int:
         """Tokens an example, T."""
         return self.input_ids.shape[1]
 
-    @property
-    def nbytes(self) -> int:
-        """Memory of the tensors."""
-        return sum(tensor.nbytes for tensor in self.tensors().values())
+    def inputs(self, batch: Tensor) -> dict[str, Tensor]:
+        """Token ids and mask of the examples ``batch``: int64 ``(B, T)``."""
+        return {"input_ids": self.input_ids[batch], "attention_mask": self.attention_mask[batch]}
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor by its name, those of a subclass too; the first axis counts examples."""
@@ -64,7 +109,7 @@ class EncodedDataset:
         """The classes to be predicted for the examples ``batch``: int64 ``(B,)``."""
         return self.labels[batch]
 
-    def take(self, indices: Tensor | np.ndarray | Sequence[int]) -> Self:
+    def take(self, indices: Indices) -> Self:
         """A copy of the examples at ``indices``, in that order."""
         index = torch.as_tensor(indices, dtype=torch.int64, device=self.input_ids.device)
         return replace(self, **{name: tensor[index] for name, tensor in self.tensors().items()})

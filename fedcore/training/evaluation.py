@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fedcore.training.encoding import IGNORED, EncodedDataset
+from fedcore.training.encoding import IGNORED, Examples
 from fedcore.training.forward import Forward
 from fedcore.training.token_head import LOGITS_BUDGET, TokenHead
 
@@ -71,7 +71,7 @@ def prediction_loss(logits: Tensor, targets: Tensor) -> Tensor:
 @torch.no_grad()
 def evaluate(
     forward: Forward,
-    examples: EncodedDataset,
+    examples: Examples,
     indices: Tensor,
     batch_size: int = 64,
     logits_budget: int = LOGITS_BUDGET,
@@ -93,7 +93,7 @@ def evaluate(
         elif isinstance(forward.head, TokenHead):
             outcomes.append(_by_tokens(forward, forward.head, batch, targets, logits_budget))
         else:
-            outcomes.extend(_whole(forward, batch, targets, logits_budget))
+            outcomes.extend(_whole(forward, examples, batch, logits_budget))
     predictions, correct, losses = torch.cat(outcomes, dim=1)
     return Evaluation(indices, predictions.long(), correct.long(), losses.float())
 
@@ -115,14 +115,16 @@ def _by_tokens(
     return outcome
 
 
-def _whole(forward: Forward, batch: Tensor, targets: Tensor, budget: int) -> Iterator[Tensor]:
+def _whole(forward: Forward, examples: Examples, batch: Tensor, budget: int) -> Iterator[Tensor]:
     """The same from the model's own logits, of as many examples at a time as fit."""
-    logits = forward(batch[:1])
-    fitting = max(1, budget // (_COPIES * 4 * logits.numel()))
-    yield _outcome(logits.float().cpu(), targets[:1])
-    for part, wanted in zip(batch[1:].split(fitting), targets[1:].split(fitting), strict=True):
+    first, rest = batch[:1], batch[1:]
+    logits = forward(first)
+    yield _outcome(logits.float().cpu(), examples.targets(first))
+    # Padded to the longest of the batch at most.
+    longest = examples.targets(batch).shape[1] * logits.shape[-1]
+    for part in rest.split(max(1, budget // (_COPIES * 4 * longest))):
         if len(part):
-            yield _outcome(forward(part).float().cpu(), wanted)
+            yield _outcome(forward(part).float().cpu(), examples.targets(part))
 
 
 def _outcome(logits: Tensor, targets: Tensor) -> Tensor:

@@ -7,12 +7,12 @@ from hashlib import sha256
 import torch
 from torch import Tensor, nn
 
-from fedcore.training.encoding import EncodedDataset
+from fedcore.training.encoding import Examples
 from fedcore.training.layers import eval_mode
 
 
 @torch.no_grad()
-def mean_states(model: nn.Module, examples: EncodedDataset, batch_size: int = 64) -> Tensor:
+def mean_states(model: nn.Module, examples: Examples, batch_size: int = 64) -> Tensor:
     """The last hidden states averaged over an example's tokens: ``(n, width)`` fp32 on the CPU.
 
     Runs in eval mode; with an adapter that starts at zero these are the base model's features.
@@ -20,10 +20,8 @@ def mean_states(model: nn.Module, examples: EncodedDataset, batch_size: int = 64
     device = next(model.parameters()).device
     means = []
     with eval_mode(model):
-        for start in range(0, len(examples), batch_size):
-            rows = slice(start, start + batch_size)
-            ids = examples.input_ids[rows].to(device)
-            mask = examples.attention_mask[rows].to(device)
+        for rows in torch.arange(len(examples)).split(batch_size):
+            ids, mask = (tensor.to(device) for tensor in examples.inputs(rows).values())
             outputs = model(input_ids=ids, attention_mask=mask, output_hidden_states=True)
             states = outputs.hidden_states[-1].float()
             attended = mask.unsqueeze(-1).to(states.dtype)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fedcore.errors import FedcoreError
-from fedcore.training.encoding import EncodedDataset
+from fedcore.training.encoding import Examples
 from fedcore.training.layers import capture_input
 from fedcore.training.prefix import FrozenPrefix
 from fedcore.training.token_head import TokenHead
@@ -26,7 +26,7 @@ class Forward:
     def __init__(
         self,
         model: nn.Module,
-        examples: EncodedDataset,
+        examples: Examples,
         prefix: FrozenPrefix | None = None,
         states: Tensor | None = None,
     ) -> None:
@@ -63,10 +63,7 @@ class Forward:
         return states
 
     def _run(self, batch: Tensor) -> Any:
-        inputs = {
-            "input_ids": self._examples.input_ids[batch].to(self._device),
-            "attention_mask": self._examples.attention_mask[batch].to(self._device),
-        }
+        inputs = {k: v.to(self._device) for k, v in self._examples.inputs(batch).items()}
         if self._prefix is not None and self._states is not None:
             with self._prefix.reuse():
                 self._prefix.feed(self._states[batch].to(self._device))

@@ -11,9 +11,9 @@ compare the two token for token, so a trl that tokenises differently turns them 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,10 +21,11 @@ from torch import Tensor
 
 from fedcore.checks import choice, count
 from fedcore.errors import FedcoreError, missing_extra
+from fedcore.federation.row_counts import RowCounts
 from fedcore.training.conversations import Conversations, Example, Message
 from fedcore.training.encoding import IGNORED, check_length
 
-OVERLONG = ("drop", "cut_prompt", "error")
+Overlong = Literal["drop", "cut_prompt", "error"]
 """What becomes of a row that is longer than the model may see."""
 
 LEAST_PROMPT = 8
@@ -35,54 +36,6 @@ _PROBE = "fedcore"
 
 Tokens = NDArray[np.int32]
 Indices = NDArray[np.int64]
-
-
-@dataclass(frozen=True)
-class RowCounts:
-    """What became of a client's rows; a statement about them, without any of their words.
-
-    Attributes:
-        read: rows in the file.
-        used: those that are learned.
-        dropped: those that are too long.
-        truncated: used ones whose prompt lost its beginning.
-        merged: used ones in which a token spans the prompt's end and the completion's beginning,
-            so that training shows another context than generation does.
-        targets: tokens that are predicted, over all used rows.
-    """
-
-    read: int = 0
-    used: int = 0
-    dropped: int = 0
-    truncated: int = 0
-    merged: int = 0
-    targets: int = 0
-
-    def __post_init__(self) -> None:
-        for field in fields(self):
-            count("row counts", field.name, getattr(self, field.name), least=0)
-        if self.read != self.used + self.dropped or max(self.truncated, self.merged) > self.used:
-            raise FedcoreError(f"row counts {asdict(self)} contradict each other")
-
-    def __add__(self, other: RowCounts) -> RowCounts:
-        ours, theirs = asdict(self), asdict(other)
-        return RowCounts(**{name: ours[name] + theirs[name] for name in ours})
-
-    @classmethod
-    def sum(cls, counts: Iterable[RowCounts]) -> RowCounts:
-        """The sum over clients."""
-        return sum(counts, cls())
-
-    def __str__(self) -> str:
-        return (
-            f"{self.read} rows read, {self.used} used, {self.dropped} dropped as too long, "
-            f"{self.truncated} with a truncated prompt, {self.merged} with a token across the "
-            f"prompt's end; {self.targets} target tokens"
-        )
-
-    def to_json(self) -> dict[str, int]:
-        """By name, as a record holds it."""
-        return asdict(self)
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,7 +49,7 @@ class InstructionRows:
         positions: int64, ascending after :func:`tokenise`: which of the rows read each used row is.
         truncated: bool, whether a used row's prompt lost its beginning.
         merged: bool, whether a token of a used row spans the prompt's end.
-        read: how many rows were read.
+        lengths: int64, the tokens of every row read before any was cut.
     """
 
     input_ids: tuple[Tokens, ...]
@@ -104,10 +57,15 @@ class InstructionRows:
     positions: Indices
     truncated: NDArray[np.bool_]
     merged: NDArray[np.bool_]
-    read: int
+    lengths: Indices
 
     def __len__(self) -> int:
         return len(self.input_ids)
+
+    @property
+    def read(self) -> int:
+        """How many rows were read."""
+        return len(self.lengths)
 
     @property
     def targets(self) -> Indices:
@@ -141,20 +99,8 @@ class InstructionRows:
             np.array([k for k, _ in chosen], dtype=np.int64),
             self.truncated[rows],
             self.merged[rows],
-            len(indices),
+            self.lengths[np.asarray(indices, dtype=np.int64)],
         )
-
-    def dataset(self) -> Any:
-        """A ``datasets.Dataset`` with the columns ``input_ids`` and ``labels``.
-
-        Raises:
-            MissingExtraError: datasets is not installed.
-        """
-        try:
-            from datasets import Dataset
-        except ImportError as error:
-            raise missing_extra("datasets", "hub") from error
-        return Dataset.from_dict({"input_ids": list(self.input_ids), "labels": list(self.labels)})
 
 
 def tokenise(
@@ -182,11 +128,12 @@ def tokenise(
         MissingExtraError: ``loss = "assistant"`` with a template that has no generation blocks, and
             trl, which knows those of common templates, is not installed.
     """
-    choice("", "overlong", overlong, OVERLONG)
+    choice("", "overlong", overlong, get_args(Overlong))
     check_length(tokenizer, count("", "max_length", max_length, least=2), least=2)
     templates: dict[bool, str | None] = {}
     input_ids, labels, positions, truncated, merged = [], [], [], [], []
     long: list[int] = []
+    lengths: list[int] = []
     for i, example in enumerate(conversations.examples):
         place = conversations.place(i)
         if isinstance(example.completion, str):
@@ -199,6 +146,7 @@ def tokenise(
         if not learned[1:].any():
             raise FedcoreError(f"{place}: no token of this row can be learned; remove it")
         shorter = len(ids) > max_length
+        lengths.append(len(ids))
         if shorter:
             long.append(i)
             chosen = _without_start(ids, learned, tokenizer.bos_token_id, max_length)
@@ -223,7 +171,7 @@ def tokenise(
         np.array(positions, dtype=np.int64),
         np.array(truncated, dtype=np.bool_),
         np.array(merged, dtype=np.bool_),
-        len(conversations),
+        np.array(lengths, dtype=np.int64),
     )
 
 

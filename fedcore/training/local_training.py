@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fedcore.training.encoding import EncodedDataset
+from fedcore.training.encoding import Examples
 from fedcore.training.evaluation import prediction_loss
 from fedcore.training.forward import Forward
 from fedcore.training.optimisers import OptimiserSettings, build_optimiser, optimiser_state
@@ -51,7 +51,7 @@ class LocalResult:
 
 def train_client(
     forward: Forward,
-    examples: EncodedDataset,
+    examples: Examples,
     indices: Tensor,
     parameters: Mapping[str, nn.Parameter],
     dense: frozenset[str],

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fedcore.data.seeding import derive_seed
 from fedcore.privacy.clipping import clipped_sum, with_noise
 from fedcore.privacy.keyed_stream import KeyedStream
-from fedcore.training.encoding import IGNORED, EncodedDataset
+from fedcore.training.encoding import IGNORED, Examples
 from fedcore.training.forward import Forward
 from fedcore.training.local_training import LocalResult, LocalSettings
 from fedcore.training.optimisers import OptimiserSettings, build_optimiser, optimiser_state
@@ -35,7 +35,7 @@ def sampling_rate(batch_size: int, examples: int) -> float:
 def train_privately(
     model: nn.Module,
     forward: Forward,
-    examples: EncodedDataset,
+    examples: Examples,
     indices: Tensor,
     parameters: Mapping[str, nn.Parameter],
     dense: frozenset[str],
@@ -125,7 +125,7 @@ def example_losses(logits: Tensor, targets: Tensor) -> Tensor:
 
 def _clipped(
     forward: Forward,
-    examples: EncodedDataset,
+    examples: Examples,
     batch: Tensor,
     parameters: Mapping[str, nn.Parameter],
     gradients: SampleGradients,

@@ -17,7 +17,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PrinterCallback, TrainerCallback
-from trl import SFTConfig, SFTTrainer
+from trl import SFTConfig, SFTTrainer, pack_dataset
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from fedcore.data.seeding import derive_seed
@@ -132,6 +132,22 @@ def take_sft_turn(
         trainer.train()
         after = optimiser_state(optimiser, parameters, state) if keep else {}
     return LocalResult(sum(recorder.losses) / steps, len(recorder.losses), after)
+
+
+def packed(rows: datasets.Dataset, settings: SftSettings, max_length: int) -> datasets.Dataset:
+    """``rows``, where ``settings`` pack them, several in a sequence of ``max_length`` tokens.
+
+    Raises:
+        FedcoreError: ``max_length`` does not fit trl's packing.
+    """
+    if not settings.options.get("packing"):
+        return rows
+    strategy = settings.options.get("packing_strategy", "bfd")
+    with process_as_before(torch.device("cpu")):
+        try:
+            return pack_dataset(rows, max_length, strategy)
+        except ValueError as error:
+            raise FedcoreError(f"trl refuses to pack the rows: {error}") from error
 
 
 def row_order(count: int, taken: int, skipped: int, *, seed: int, client: str) -> Tensor:

@@ -225,23 +225,38 @@ def read_table(
     wanted = wanted_columns(text_column, label_column)
     for line, row in read_rows(path, wanted, renamed=columns):
         text = fill(text_column, row)
-        label = row[label_column] if label_column else UNLABELLED
         if not isinstance(text, str) or not text.strip():
             raise FedcoreError(
                 f"{path}:{line}: column {text_column!r} is {described(text)}; each row needs a text"
             )
-        if not (isinstance(label, str) or is_integer(label)) or not str(label).strip():
-            raise FedcoreError(
-                f"{path}:{line}: column {label_column!r} is {described(label)}; each row needs a "
-                "string or an integer"
-            )
-        name = str(label).strip()
-        if labels is not None and name not in labels:
-            raise FedcoreError(
-                f"{path}:{line}: column {label_column!r} holds a label that is not in data.labels"
-            )
+        names.append(label_in(row, label_column, f"{path}:{line}", labels))
         texts.append(text)
-        names.append(name)
     if not texts:
         raise FedcoreError(f"{path}: no rows")
     return texts, names
+
+
+def label_in(
+    row: Mapping[str, Any], column: str, place: str, labels: Collection[str] | None = None
+) -> str:
+    """The label of ``row``: a string or an integer, as text; of an empty ``column`` the one of all.
+
+    Args:
+        place: of the row, in front of errors.
+        labels: the only ones that there may be.
+
+    Raises:
+        FedcoreError: an empty label, one of another type, or one that is not in ``labels``.
+    """
+    if not column:
+        return UNLABELLED
+    label = row[column]
+    if not (isinstance(label, str) or is_integer(label)) or not str(label).strip():
+        raise FedcoreError(
+            f"{place}: column {column!r} is {described(label)}; each row needs a string or an "
+            "integer"
+        )
+    name = str(label).strip()
+    if labels is not None and name not in labels:
+        raise FedcoreError(f"{place}: column {column!r} holds a label that is not in data.labels")
+    return name

@@ -13,12 +13,27 @@ import torch
 from torch import nn
 
 from fedcore.errors import unknown_name
-from fedcore.training.datasets import TextDataset
-from fedcore.training.encoding import EncodedDataset, encode
+from fedcore.training.answer_tokens import answer_tokens
+from fedcore.training.encoding import Examples, encode
+from fedcore.training.instruction_data import InstructionDataset
+from fedcore.training.instruction_rows import InstructionRows, Overlong, tokenise
 from fedcore.training.language_models import load_language_model
 from fedcore.training.models import load_classifier
 from fedcore.training.next_tokens import encode_continuations
 from fedcore.training.weight_format import WeightFormat
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A data set as examples.
+
+    Attributes:
+        examples: those that are used.
+        rows: of instruction data, which of those read they are, and what became of the others.
+    """
+
+    examples: Examples
+    rows: InstructionRows | None = None
 
 
 @dataclass(frozen=True)
@@ -29,14 +44,29 @@ class Task:
         peft_type: PEFT's name of the task, which decides whether a head trains with the adapter.
         load: model source, number of classes and seed to the base model and its tokenizer, in a
             format of its weights and, where they are quantised, on a device.
-        encode: texts, tokenizer and length to examples with their targets.
+        encode: texts, tokenizer, length, and what becomes of longer ones, to examples with their
+            targets.
         generates: whether the models continue texts, so that a report can show one.
     """
 
     peft_type: str
     load: Callable[[str, int, int, WeightFormat, torch.device], tuple[nn.Module, Any]]
-    encode: Callable[[TextDataset, Any, int], EncodedDataset]
+    encode: Callable[[Any, Any, int, Overlong], Encoded]
     generates: bool = False
+
+
+def _load_causal(
+    source: str, classes: int, seed: int, weights: WeightFormat, device: torch.device
+) -> tuple[nn.Module, Any]:
+    return load_language_model(source, weights=weights, device=device)
+
+
+def _encode_rows(
+    data: InstructionDataset, tokenizer: Any, length: int, overlong: Overlong
+) -> Encoded:
+    rows = tokenise(data.conversations, tokenizer, max_length=length, overlong=overlong)
+    domains = [data.labels[i] for i in rows.positions]
+    return Encoded(answer_tokens(rows, tokenizer, domains), rows)
 
 
 TASKS: Mapping[str, Task] = {
@@ -45,14 +75,20 @@ TASKS: Mapping[str, Task] = {
         load=lambda source, classes, seed, weights, _: load_classifier(
             source, classes, seed=seed, dtype=weights.torch_dtype
         ),
-        encode=encode,
+        encode=lambda texts, tokenizer, length, _: Encoded(encode(texts, tokenizer, length)),
     ),
     "causal": Task(
         peft_type="CAUSAL_LM",
-        load=lambda source, _, __, weights, device: load_language_model(
-            source, weights=weights, device=device
+        load=_load_causal,
+        encode=lambda texts, tokenizer, length, _: Encoded(
+            encode_continuations(texts, tokenizer, length)
         ),
-        encode=encode_continuations,
+        generates=True,
+    ),
+    "sft": Task(
+        peft_type="CAUSAL_LM",
+        load=_load_causal,
+        encode=_encode_rows,
         generates=True,
     ),
 }

@@ -11,8 +11,8 @@ UNLABELLED = "all"
 """The one label of texts that have no label column."""
 
 
-def columns_of(text: str) -> tuple[str, ...]:
-    """The columns that ``text`` names, in order of first appearance.
+def columns_of(text: str, key: str = "text_column") -> tuple[str, ...]:
+    """The columns that ``text`` names, in order of first appearance; ``key`` is its name in errors.
 
     Example:
         >>> columns_of("sentence"), columns_of("{question} {answer}")
@@ -26,14 +26,14 @@ def columns_of(text: str) -> tuple[str, ...]:
     try:
         parts = list(Formatter().parse(text))
     except ValueError as error:
-        raise FedcoreError(f"text_column {text!r} is not a valid template: {error}") from None
+        raise FedcoreError(f"{key} {text!r} is not a valid template: {error}") from None
     columns: dict[str, None] = {}
     for _, name, form, conversion in parts:
         if name is None:
             continue
         if not name or form or conversion:
             raise FedcoreError(
-                f"text_column {text!r} is not a valid template: put only the name of a column "
+                f"{key} {text!r} is not a valid template: put only the name of a column "
                 "in braces, as in '{question} {answer}'"
             )
         columns[name] = None

@@ -41,10 +41,10 @@ def write_sites(folder: Path, sites: dict[str, int] | None = None) -> Path:
 
 def site_recipe(home: Path, task: str = "classification", **settings: Any) -> Recipe:
     """Two rounds, a few steps; pass ``data.sites`` or ``data.source``."""
-    causal = task == "causal"
-    model = home / ("site-language-model" if causal else "site-model")
+    generates = task != "classification"
+    model = home / ("site-language-model" if generates else "site-model")
     if not model.exists():
-        (write_language_model if causal else write_model)(model)
+        (write_language_model if generates else write_model)(model)
     file = home / "sites.toml"
     file.write_text("")
     common: dict[str, Any] = {
@@ -58,6 +58,9 @@ def site_recipe(home: Path, task: str = "classification", **settings: Any) -> Re
         "training.steps": 2,
         "training.batch_size": 8,
     }
-    if causal:
+    if generates:
         common |= {"data.label_column": "", "adapter.target_modules": ["q_proj", "v_proj"]}
+    if task == "sft":
+        common |= {"data.format": "columns"}
+        common |= {"data.columns": {"prompt": "{label}", "completion": " {text}"}}
     return load_recipe(file, {**common, **settings})

@@ -13,7 +13,7 @@ from fedcore.experiments.observer import Observer
 from fedcore.experiments.run import resume, start
 from fedcore.experiments.setup import build_experiment
 from fedcore.experiments.site_data import read_site, site_files
-from fedcore.recipes import load_recipe, parse_recipe, to_toml
+from fedcore.recipes import load_recipe, parse_recipe, to_toml, with_settings
 from fedcore.training.datasets import train_test_split
 from fedcore.training.site_settings import SiteSettings
 from tests.experiments.site_jobs import SITES, site_recipe, write_site, write_sites
@@ -30,7 +30,7 @@ def simulated(home, task="classification", **settings):
     return site_recipe(home, task, **{"data.sites": str(home / "sites"), **settings})
 
 
-@pytest.mark.parametrize("task", ["classification", "causal"])
+@pytest.mark.parametrize("task", ["classification", "causal", "sft"])
 def test_a_run_of_sites_trains_each_on_all_of_its_own_training_rows(task, home, tmp_path):
     summary = start(simulated(home, task), tmp_path / "run")
     assert summary["finished"]
@@ -65,23 +65,22 @@ def test_rows_and_their_split_depend_on_the_site_alone(home):
 def test_the_split_is_drawn_by_seed_and_site(home):
     recipe = simulated(home)
     site = site_files(home / "sites")[0]
-    own = read_site(recipe.data, site, 3)
+    own = read_site(with_settings(recipe, {"seed": 3}), site)
     assert not {*own.train.texts} & {*own.test.texts}
     assert len(own.train) + len(own.test) == 100
-    whole = read_site(
-        recipe.data, SiteSettings("x", site.data, str(home / "sites/hospital-b.jsonl")), 3
-    )
+    held_out = str(home / "sites/hospital-b.jsonl")
+    whole = read_site(recipe, SiteSettings("x", site.data, held_out))
     train, test = train_test_split(whole.train, 0.2, derive_seed(3, "split", "hospital-a"))
     assert (own.train.texts, own.test.texts) == (train.texts, test.texts)
-    assert read_site(recipe.data, site, 4).test.texts != own.test.texts
+    assert read_site(with_settings(recipe, {"seed": 4}), site).test.texts != own.test.texts
 
 
 def test_held_out_rows_of_a_site_replace_the_split(home, tmp_path):
     recipe, (a, b) = simulated(home), site_files(home / "sites")
-    own = read_site(recipe.data, SiteSettings("a", a.data, b.data), 0)
+    own = read_site(recipe, SiteSettings("a", a.data, b.data))
     assert (len(own.train), len(own.test)) == (100, 40)
     with pytest.raises(FedcoreError, match="site a: 100 texts of test-data are in data too"):
-        read_site(recipe.data, SiteSettings("a", a.data, a.data), 0)
+        read_site(recipe, SiteSettings("a", a.data, a.data))
 
 
 def test_a_site_that_lacks_classes_has_the_labels_of_all(home, tmp_path):
@@ -111,10 +110,10 @@ def test_columns_of_a_file_are_renamed_to_the_recipes(home, tmp_path):
         }
     )
     recipe = simulated(home)
-    assert len(read_site(recipe.data, site, 0, ["film", "money", "sport"]).train) == 24
+    assert len(read_site(recipe, site, ["film", "money", "sport"]).train) == 24
     absent = SiteSettings("c", site.data, columns=(("remark", "text"),))
     with pytest.raises(FedcoreError, match=r"site c: .*c\.jsonl:1: unknown column 'remark'"):
-        read_site(recipe.data, absent, 0)
+        read_site(recipe, absent)
 
 
 SECRET = "Patient-Zero"
@@ -136,7 +135,7 @@ def test_a_refusal_names_site_file_and_line_and_no_value(row, home, tmp_path):
         handle.write(json.dumps(row))
     labels = ["film", "money", "sport"]
     with pytest.raises(FedcoreError, match=r"^site d: .*d\.jsonl:11: ") as caught:
-        read_site(simulated(home).data, SiteSettings("d", str(file)), 0, labels)
+        read_site(simulated(home), SiteSettings("d", str(file)), labels)
     assert SECRET not in str(caught.value)
 
 

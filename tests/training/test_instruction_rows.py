@@ -7,19 +7,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from fedcore.errors import FedcoreError
+from fedcore.federation.row_counts import RowCounts
 from fedcore.training.answer_tokens import AnswerTokens, answer_tokens
 from fedcore.training.conversations import RowFormat, load_conversations
 from fedcore.training.encoding import IGNORED
 from fedcore.training.evaluation import evaluate
 from fedcore.training.forward import Forward
-from fedcore.training.instruction_rows import (
-    LEAST_PROMPT,
-    RowCounts,
-    tokenise,
-)
+from fedcore.training.instruction_rows import LEAST_PROMPT, tokenise
 from tests.training.instruction_tokenizers import BUILDERS, CHATTING, TEMPLATES, built, copied
 
 
@@ -332,7 +330,7 @@ def test_rows_are_dealt_before_it_is_known_which_are_too_long():
 
 def test_counts_are_numbers_that_agree():
     counts = RowCounts(read=5, used=4, dropped=1, truncated=2, merged=1, targets=33)
-    assert json.loads(json.dumps(counts.to_json())) == {
+    assert json.loads(json.dumps(counts.plain())) == {
         "read": 5,
         "used": 4,
         "dropped": 1,
@@ -340,15 +338,14 @@ def test_counts_are_numbers_that_agree():
         "merged": 1,
         "targets": 33,
     }
-    assert RowCounts(**counts.to_json()) == counts
+    assert RowCounts(**counts.plain()) == counts
     assert str(counts) == (
         "5 rows read, 4 used, 1 dropped as too long, 2 with a truncated prompt, 1 with a token "
         "across the prompt's end; 33 target tokens"
     )
-    with pytest.raises(FedcoreError, match="contradict each other"):
-        RowCounts(read=5, used=4)
-    with pytest.raises(FedcoreError, match=r"row counts: targets is -1"):
-        RowCounts(targets=-1)
+    for wrong in ({"read": 5, "used": 4}, {"truncated": 1}, {"targets": -1}, {"read": 0.5}):
+        with pytest.raises(ValidationError):
+            RowCounts(**wrong)
 
 
 def test_tokenizers_and_templates_that_cannot_end_a_row_are_refused():
@@ -434,7 +431,7 @@ def test_a_dataset_for_trl_has_the_rows_and_can_be_packed(model):
 
     form, ours, _, _ = CASES["prompt_completion"]
     rows = tokenise(read(form, ours), built("plain"), max_length=64)
-    dataset = rows.dataset()
+    dataset = answer_tokens(rows, built("plain")).dataset()
     assert dataset.column_names == ["input_ids", "labels"]
     assert [(row["input_ids"], row["labels"]) for row in dataset] == pairs(rows)
     packed = pack_dataset(dataset, 64, "bfd")
@@ -451,10 +448,15 @@ def test_our_own_loop_predicts_the_answers_alone(model):
     rows = tokenise(read(form, ours), tokenizer, max_length=64)
     examples = answer_tokens(rows, tokenizer)
     length = max(map(len, rows.input_ids))
-    assert examples.input_ids.shape == (len(rows), length)
-    assert examples.attention_mask.sum(dim=1).tolist() == list(map(len, rows.input_ids))
-    assert examples.labels.tolist() == [0] * len(rows)
     everything = torch.arange(len(rows))
+    inputs = examples.inputs(everything)
+    assert inputs["input_ids"].shape == inputs["attention_mask"].shape == (len(rows), length)
+    assert inputs["attention_mask"].sum(dim=1).tolist() == list(map(len, rows.input_ids))
+    assert len(inputs["input_ids"][0]) > len(rows.input_ids[0]) == examples.inputs(
+        everything[:1]
+    )["input_ids"].shape[1]
+    assert examples.labels.tolist() == [0] * len(rows)
+    assert examples.predictions(everything) == rows.counts.targets
     found = evaluate(Forward(model, examples), examples, everything, batch_size=2)
     assert found.predictions.tolist() == rows.targets.tolist()
     with torch.no_grad():
@@ -474,13 +476,17 @@ def test_answers_follow_their_examples():
     part = examples.take([3, 1])
     assert isinstance(part, AnswerTokens)
     assert part.labels.tolist() == [3, 1]
-    assert torch.equal(part.answers, examples.answers[[3, 1]])
-    assert torch.equal(part.to("cpu").answers, part.answers)
-    assert examples.nbytes == sum(t.nbytes for t in examples.tensors().values())
-    assert set(examples.tensors()) == {"input_ids", "attention_mask", "labels", "answers"}
-    with pytest.raises(FedcoreError, match="must be of one shape"):
-        replace(examples, answers=examples.answers[:, 1:])
-    with pytest.raises(FedcoreError, match=r"must be \(n, T\), \(n, T\) and \(n,\)"):
+    for mine, theirs in ((part.input_ids, examples.input_ids), (part.answers, examples.answers)):
+        assert [row.tolist() for row in mine] == [theirs[3].tolist(), theirs[1].tolist()]
+    tensors = examples.tensors()
+    assert examples.nbytes == sum(t.nbytes for t in tensors.values())
+    assert tensors["lengths"].tolist() == list(map(len, rows.input_ids))
+    assert tensors["input_ids"].tolist() == [i for row in rows.input_ids for i in row]
+    assert tensors["answers"].tolist() == [i for row in rows.labels for i in row]
+    with pytest.raises(FedcoreError, match="must have rows of the same lengths"):
+        replace(examples, answers=examples.answers[1:])
+    with pytest.raises(FedcoreError, match=r"pass one label for each row"):
         answer_tokens(rows, built("plain"), domains=[0])
-    with pytest.raises(FedcoreError, match="there are no rows to pad"):
-        answer_tokens(rows.take(np.arange(0)), built("plain"))
+    none = answer_tokens(rows.take(np.arange(0)), built("plain"))
+    assert len(none) == 0
+    assert len(none.tensors()["input_ids"]) == 0

@@ -102,7 +102,7 @@ def client_app(read: Callable[[Context], str]) -> ClientApp:
         def answer(recipe: Recipe, settings: SiteSettings) -> Message:
             if settings.owns_data:
                 # A file that cannot be read is to be known before the first round.
-                read_site(recipe.data, settings, recipe.seed)
+                read_site(recipe, settings)
             return introduce(message, client_of(context, recipe))
 
         return _answered(message, context, read(context), answer)

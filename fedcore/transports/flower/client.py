@@ -46,6 +46,7 @@ from fedcore.transports.flower.reply_metrics import (
     LOSS_SUM,
     METRICS,
     TARGETS,
+    of_rows,
 )
 
 _ROW, _OWN, _RESIDUAL, _RUN = (f"fedcore.{name}" for name in ("row", "own", "residual", "run"))
@@ -160,9 +161,8 @@ def train(
             refusal = ReplyInfo(client, round_config.round, said=said).record()
             return Message(RecordDict({RECORD: refusal}), reply_to=message)
     key_map, _ = KeyMap.of(model_tensors(experiment))
-    memory = _updated(
-        ClientMemory.read(context.state, run), content, round_config, key_map, experiment, client
-    )
+    before = ClientMemory.read(context.state, run)
+    memory = _updated(before, content, round_config, key_map, experiment, client)
     assert memory.row is not None
     layout, ranks = key_map.layout, experiment.ranks.get(client)
     if announced is not None and ranks is None:
@@ -193,7 +193,11 @@ def train(
         "local-loss": trained.held_out_loss,
     }
     # A server takes finite numbers alone; what was not measured is left out as well.
-    metrics = {EXAMPLES: trained.weight}
+    metrics: dict[str, float] = {EXAMPLES: len(experiment.training_indices(client))}
+    if experiment.recipe.round.weighting == "tokens":
+        metrics[TARGETS] = trained.weight
+    if before.row is None and client in experiment.rows:
+        metrics |= of_rows(experiment.rows[client])
     metrics |= {name: v for name, v in measured.items() if v is not None and isfinite(v)}
     answer = RecordDict(
         {

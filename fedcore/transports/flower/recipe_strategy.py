@@ -9,7 +9,7 @@ from time import monotonic, perf_counter, sleep
 from typing import Any
 
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result
 
@@ -26,11 +26,12 @@ from fedcore.experiments.traffic import added, downlink, evaluation_downlink, to
 from fedcore.federation.announcements import with_agreed
 from fedcore.federation.diagnostics import ModuleDiagnosis, diagnose
 from fedcore.federation.downloads import download
+from fedcore.federation.row_counts import RowCounts
 from fedcore.federation.server_round import ClosedRound, OpenRound
 from fedcore.federation.state import ServerState
 from fedcore.methods.base import Broadcast
 from fedcore.transports.flower.messages import ReplyInfo, broadcast_content
-from fedcore.transports.flower.reply_metrics import METRICS, read_sums
+from fedcore.transports.flower.reply_metrics import EXAMPLES, TARGETS, metric_of, read_sums
 from fedcore.transports.flower.strategy import FedLoRA, wait_for_nodes
 
 # A node that never says who it is delays only so many rounds.
@@ -72,7 +73,8 @@ class RecipeStrategy(FedLoRA):
             on_invalid=rounds.on_invalid,
             send="changed",
             allow_identical_uploads=rounds.allow_identical_uploads,
-            weighting=rounds.weighting,
+            weighting="uniform" if rounds.weighting == "uniform" else "examples",
+            weighted_by_key=TARGETS if rounds.weighting == "tokens" else EXAMPLES,
             max_growth=rounds.max_growth,
             largest_share=rounds.largest_share,
             adapter_config=experiment.adapter_config,
@@ -178,17 +180,18 @@ class RecipeStrategy(FedLoRA):
         return self._experiment.ranks.get(client)
 
     def weight_of(self, client: str, reported: float) -> float:
-        """The number of examples in the client's part of the partition.
+        """The examples, or their tokens, in the client's part of the partition.
 
         Raises:
-            FedcoreError: the client reports another one.
+            FedcoreError: the client reports another number.
         """
-        examples = self._experiment.held[client]
-        if reported != examples:
+        weight = self._experiment.weight(client)
+        if reported != weight:
             raise FedcoreError(
-                f"it reports {reported:g} examples, and the partition gives it {examples}"
+                f"it reports {reported:g} {self._experiment.recipe.round.weighting}, and the "
+                f"partition gives it {weight:g}"
             )
-        return float(examples)
+        return weight
 
     def record(self, closed: ClosedRound, replies: Mapping[str, RecordDict]) -> dict[str, Any]:
         """The same record as a local run's, without times that a server cannot know."""
@@ -219,15 +222,19 @@ class RecipeStrategy(FedLoRA):
         absent = set(self._sampled) - {who.client for who in self._asked.values()}
         dropped = {d.client_id: d.reason for d in cohort.dropped}
         dropped |= dict.fromkeys(absent, "no node of it is connected")
+        rows = self._rows_of(replies)
+        if rows:
+            self._observer.message(str(RowCounts.sum(rows.values())))
         record = round_record(
             experiment,
             before.round,
             outcome,
             ClientReports(
-                losses=_reported(replies, "train-loss"),
-                local_accuracy=_reported(replies, "local-accuracy"),
-                local_loss=_reported(replies, "local-loss"),
-                examples=self._examples(),
+                losses=metric_of(replies, "train-loss"),
+                local_accuracy=metric_of(replies, "local-accuracy"),
+                local_loss=metric_of(replies, "local-loss"),
+                examples=self._examples(replies),
+                rows=rows,
             ),
             sampled=self._sampled,
             dropped=dropped,
@@ -239,9 +246,13 @@ class RecipeStrategy(FedLoRA):
         )
         return record.plain()
 
-    def _examples(self) -> Mapping[str, int | None] | None:
+    def _examples(self, replies: Mapping[str, RecordDict]) -> Mapping[str, int | None] | None:
         """What clients have said of their rows, where the experiment does not know it."""
         return None
+
+    def _rows_of(self, replies: Mapping[str, RecordDict]) -> Mapping[str, RowCounts]:
+        """What became of clients' rows, of those that say it in this round."""
+        return self._experiment.rows if self.state.round == 0 else {}
 
     def _site_sums(self, state: ServerState) -> tuple[list[str], dict[str, SiteSums]]:
         """The clients that were asked to evaluate ``state``, and the sums of those that answered.
@@ -427,13 +438,3 @@ class RecipeStrategy(FedLoRA):
                 f"({len(others)} of {len(threads)} clients): the result may differ from the local "
                 "engine's in its last bits; set training.threads"
             )
-
-
-def _reported(replies: Mapping[str, RecordDict], name: str) -> dict[str, float]:
-    """What the clients of the cohort report of their training, by client."""
-    values = {}
-    for client, content in replies.items():
-        value = content.metric_records.get(METRICS, MetricRecord()).get(name)
-        if isinstance(value, int | float):
-            values[client] = float(value)
-    return values

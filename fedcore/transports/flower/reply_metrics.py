@@ -12,10 +12,12 @@ from typing import Any
 
 from flwr.app import Message, MetricRecord, RecordDict
 from flwr.common.logger import log
+from pydantic import ValidationError
 
 from fedcore.data.validation import check_weight, one_number
 from fedcore.errors import FedcoreError, printable
 from fedcore.experiments.evaluation import SiteSums
+from fedcore.federation.row_counts import RowCounts
 
 Aggregate = Callable[[list[RecordDict], str], MetricRecord]
 """Flower's form of a function that makes one metric record of all."""
@@ -27,7 +29,12 @@ EXAMPLES = "num-examples"
 """The metric that holds a client's rows."""
 
 TARGETS, CORRECT, LOSS_SUM = "targets", "correct", "loss-sum"
-"""Metrics of a site's reply to an evaluation: sums over its held-out rows."""
+"""Metrics of a site's reply to an evaluation: sums over its held-out rows. The first is also that
+of a client's training rows, where clients weigh by it.
+"""
+
+_ROWS = {f"rows-{name}": name for name in RowCounts.model_fields}
+"""Metrics of what became of a client's rows, which its first reply has."""
 
 _MOST = 100
 
@@ -84,6 +91,36 @@ def read_sums(content: RecordDict, least: int) -> SiteSums | None:
     if targets < least or correct > targets:
         raise FedcoreError(f"its reply says {correct} correct of {targets} targets")
     return SiteSums(int(values[EXAMPLES]), targets, correct, values[LOSS_SUM])
+
+
+def metric_of(replies: Mapping[str, RecordDict], name: str) -> dict[str, float]:
+    """The metric ``name`` by client, of those whose reply has it."""
+    values = {}
+    for client, content in replies.items():
+        value = content.metric_records.get(METRICS, MetricRecord()).get(name)
+        if isinstance(value, int | float):
+            values[client] = float(value)
+    return values
+
+
+def of_rows(counts: RowCounts) -> dict[str, int]:
+    """``counts`` as metrics."""
+    return {metric: getattr(counts, name) for metric, name in _ROWS.items()}
+
+
+def read_rows(metrics: Mapping[str, float]) -> RowCounts | None:
+    """What became of a client's rows, None where it does not say so.
+
+    Raises:
+        FedcoreError: its numbers are none of rows, or contradict each other.
+    """
+    if not set(_ROWS) <= set(metrics):
+        return None
+    values = {name: metrics[metric] for metric, name in _ROWS.items()}
+    try:
+        return RowCounts.model_validate({n: int(v) if v == int(v) else v for n, v in values.items()})
+    except ValidationError:
+        raise FedcoreError("its counts of rows contradict each other") from None
 
 
 def with_metrics(content: RecordDict, metrics: Mapping[str, float]) -> RecordDict:

@@ -6,13 +6,18 @@ from collections.abc import Collection, Mapping
 from time import monotonic, sleep
 from typing import Any
 
+from flwr.app import RecordDict
 from flwr.serverapp import Grid
 
 from fedcore.errors import FedcoreError
+from fedcore.federation.row_counts import RowCounts
 from fedcore.training.site_settings import SITE_NAME
 from fedcore.transports.flower import recipe_strategy
 from fedcore.transports.flower.messages import ReplyInfo
 from fedcore.transports.flower.recipe_strategy import MOST_SILENCES, RecipeStrategy
+from fedcore.transports.flower.reply_metrics import EXAMPLES, metric_of, read_metrics, read_rows
+
+_MOST = 1 << 53
 
 
 class SiteStrategy(RecipeStrategy):
@@ -39,22 +44,36 @@ class SiteStrategy(RecipeStrategy):
         return rounds.quorum or rounds.expected
 
     def weight_of(self, client: str, reported: float) -> float:
-        """The training rows that the site says it has.
+        """The training rows that the site says it has, or their tokens.
 
         Raises:
-            FedcoreError: that is not a number of rows.
+            FedcoreError: that is not a number of them.
         """
-        if not reported >= 1 or reported != int(reported):
-            raise FedcoreError(f"it reports {reported:g} examples, which is not a number of rows")
-        self._rows[client] = int(reported)
+        if not _counts(reported):
+            by = self._experiment.recipe.round.weighting
+            raise FedcoreError(f"it reports {reported:g} {by}, which is not a number of them")
         return reported
 
     def _population(self, connected: Collection[str]) -> tuple[str, ...]:
         """The sites that are connected."""
         return tuple(sorted(connected))
 
-    def _examples(self) -> Mapping[str, int | None]:
+    def _examples(self, replies: Mapping[str, RecordDict]) -> Mapping[str, int | None]:
+        said = metric_of(replies, EXAMPLES)
+        self._rows |= {name: int(rows) for name, rows in said.items() if _counts(rows)}
         return {name: self._rows.get(name) for name in {*self._rows, *self._sampled}}
+
+    def _rows_of(self, replies: Mapping[str, RecordDict]) -> Mapping[str, RowCounts]:
+        said: dict[str, RowCounts] = {}
+        for client, content in replies.items():
+            try:
+                counts = read_rows(read_metrics(content))
+            except FedcoreError as error:
+                self._observer.message(f"{client}: {error}")
+                continue
+            if counts is not None:
+                said[client] = counts
+        return said
 
     def _problem_of(self, name: str) -> str | None:
         return None if SITE_NAME.fullmatch(name) else "which cannot be the name of a site"
@@ -107,3 +126,8 @@ class SiteStrategy(RecipeStrategy):
                 )
                 said = here
             sleep(recipe_strategy.POLL)
+
+
+def _counts(value: float) -> bool:
+    """Whether ``value`` can be how many rows or tokens a site has."""
+    return 1 <= value <= _MOST and value == int(value)

@@ -98,8 +98,9 @@ def through_flower(recipe, grid, observer=None):
         ("classification", {}),
         ("classification", {"adapter.layers": [-1], "method.name": "fedex"}),
         ("causal", {}),
+        ("sft", {"round.weighting": "tokens", "adapter.dropout": 0.1}),
     ],
-    ids=["classifier", "cached prefix and residual", "language model"],
+    ids=["classifier", "cached prefix and residual", "language model", "instruction tuning"],
 )
 def test_the_local_engines_adapter_bit_for_bit(task, settings, home, tmp_path):
     """Sites by their node-config and files under one folder are the same federation."""
@@ -109,7 +110,7 @@ def test_the_local_engines_adapter_bit_for_bit(task, settings, home, tmp_path):
     simulation = site_recipe(home, task, **{"data.sites": str(home / "sites"), **common})
     local.start(simulation, tmp_path / "local")
     expected = read_state(latest_state(tmp_path / "local" / "state"))
-    configs = nodes(home) if task == "classification" else causal_nodes(home)
+    configs = causal_nodes(home) if task == "causal" else nodes(home)
     recipe = deployed(home, task, **settings)
     strategy = through_flower(recipe, site_grid(recipe, configs))
     assert torch.equal(strategy.state.row, expected.row)
@@ -122,6 +123,21 @@ def test_the_local_engines_adapter_bit_for_bit(task, settings, home, tmp_path):
     assert ours["sites"]["answered"] == ["hospital-a", "hospital-b"]
     assert ours["sites"]["examples"] == 28
     assert ours["accuracy"] == ours["sites"]["accuracy"]
+
+
+def test_what_became_of_the_sites_rows_is_in_the_first_record_and_said_once(home):
+    recipe = deployed(home, "sft")
+    grid, seen = site_grid(recipe, nodes(home)), Seen()
+    first, second = through_flower(recipe, grid, seen).states
+    rows = {c["client"]: c["rows"] for c in first.record["clients"]}
+    assert {site: counts["read"] for site, counts in rows.items()} == {
+        "hospital-a": 100,
+        "hospital-b": 40,
+    }
+    assert all("rows" not in c for c in second.record["clients"])
+    said = [text for text in seen.texts if "rows read" in text]
+    assert len(said) == 1
+    assert said[0].startswith("140 rows read")
 
 
 def test_weights_and_evaluation_are_of_each_sites_own_rows(home, monkeypatch):
