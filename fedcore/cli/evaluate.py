@@ -88,11 +88,12 @@ def evaluate_answers(
     if data is None and (kind or stop):
         raise FedcoreError("--kind and --stop belong to --data; pass it, or leave them out")
     # Imported once the arguments are known to be sound: it loads transformers.
-    from fedcore.answers.bundled import BUNDLED, TOPIC_SOURCE, named_task
+    from fedcore.answers.bundled import BUNDLED, named_task
     from fedcore.answers.candidates import adapter_candidates
     from fedcore.answers.files import read_task
-    from fedcore.answers.outcome import answer_grids, answers_json
+    from fedcore.answers.outcome import answers_of
     from fedcore.answers.scoring import check_tasks
+    from fedcore.reports.answers import answer_grids
     from fedcore.reports.grid import stacked
 
     names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
@@ -102,31 +103,31 @@ def evaluate_answers(
         [] if data is None else [read_task(data, kind=kind, stop=stop or (), max_tokens=max_tokens)]
     )
 
-    def chosen(trained: frozenset[str]) -> list[AnswerTask | HarnessTask]:
-        return [*(named_task(name, task_folder, trained) for name in names), *from_file]
+    def chosen(named: Callable[..., AnswerTask | HarnessTask]) -> list[AnswerTask | HarnessTask]:
+        return [*(named(name, task_folder) for name in names), *from_file]
 
-    check_tasks(chosen(frozenset()), run_code=run_code)
+    check_tasks(chosen(named_task), run_code=run_code)
     with _progress(console) as (preparing, progress):
         if is_run:
             from fedcore.experiments.answers import run_models
 
             preparing(f"the run in {source}")
             run = run_models(source, round=round_, clients=clients)
-            candidates = run.candidates
-            trained = run.trained if run.source == TOPIC_SOURCE else frozenset()
+            candidates, asked = run.candidates, chosen(run.task)
         else:
             preparing(f"the adapter in {source}")
-            candidates, trained = adapter_candidates(source, base), frozenset()
+            candidates, asked = adapter_candidates(source, base), chosen(named_task)
         scores = candidates.score(
-            chosen(trained),
+            asked,
             limit=limit,
             batch_size=batch_size,
             run_code=run_code,
             progress=progress,
         )
-    Console().print(stacked(*answer_grids(scores)))
+    answers = answers_of(scores)
+    Console().print(stacked(*answer_grids(answers)))
     if out is not None:
-        about = {"source": str(source), "round": round_, "limit": limit, **answers_json(scores)}
+        about = {"source": str(source), "round": round_, "limit": limit, **answers.plain()}
         write_text(json.dumps(about, indent=1, allow_nan=False) + "\n", out)
         Console().print(f"numbers: {out}", highlight=False, soft_wrap=True)
 

@@ -88,6 +88,12 @@ class ProgressDisplay(Observer):
         """Advance the bar of the round's steps."""
         self._bars.advance(self._steps)
 
+    def answers_counted(self, what: str, done: int, total: int) -> None:
+        """Show how many answers are there."""
+        self._bars.update(self._steps, description=what, completed=done, total=total, visible=True)
+        if not done and not self._console.is_terminal:
+            self.message(f"asking {what}")
+
     def round_finished(self, record: Mapping[str, Any]) -> None:
         """Advance the bar of the rounds and print one line of the round."""
         self._bars.advance(self._rounds)

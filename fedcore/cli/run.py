@@ -95,6 +95,8 @@ def _fresh_folder(recipe: Recipe) -> Path:
 
 def _show(folder: Path) -> None:
     """Print the run's tables and write its page."""
+    from fedcore.reports.answers import answer_grids
+    from fedcore.reports.grid import stacked
     from fedcore.reports.page import write_run_page
     from fedcore.reports.reading import read_run
     from fedcore.reports.tables import final_table, run_table
@@ -103,6 +105,8 @@ def _show(folder: Path) -> None:
     console = Console()
     console.print(run_table(record))
     console.print(final_table(record))
+    if record.answers is not None:
+        console.print(stacked(*answer_grids(record.answers)))
     page = write_run_page(folder)
     console.print(f"report: {page}", highlight=False, soft_wrap=True)
     console.print(f"run folder: {folder}", highlight=False, soft_wrap=True)

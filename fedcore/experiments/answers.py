@@ -11,9 +11,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fedcore.answers.bundled import TOPIC_SOURCE, named_task
 from fedcore.answers.candidates import BASE, Candidate, Candidates, without_adapter
+from fedcore.answers.harness import HarnessTask
+from fedcore.answers.outcome import answers_of
+from fedcore.answers.scoring import check_tasks
+from fedcore.answers.task import AnswerTask
 from fedcore.errors import FedcoreError
-from fedcore.experiments.client_models import client_row
+from fedcore.experiments.client_models import TRAINED, client_row
 from fedcore.experiments.observer import Observer
 from fedcore.experiments.origin import (
     check_origin,
@@ -22,7 +27,8 @@ from fedcore.experiments.origin import (
     run_origin,
 )
 from fedcore.experiments.run_folder import RunFolder
-from fedcore.experiments.setup import Experiment, SharedCache, build_experiment
+from fedcore.experiments.setup import Experiment, build_experiment
+from fedcore.federation.answer_records import Answers
 from fedcore.federation.state import ServerState
 from fedcore.recipes import Recipe
 from fedcore.training.tasks import find_task
@@ -34,13 +40,20 @@ class RunModels:
 
     Attributes:
         candidates: its models, the base first.
-        source: what its texts are called.
+        source: what its texts are called; empty where sites own them.
         trained: the texts that clients train on; held-out ones are not among them.
     """
 
     candidates: Candidates
     source: str
     trained: frozenset[str]
+
+    def task(self, name: str, folder: Path | None = None) -> AnswerTask | HarnessTask:
+        """The task called ``name``, as :func:`~fedcore.answers.bundled.named_task`, without rows
+        that the run trained on.
+        """
+        known = self.trained if self.source == TOPIC_SOURCE else frozenset()
+        return named_task(name, folder, known)
 
 
 def run_models(
@@ -58,7 +71,8 @@ def run_models(
 
     Args:
         round: after so many rounds; after the newest one by default.
-        clients: also the model of each client.
+        clients: also the model of each client; where they share one, what each of them trained in
+            the last round.
 
     Raises:
         FedcoreError: the folder holds no run of a language model, or none after ``round``; its
@@ -76,23 +90,59 @@ def run_models(
     if state is None:
         raise FedcoreError(f"{folder} has no state yet; continue it: fedcore run --resume {folder}")
     check_recipe_kept(state.origin, run)
-    cache = SharedCache()
-    experiment = build_experiment(_plain(recipe), observer or Observer(), cache)
+    experiment = build_experiment(_plain(recipe), observer or Observer())
     differences_of_base(experiment, run, "evaluated")
     check_origin(state.origin, run_origin(experiment, run), experiment)
-    ((texts, encoded),) = cache.texts.values()
-    training = torch.cat(list(experiment.shards.values())).numpy()
-    if encoded.rows is not None:
-        training = encoded.rows.positions[training]
+    return _of_run(experiment, state, clients=clients)
+
+
+def run_answers(experiment: Experiment, state: ServerState, observer: Observer) -> Answers:
+    """What the models of ``state`` answer to ``evaluation.tasks``: the base, the global one, and
+    those that the clients trained in the last round, where they are known.
+
+    Raises:
+        FedcoreError: as :func:`~fedcore.answers.scoring.score_tasks`.
+    """
+    settings = experiment.recipe.evaluation
+    run = _of_run(experiment, state, clients=bool(_rows(experiment, state)))
+    tasks = [run.task(name) for name in settings.tasks or ()]
+    return answers_of(
+        run.candidates.score(tasks, limit=settings.limit, progress=observer.answers_counted)
+    )
+
+
+def check_answers(recipe: Recipe) -> None:
+    """Whether the models of a run of ``recipe`` can be asked what it says, before it begins.
+
+    Raises:
+        FedcoreError: an unknown task, or two of one name.
+        MissingExtraError: a task needs a package that is not installed.
+    """
+    if recipe.evaluation.tasks:
+        check_tasks([named_task(name) for name in recipe.evaluation.tasks], run_code=False)
+
+
+def _of_run(experiment: Experiment, state: ServerState, *, clients: bool) -> RunModels:
     rows = (
         Candidate(BASE, (partial(_base, experiment),)),
         *_candidates(experiment, state, clients=clients),
     )
+    trained = torch.cat([torch.zeros(0, dtype=torch.int64), *experiment.shards.values()]).tolist()
     return RunModels(
         Candidates(experiment.model, experiment.tokenizer, rows),
-        recipe.data.source,
-        frozenset(texts.take(training).texts),
+        "" if experiment.recipe.data.at_sites else experiment.recipe.data.source,
+        frozenset(experiment.texts[i] for i in trained),
     )
+
+
+def _rows(experiment: Experiment, state: ServerState) -> dict[str, Tensor]:
+    """Client to the row of its own model; none of clients that share one and have not trained."""
+    if experiment.method.capabilities.personalised or experiment.ranks:
+        return {client: client_row(experiment, state, client) for client in experiment.trainers}
+    memory = state.simulated_clients
+    return {
+        client: memory[client][TRAINED] for client in sorted(memory) if TRAINED in memory[client]
+    }
 
 
 def _plain(recipe: Recipe) -> Recipe:
@@ -106,14 +156,13 @@ def _candidates(
 ) -> Iterator[Candidate]:
     capabilities = experiment.method.capabilities
     several = capabilities.personalised
-    if clients and not (several or experiment.ranks):
+    rows = _rows(experiment, state) if several or clients else {}
+    if clients and not rows:
         raise FedcoreError(
-            f"--clients: clients of {experiment.method.name} share one model; leave it out"
+            f"--clients: clients of {experiment.method.name} share one model; leave it out, or set "
+            "evaluation.tasks, with which a run remembers what each trained in its last round"
         )
-    each = {
-        client: partial(_row, experiment, state, client_row(experiment, state, client))
-        for client in (experiment.trainers if several or clients else ())
-    }
+    each = {client: partial(_row, experiment, state, row) for client, row in rows.items()}
     if several:
         alone = capabilities.population == "alone"
         yield Candidate("local-only, mean" if alone else "clients, mean", tuple(each.values()))

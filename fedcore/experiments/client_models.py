@@ -15,6 +15,9 @@ from fedcore_kernels.layout import FactorLayout
 OWN = "row"
 """The private tensor that holds a personalised client's values, in the global layout."""
 
+TRAINED = "trained"
+"""What a client trained in the last round, in the same layout, of a run with evaluation.tasks."""
+
 
 def client_row(experiment: Experiment, state: ServerState, client: str) -> Tensor:
     """The row ``(P,)`` that ``client`` starts ``state.round`` from.

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fedcore.data.codecs import Codec, codec_error, find_codec
 from fedcore.data.seeding import derive_seed
 from fedcore.data.validation import digest
-from fedcore.experiments.client_models import OWN
+from fedcore.experiments.client_models import OWN, TRAINED
 from fedcore.experiments.evaluation import evaluate_on, evaluates
 from fedcore.experiments.observer import Observer
 from fedcore.experiments.privacy import SPENT, steps_after
@@ -86,6 +86,8 @@ def train_one_client(
         memory[SPENT] = steps_after(own, result.steps)
     if method.capabilities.personalised:
         memory[OWN] = experiment.binding.read()
+    elif recipe.evaluation.tasks and round + 1 == recipe.rounds:
+        memory[TRAINED] = experiment.binding.read()
     trained = experiment.binding.read(read)
     upload = method.prepare_upload(trained, read, broadcast, round)
     codec = find_codec(recipe.round.codec)

@@ -29,3 +29,6 @@ class Observer:
 
     def round_finished(self, record: Mapping[str, Any]) -> None:
         """A round is complete and saved."""
+
+    def answers_counted(self, what: str, done: int, total: int) -> None:
+        """Of what a model is asked, so many rows are done."""

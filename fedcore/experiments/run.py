@@ -12,6 +12,7 @@ from typing import Any
 from fedcore.data.claims import claimed
 from fedcore.errors import FedcoreError
 from fedcore.experiments.adapters import generation_sample, write_adapters
+from fedcore.experiments.answers import check_answers, run_answers
 from fedcore.experiments.environment import (
     describe_environment,
     git_commit,
@@ -62,6 +63,7 @@ def start(
     if rounds is None:
         check_simulated(recipe)
     check_sources(recipe)
+    check_answers(recipe)
     RunFolder.check_free(path)
     with recipe_threads(recipe):
         # Nothing is written before everything the recipe names has been found to fit together.
@@ -209,6 +211,8 @@ def _go_on(
     summary = summarise(experiment, state, records, adapters)
     if experiment.task.generates and len(experiment.test):
         folder.write_json("sample.json", generation_sample(experiment, start_row, state))
+    if recipe.evaluation.tasks:
+        folder.write_json("answers.json", run_answers(experiment, state, observer))
     folder.write_json("summary.json", summary)
     return summary.plain()
 

@@ -34,7 +34,7 @@ from fedcore.training.live_adapter import ADAPTER_NAME
 from fedcore.training.prefix import FrozenPrefix
 from fedcore.training.residual import FrozenResidual
 from fedcore.training.site_settings import SiteSettings
-from fedcore.training.tasks import Encoded, Task, find_task
+from fedcore.training.tasks import Task, Tokenised, find_task
 from fedcore.tuners.attach import attach_adapter
 
 _OF_PRODUCTS = ("errors are of the products B A, before DoRA normalises them",)
@@ -47,7 +47,7 @@ POOLED = "everyone"
 class SharedCache:
     """What several runs of one process may share: encoded texts and frozen-prefix states by key."""
 
-    texts: dict[Any, tuple[TextDataset, Encoded]] = field(default_factory=dict)
+    texts: dict[Any, tuple[TextDataset, Tokenised]] = field(default_factory=dict)
     states: dict[Any, Tensor] = field(default_factory=dict)
 
 
@@ -70,6 +70,7 @@ class Experiment:
         flags: what every round's record says of the run as a whole.
         rows: client id to what became of its rows of instruction data.
         packed: client id to its rows as trl takes them, once it has trained.
+        texts: what ``examples`` were made of, in the same order.
     """
 
     recipe: Recipe
@@ -91,6 +92,7 @@ class Experiment:
     flags: tuple[str, ...] = ()
     rows: Mapping[str, RowCounts] = field(default_factory=dict)
     packed: dict[str, Any] = field(default_factory=dict)
+    texts: tuple[str, ...] = ()
 
     @cached_property
     def base(self) -> BaseIdentity:
@@ -220,7 +222,7 @@ def build_experiment(
     if dataset_key not in cache.texts:
         observer.preparing(f"encoding {len(texts.texts)} texts")
         length, overlong = recipe.model.max_length, recipe.data.overlong or "drop"
-        encoded = Encoded(no_examples(length))
+        encoded = Tokenised(no_examples(length))
         if len(texts):
             encoded = task.encode(texts, tokenizer, length, overlong)
         cache.texts[dataset_key] = (texts, encoded)
@@ -229,6 +231,7 @@ def build_experiment(
     counts: Mapping[str, RowCounts] = {}
     if encoded.rows is not None:
         holdings, counts = holdings.of_used(encoded.rows)
+        texts = texts.take(encoded.rows.positions)
     prefix, states, flags = _prefix(recipe, model, examples, holdings, dataset_key, cache, observer)
     forward = Forward(model, examples, prefix, states)
     if task.generates and isinstance(forward.head, str):
@@ -276,6 +279,7 @@ def build_experiment(
         statistics=statistics,
         flags=(*flags, *(_OF_PRODUCTS if recipe.adapter.use_dora else ())),
         rows=counts,
+        texts=texts.texts,
     )
 
 

@@ -12,7 +12,7 @@ from fedcore.experiments.setup import Experiment
 from fedcore.training.answer_tokens import AnswerTokens
 from fedcore.training.local_training import LocalResult, LocalSettings
 from fedcore.training.optimisers import OptimiserSettings
-from fedcore.training.sft_turn import packed, take_sft_turn
+from fedcore.training.sft_turn import pack_rows, take_sft_turn
 
 
 def train_by_trl(
@@ -55,5 +55,5 @@ def client_rows(experiment: Experiment, client: str) -> Any:
         examples, recipe = experiment.examples, experiment.recipe
         assert isinstance(examples, AnswerTokens)
         rows = examples.take(experiment.training_indices(client)).dataset()
-        experiment.packed[client] = packed(rows, recipe.sft_settings(), recipe.model.max_length)
+        experiment.packed[client] = pack_rows(rows, recipe.sft_settings(), recipe.model.max_length)
     return experiment.packed[client]

@@ -76,6 +76,11 @@ class Recipe(Section):
                 "round.weighting is 'tokens' and task is 'classification', which predicts one "
                 "class of an example; pass 'examples'"
             )
+        if self.evaluation.tasks and self.task == "classification":
+            raise FedcoreError(
+                "recipe key evaluation.tasks: they are answered by language models, and task is "
+                "'classification'; leave it out"
+            )
         if self.task == "sft":
             self._check_sft()
             return self

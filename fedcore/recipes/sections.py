@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from fedcore.data.base_identity import Mode, Part
-from fedcore.data.validation import OnInvalid, Weighting
+from fedcore.data.validation import OnInvalid
 from fedcore.errors import FedcoreError
 from fedcore.federation.acceptance import MAX_GROWTH
 from fedcore.methods import Method, create_method, find_method
@@ -282,7 +282,7 @@ class RoundsSection(Section):
 
     participation: float = Field(1.0, gt=0, le=1)
     dropout: float = Field(0.0, ge=0, lt=1)
-    weighting: Weighting | Literal["tokens"] = "examples"
+    weighting: Literal["examples", "uniform", "tokens"] = "examples"
     on_invalid: OnInvalid = "raise"
     allow_identical_uploads: bool = False
     max_growth: float = Field(MAX_GROWTH, ge=1, allow_inf_nan=False)
@@ -363,6 +363,9 @@ class EvaluationSection(Section):
     sums over its own, or ``"both"``. A site with fewer than ``min_targets`` predictions sends
     nothing. ``target_accuracy`` is for classifiers, ``target_perplexity`` for language models, as
     is ``logits_budget``, the bytes that logits may take at once.
+
+    ``tasks``: what the models of a run are asked once it has ended, by the names that
+    ``fedcore evaluate`` knows, of each the first ``limit`` rows.
     """
 
     every: int = Field(1, ge=1)
@@ -373,3 +376,5 @@ class EvaluationSection(Section):
     target_accuracy: float = Field(0.9, gt=0, le=1)
     target_perplexity: float | None = Field(None, gt=1)
     diagnostics: bool = True
+    tasks: tuple[str, ...] | None = None
+    limit: int | None = Field(None, ge=1)

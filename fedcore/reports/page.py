@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fedcore.federation.measures import Measure
+from fedcore.reports.answers import answer_grids
 from fedcore.reports.comparison import RunGroup, comparison_rows, group_measure, group_runs
 from fedcore.reports.document import Page, PageSection, write_page
 from fedcore.reports.formatting import (
@@ -51,6 +52,7 @@ def write_run_page(folder: str | Path) -> Path:
     s = record.summary
     seed = "" if s.seed is None else f", seed {s.seed}"
     samples = [sample_grid(record.sample)] if record.sample else []
+    answered = answer_grids(record.answers) if record.answers else ()
     page = Page(
         kind=f"Federated fine-tuning run{seed}",
         title=f"{s.method} on {s.recipe}",
@@ -61,7 +63,13 @@ def write_run_page(folder: str | Path) -> Path:
             PageSection("Figures", pictures=list(run_pictures(record))),
             PageSection(
                 "Tables",
-                tables=[final_grid(record), run_grid(record), *samples, _environment(record)],
+                tables=[
+                    final_grid(record),
+                    *answered,
+                    run_grid(record),
+                    *samples,
+                    _environment(record),
+                ],
                 folded=[("Recipe", record.recipe)],
             ),
         ),

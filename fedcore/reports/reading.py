@@ -2,7 +2,7 @@
 
 A run folder holds ``recipe.toml``, ``environment.json``, ``partition.json``, ``metrics.jsonl`` (one
 object a completed round, the initial model as round -1) and ``summary.json``, of a language model
-also ``sample.json``. A run that is still
+also ``sample.json``, one with ``evaluation.tasks`` also ``answers.json``. A run that is still
 going on, or was killed, has no summary or one that says so, and may end in half a line.
 """
 
@@ -14,6 +14,7 @@ from typing import Any
 
 from fedcore.data.folders import OWN_LIMIT, read_regular
 from fedcore.errors import FedcoreError
+from fedcore.federation.answer_records import Answers
 from fedcore.federation.measures import Measure, measure_of
 from fedcore.federation.outcome import outcome
 from fedcore.federation.record_files import AnyRecord, parse_json, validated
@@ -75,6 +76,7 @@ def read_run(folder: str | Path) -> RunRecord:
         interrupted_line=interrupted,
         measure=measure,
         sample=read(Sample, "sample.json") if (folder / "sample.json").exists() else None,
+        answers=read(Answers, "answers.json") if (folder / "answers.json").exists() else None,
         not_finite=sum(counts),
     )
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from fedcore.federation.answer_records import Answers
 from fedcore.federation.measures import ACCURACY, Measure
 from fedcore.federation.records import (
     NO_TRAFFIC,
@@ -26,9 +27,9 @@ from fedcore.federation.records import (
 class RunRecord:
     """A run folder, read and checked.
 
-    ``measure`` is what the quality of its models is measured in, and ``sample`` one text that a
-    language model continued. The ``summary`` of a run that has not finished is derived from its
-    rounds.
+    ``measure`` is what the quality of its models is measured in, ``sample`` one text that a
+    language model continued, and ``answers`` what its models answered. The ``summary`` of a run
+    that has not finished is derived from its rounds.
     ``interrupted_line`` says that the last line of ``metrics.jsonl`` was cut off in the middle, and
     ``not_finite`` counts the NaN and infinite numbers that were read as ``None``.
     """
@@ -43,6 +44,7 @@ class RunRecord:
     not_finite: int = 0
     measure: Measure = ACCURACY
     sample: Sample | None = None
+    answers: Answers | None = None
 
     @property
     def quality(self) -> float | None:

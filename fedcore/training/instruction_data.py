@@ -124,6 +124,6 @@ class InstructionReader:
         read = self.form.read(labelled_rows(), where).examples
         texts = labelled(name, [example.words for example in read], domains, labels)
         # Their rows are indices among those read, which may not be lines of a file.
-        kept = [replace(read[row - 1], where=where) for row in texts.rows]
-        lines = tuple(example.line for example in kept)
-        return InstructionDataset(**{**vars(texts), "rows": lines}, examples=tuple(kept))
+        distinct = [replace(read[row - 1], where=where) for row in texts.rows]
+        lines = tuple(example.line for example in distinct)
+        return InstructionDataset(**{**vars(texts), "rows": lines}, examples=tuple(distinct))

@@ -49,7 +49,7 @@ class InstructionRows:
         positions: int64, ascending after :func:`tokenise`: which of the rows read each used row is.
         truncated: bool, whether a used row's prompt lost its beginning.
         merged: bool, whether a token of a used row spans the prompt's end.
-        lengths: int64, the tokens of every row read before any was cut.
+        lengths: int64, the tokens of every row read, before any is truncated.
     """
 
     input_ids: tuple[Tokens, ...]

@@ -134,7 +134,7 @@ def take_sft_turn(
     return LocalResult(sum(recorder.losses) / steps, len(recorder.losses), after)
 
 
-def packed(rows: datasets.Dataset, settings: SftSettings, max_length: int) -> datasets.Dataset:
+def pack_rows(rows: datasets.Dataset, settings: SftSettings, max_length: int) -> datasets.Dataset:
     """``rows``, where ``settings`` pack them, several in a sequence of ``max_length`` tokens.
 
     Raises:

@@ -24,7 +24,7 @@ from fedcore.training.weight_format import WeightFormat
 
 
 @dataclass(frozen=True)
-class Encoded:
+class Tokenised:
     """A data set as examples.
 
     Attributes:
@@ -51,7 +51,7 @@ class Task:
 
     peft_type: str
     load: Callable[[str, int, int, WeightFormat, torch.device], tuple[nn.Module, Any]]
-    encode: Callable[[Any, Any, int, Overlong], Encoded]
+    encode: Callable[[Any, Any, int, Overlong], Tokenised]
     generates: bool = False
 
 
@@ -63,10 +63,10 @@ def _load_causal(
 
 def _encode_rows(
     data: InstructionDataset, tokenizer: Any, length: int, overlong: Overlong
-) -> Encoded:
+) -> Tokenised:
     rows = tokenise(data.conversations, tokenizer, max_length=length, overlong=overlong)
     domains = [data.labels[i] for i in rows.positions]
-    return Encoded(answer_tokens(rows, tokenizer, domains), rows)
+    return Tokenised(answer_tokens(rows, tokenizer, domains), rows)
 
 
 TASKS: Mapping[str, Task] = {
@@ -75,12 +75,12 @@ TASKS: Mapping[str, Task] = {
         load=lambda source, classes, seed, weights, _: load_classifier(
             source, classes, seed=seed, dtype=weights.torch_dtype
         ),
-        encode=lambda texts, tokenizer, length, _: Encoded(encode(texts, tokenizer, length)),
+        encode=lambda texts, tokenizer, length, _: Tokenised(encode(texts, tokenizer, length)),
     ),
     "causal": Task(
         peft_type="CAUSAL_LM",
         load=_load_causal,
-        encode=lambda texts, tokenizer, length, _: Encoded(
+        encode=lambda texts, tokenizer, length, _: Tokenised(
             encode_continuations(texts, tokenizer, length)
         ),
         generates=True,

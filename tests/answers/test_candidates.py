@@ -7,7 +7,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from fedcore.answers.candidates import adapter_candidates
-from fedcore.answers.outcome import answer_grids, answers_json, paired_difference
+from fedcore.answers.outcome import answers_of, paired_difference
 from fedcore.answers.scoring import TaskScore, mean_score, score_tasks
 from fedcore.answers.task import AnswerTask, Row
 from fedcore.errors import FedcoreError
@@ -127,16 +127,17 @@ def test_the_table_is_80_wide_and_the_json_has_its_numbers():
 
     from rich.console import Console
 
+    from fedcore.reports.answers import answer_grids
     from fedcore.reports.grid import stacked
 
     scores = {"base": (BASE,), "local-only, mean": (BETTER,), "client-0123456": (BASE,)}
     console = Console(file=StringIO(), width=80)
-    console.print(stacked(*answer_grids(scores)))
+    console.print(stacked(*answer_grids(answers_of(scores))))
     text = console.file.getvalue()
     assert max(map(len, text.splitlines())) <= 80
     line = next(line for line in text.splitlines() if line.startswith("local-only, mean"))
     assert line.split()[2:] == ["exact_match", "0.750", "0.250", "4", "+0.250", "±", "0.796"]
-    record = answers_json(scores)["tasks"]["t"]
+    record = answers_of(scores).plain()["tasks"]["t"]
     assert (record["kind"], record["n"]) == ("number", 4)
     better = record["models"]["local-only, mean"]["exact_match"]
     assert better["minus_base"]["low"] == pytest.approx(0.25 - 0.7956, abs=1e-4)

@@ -1,4 +1,4 @@
-"""Runs of instruction data: trl trains each client on its own rows, of any format, length and size."""
+"""Runs of instruction data: trl trains each client on its own rows, whatever their lengths."""
 
 import csv
 import json
@@ -335,7 +335,7 @@ def test_a_site_knows_before_it_joins_what_becomes_of_its_rows(home):
     assert report.weight.endswith("target tokens")
     assert report.steps == 2
     with pytest.raises(
-        FedcoreError, match="batch-size is 3, and training.batch_size is 4; pass one"
+        FedcoreError, match=r"batch-size is 3, and training.batch_size is 4; pass one"
     ):
         check_site(recipe, SiteSettings("clinic", str(home / "rows.csv"), batch_size=3))
 

@@ -27,7 +27,7 @@ def test_smollm2_is_no_random_model_and_continues_the_news_better_after_a_round(
         "training.steps": 4,
         "partition.kind": "iid",
     }
-    summary = start(load_recipe("smollm2-instruct", few), tmp_path / "run")
+    summary = start(load_recipe("smollm2-news", few), tmp_path / "run")
     before, after = (json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open())
     # Of 49152 tokens, a model that knows English hesitates between fewer than 200.
     assert math.exp(before["loss"]) < 200

@@ -452,9 +452,11 @@ def test_our_own_loop_predicts_the_answers_alone(model):
     inputs = examples.inputs(everything)
     assert inputs["input_ids"].shape == inputs["attention_mask"].shape == (len(rows), length)
     assert inputs["attention_mask"].sum(dim=1).tolist() == list(map(len, rows.input_ids))
-    assert len(inputs["input_ids"][0]) > len(rows.input_ids[0]) == examples.inputs(
-        everything[:1]
-    )["input_ids"].shape[1]
+    assert (
+        len(inputs["input_ids"][0])
+        > len(rows.input_ids[0])
+        == examples.inputs(everything[:1])["input_ids"].shape[1]
+    )
     assert examples.labels.tolist() == [0] * len(rows)
     assert examples.predictions(everything) == rows.counts.targets
     found = evaluate(Forward(model, examples), examples, everything, batch_size=2)

@@ -46,7 +46,7 @@ from fedcore.transports.flower.reply_metrics import (
     LOSS_SUM,
     METRICS,
     TARGETS,
-    of_rows,
+    row_metrics,
 )
 
 _ROW, _OWN, _RESIDUAL, _RUN = (f"fedcore.{name}" for name in ("row", "own", "residual", "run"))
@@ -193,11 +193,11 @@ def train(
         "local-loss": trained.held_out_loss,
     }
     # A server takes finite numbers alone; what was not measured is left out as well.
-    metrics: dict[str, float] = {EXAMPLES: len(experiment.training_indices(client))}
+    metrics: dict[str, float] = {EXAMPLES: float(len(experiment.training_indices(client)))}
     if experiment.recipe.round.weighting == "tokens":
         metrics[TARGETS] = trained.weight
     if before.row is None and client in experiment.rows:
-        metrics |= of_rows(experiment.rows[client])
+        metrics |= row_metrics(experiment.rows[client])
     metrics |= {name: v for name, v in measured.items() if v is not None and isfinite(v)}
     answer = RecordDict(
         {

@@ -103,12 +103,12 @@ def metric_of(replies: Mapping[str, RecordDict], name: str) -> dict[str, float]:
     return values
 
 
-def of_rows(counts: RowCounts) -> dict[str, int]:
+def row_metrics(counts: RowCounts) -> dict[str, int]:
     """``counts`` as metrics."""
     return {metric: getattr(counts, name) for metric, name in _ROWS.items()}
 
 
-def read_rows(metrics: Mapping[str, float]) -> RowCounts | None:
+def read_row_counts(metrics: Mapping[str, float]) -> RowCounts | None:
     """What became of a client's rows, None where it does not say so.
 
     Raises:
@@ -118,7 +118,9 @@ def read_rows(metrics: Mapping[str, float]) -> RowCounts | None:
         return None
     values = {name: metrics[metric] for metric, name in _ROWS.items()}
     try:
-        return RowCounts.model_validate({n: int(v) if v == int(v) else v for n, v in values.items()})
+        return RowCounts.model_validate(
+            {n: int(v) if v == int(v) else v for n, v in values.items()}
+        )
     except ValidationError:
         raise FedcoreError("its counts of rows contradict each other") from None
 

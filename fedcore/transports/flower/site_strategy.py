@@ -15,7 +15,12 @@ from fedcore.training.site_settings import SITE_NAME
 from fedcore.transports.flower import recipe_strategy
 from fedcore.transports.flower.messages import ReplyInfo
 from fedcore.transports.flower.recipe_strategy import MOST_SILENCES, RecipeStrategy
-from fedcore.transports.flower.reply_metrics import EXAMPLES, metric_of, read_metrics, read_rows
+from fedcore.transports.flower.reply_metrics import (
+    EXAMPLES,
+    metric_of,
+    read_metrics,
+    read_row_counts,
+)
 
 _MOST = 1 << 53
 
@@ -67,7 +72,7 @@ class SiteStrategy(RecipeStrategy):
         said: dict[str, RowCounts] = {}
         for client, content in replies.items():
             try:
-                counts = read_rows(read_metrics(content))
+                counts = read_row_counts(read_metrics(content))
             except FedcoreError as error:
                 self._observer.message(f"{client}: {error}")
                 continue
