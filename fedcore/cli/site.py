@@ -88,4 +88,13 @@ def _lines(report: SiteCheck) -> list[tuple[str, str]]:
         ("trained numbers", str(report.parameters)),
         ("upload per round", f"{report.upload_bytes} bytes"),
         ("weight", report.weight),
+        ("memory of a step", _memory(report)),
     ]
+
+
+def _memory(report: SiteCheck) -> str:
+    memory = report.memory
+    if memory is None:
+        return "not known for these weights"
+    weights, step = (f"{size / 1e9:.2f} GB" for size in (memory.weights, memory.step))
+    return f"{weights} of weights and {step}, an estimate"

@@ -13,6 +13,7 @@ from fedcore.experiments.site_data import read_site
 from fedcore.recipes import Recipe
 from fedcore.training.models import quiet_transformers
 from fedcore.training.site_settings import SiteSettings
+from fedcore.training.step_memory import StepMemory, step_memory
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,8 @@ class SiteCheck:
         parameters: numbers that the site trains.
         upload_bytes: of its upload in round 0.
         weight: what it weighs in a round.
+        memory: bytes of weights and of a step at its peak, see
+            :mod:`fedcore.training.step_memory`; None where they are not known.
     """
 
     site: str
@@ -44,6 +47,7 @@ class SiteCheck:
     parameters: int
     upload_bytes: int
     weight: str
+    memory: StepMemory | None
 
 
 def check_site(recipe: Recipe, site: SiteSettings) -> SiteCheck:
@@ -91,7 +95,30 @@ def check_site(recipe: Recipe, site: SiteSettings) -> SiteCheck:
         parameters=sum(parameter.numel() for parameter in trained.values()),
         upload_bytes=codec.bytes(upload),
         weight=_weight(experiment, site.site),
+        memory=_memory(experiment, min(longest, max(lengths))),
     )
+
+
+def _memory(experiment: Experiment, length: int) -> StepMemory | None:
+    recipe = experiment.recipe
+    trained = experiment.binding.trained(experiment.method.plan(0).trains)
+    chosen = set(map(id, trained.values()))
+    names = [name for name, p in experiment.model.named_parameters() if id(p) in chosen]
+    batch = recipe.training.batch_size
+    if recipe.by_trl:
+        batch = recipe.sft_settings().part(recipe.training.settings())
+    try:
+        return step_memory(
+            experiment.model,
+            names,
+            recipe.optimiser.settings(experiment.method),
+            batch=batch,
+            length=length,
+            checkpointing=bool(recipe.training.checkpointing),
+            autocast=recipe.training.autocast,
+        )
+    except FedcoreError:
+        return None
 
 
 def _weight(experiment: Experiment, site: str) -> str:
