@@ -1,30 +1,34 @@
-"""A client's round through trl beside fedcore's own loop and beside a bare trl script.
+"""A client's round through trl beside our own loop, a bare trl script and a bare PyTorch loop.
 
     python -m bench.sft_turn --model smollm2 --rows 8 --steps 2
 
-All three train the same LoRA factors on the same rows, batch by batch of the same size; the own
-loop pads every row to the longest one, as it always does. A round is timed whole: what the trainer
-costs to build is part of it. Contestants alternate, and the fastest of each is compared.
+All train the same LoRA factors on the same rows, batch by batch of the same size, padded to the
+longest row of the batch. A round is timed whole: what the trainer costs to build is part of it.
+Contestants alternate, and the fastest of each is compared. Memory is that of one round each, in a
+process of its own.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-import datasets
+import numpy as np
 import torch
-from torch import Tensor
 from transformers import PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
 from bench.machine import describe_machine
+from fedcore.training.answer_tokens import AnswerTokens
 from fedcore.training.binding import ModelBinding
-from fedcore.training.encoding import IGNORED, EncodedDataset
+from fedcore.training.encoding import IGNORED
 from fedcore.training.forward import Forward
 from fedcore.training.language_models import load_language_model
 from fedcore.training.local_training import LocalSettings, train_client
@@ -37,42 +41,17 @@ from fedcore.tuners.attach import attach_adapter
 RATE = 1e-4
 
 
-@dataclass(frozen=True, eq=False)
-class Padded(EncodedDataset):
-    """Rows whose targets were chosen before, padded for fedcore's own loop.
-
-    Attributes:
-        answers: int64 ``(n, T)``, :data:`IGNORED` where nothing is to be predicted.
-    """
-
-    answers: Tensor
-
-    def targets(self, batch: Tensor) -> Tensor:
-        """The token after each token, ``(B, T)``."""
-        targets = torch.full_like(self.answers[batch], IGNORED)
-        targets[:, :-1] = self.answers[batch, 1:]
-        return targets
-
-
-def random_rows(count: int, vocabulary: int, longest: int) -> datasets.Dataset:
+def random_rows(count: int, vocabulary: int, longest: int, pad: int) -> AnswerTokens:
     """Rows of random tokens, a quarter to all of ``longest``; half of each is a prompt."""
     generator = torch.Generator().manual_seed(0)
     lengths = torch.randint(longest // 4, longest + 1, (count,), generator=generator).tolist()
-    ids = [torch.randint(3, vocabulary, (n,), generator=generator).tolist() for n in lengths]
-    labels = [[IGNORED] * (len(row) // 2) + row[len(row) // 2 :] for row in ids]
-    return datasets.Dataset.from_dict({"input_ids": ids, "labels": labels})
-
-
-def padded(rows: datasets.Dataset, pad: int) -> Padded:
-    """The same rows as tensors of one length."""
-    longest = max(map(len, rows["input_ids"]))
-
-    def filled(column: list[list[int]], value: int) -> Tensor:
-        return torch.tensor([row + [value] * (longest - len(row)) for row in column])
-
-    ids, answers = filled(rows["input_ids"], pad), filled(rows["labels"], IGNORED)
-    mask = filled([[1] * len(row) for row in rows["input_ids"]], 0)
-    return Padded(ids, mask, torch.zeros(len(ids), dtype=torch.int64), answers)
+    ids = [
+        torch.randint(3, vocabulary, (n,), generator=generator).to(torch.int32).numpy()
+        for n in lengths
+    ]
+    answers = [np.where(np.arange(len(row)) < len(row) // 2, IGNORED, row) for row in ids]
+    labels = torch.zeros(count, dtype=torch.int64)
+    return AnswerTokens(tuple(ids), tuple(a.astype(np.int32) for a in answers), labels, pad)
 
 
 def contestants(
@@ -93,8 +72,8 @@ def contestants(
         seed=0,
         task_type="CAUSAL_LM",
     )
-    rows = random_rows(count, base.config.vocab_size, longest)
-    examples = padded(rows, tokenizer.pad_token_id)
+    examples = random_rows(count, base.config.vocab_size, longest, tokenizer.pad_token_id)
+    rows = examples.dataset()
     forward, binding = Forward(model, examples), ModelBinding.of(model)
     parameters = binding.trained("AB")
     local, optimiser = LocalSettings(batch_size=batch, steps=steps), OptimiserSettings(rate=RATE)
@@ -146,7 +125,28 @@ def contestants(
                 trainer.remove_callback(PrinterCallback)
                 trainer.train()
 
-    return {"own loop": own, "fedcore through trl": turn, "bare trl script": script}
+    def plain() -> None:
+        """The fewest lines of PyTorch that train the same factors on batches padded alike."""
+        optimiser = torch.optim.AdamW(parameters.values(), lr=RATE, weight_decay=0.0)
+        model.train()
+        for step in range(steps):
+            chosen = torch.arange(step * batch, (step + 1) * batch) % count
+            inputs = examples.inputs(chosen)
+            logits = model(**inputs, use_cache=False).logits
+            loss = torch.nn.functional.cross_entropy(
+                logits.flatten(0, 1), examples.targets(chosen).flatten(), ignore_index=IGNORED
+            )
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0)
+            optimiser.step()
+            optimiser.zero_grad(set_to_none=True)
+
+    return {
+        "own loop": own,
+        "fedcore through trl": turn,
+        "bare trl script": script,
+        "bare PyTorch loop": plain,
+    }
 
 
 def measure(turns: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
@@ -161,6 +161,31 @@ def measure(turns: dict[str, Callable[[], object]], repeats: int) -> dict[str, f
     return best
 
 
+def peak_of(name: str, chosen: argparse.Namespace) -> int:
+    """Bytes by which one round of ``name`` lets a process of its own grow, at its peak."""
+    options = [f"--{key}={value}" for key, value in vars(chosen).items() if key != "alone"]
+    # Freed blocks go back at once, or the peak is that of the allocator.
+    allocator = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    command = [sys.executable, "-m", "bench.sft_turn", *options, f"--alone={name}"]
+    done = subprocess.run(
+        command, env={**os.environ, **allocator}, capture_output=True, text=True, check=True
+    )
+    return int(done.stdout.splitlines()[-1])
+
+
+def grown(take: Callable[[], object]) -> int:
+    """Bytes by which this process grows at its peak while ``take`` runs."""
+
+    def status(key: str) -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) << 10 for line in lines if line.startswith(key))
+
+    Path("/proc/self/clear_refs").write_text("5")
+    before = status("VmRSS")
+    take()
+    return status("VmHWM") - before
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
@@ -171,19 +196,28 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--longest", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--alone", help="Print the memory of one contestant, and nothing else.")
     chosen = parser.parse_args()
     turns = contestants(chosen.model, chosen.rows, chosen.steps, chosen.batch, chosen.longest)
+    if chosen.alone:
+        print(grown(turns[chosen.alone]))
+        return
     best = measure(turns, chosen.repeats)
     print(describe_machine(torch.device("cpu")))
     print(
         f"{chosen.model}, LoRA of rank 8 on q_proj and v_proj, {chosen.steps} steps of "
-        f"{chosen.batch} rows, {chosen.longest // 4} to {chosen.longest} tokens\n"
+        f"{chosen.batch} rows, {chosen.longest // 4} to {chosen.longest} tokens; fastest of "
+        f"{chosen.repeats} rounds, contestants in turn; memory of a round in a process of its own\n"
     )
-    print("| round | s | against the own loop | against the bare script |")
-    print("|---|---|---|---|")
+    del turns
+    peaks = {name: peak_of(name, chosen) for name in best}
+    others = ("bare PyTorch loop", "bare trl script")
+    print("| round | s | " + " | ".join(f"over the {name}" for name in others) + " | MB | over |")
+    print("|---|---|---|---|---|---|")
     for name, seconds in best.items():
-        ratios = (seconds / best[other] for other in ("own loop", "bare trl script"))
-        print(f"| {name} | {seconds:.2f} | " + " | ".join(f"{r:.2f}" for r in ratios) + " |")
+        ratios = [f"{seconds / best[other]:.2f}" for other in others]
+        memory = [f"{peaks[name] / 1e6:.0f}", f"{peaks[name] / peaks[others[0]]:.2f}"]
+        print(f"| {name} | {seconds:.2f} | " + " | ".join([*ratios, *memory]) + " |")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What a Trainer script draws in a round: its seed and its examples.
+"""What a Trainer draws in a round: its seed and its examples.
 
 A Trainer seeds itself by ``args.seed`` each time it is made, and every round has a Trainer of its
 own. Under one seed, few steps see the same examples in every round.
@@ -10,12 +10,28 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from fedcore.checks import count
 from fedcore.data.seeding import derive_seed
 
 _SEEDS = 2**31
 """NumPy, which a Trainer seeds too, takes 32 bits; configurations are signed."""
+
+
+def row_order(count: int, taken: int, skipped: int, *, seed: int, client: str) -> Tensor:
+    """Which rows a client trains on, ``(taken,)``, after ``skipped`` of earlier rounds.
+
+    Shuffled passes over its ``count`` rows, one after another through all rounds: no row comes
+    again before all others came, and nothing has to be remembered from round to round.
+    """
+    passes = range(skipped // count, (skipped + taken - 1) // count + 1)
+    orders = []
+    for number in passes:
+        generator = torch.Generator().manual_seed(derive_seed(seed, "order", client, number))
+        orders.append(torch.randperm(count, generator=generator))
+    start = skipped - passes.start * count
+    return torch.cat(orders)[start : start + taken]
 
 
 @dataclass(frozen=True)
@@ -48,16 +64,9 @@ class RoundDraws:
         """
         count("round_examples", "available", available, least=1)
         count("round_examples", "wanted", wanted, least=1)
-        first = self.round * wanted
-        passes = range(first // available, (first + wanted - 1) // available + 1)
-        order = [place for index in passes for place in self._pass(index, available)]
-        start = first - passes.start * available
-        return order[start : start + wanted]
-
-    def _pass(self, index: int, available: int) -> list[int]:
-        seed = derive_seed(self.seed, "order", index, self.client)
-        generator = torch.Generator().manual_seed(seed)
-        places: list[int] = torch.randperm(available, generator=generator).tolist()
+        skipped = self.round * wanted
+        order = row_order(available, wanted, skipped, seed=self.seed, client=self.client)
+        places: list[int] = order.tolist()
         return places
 
     def flag(self, seed: int, before: Mapping[int, int]) -> str | None:

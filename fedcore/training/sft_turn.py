@@ -20,7 +20,6 @@ from transformers import PrinterCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer, pack_dataset
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from fedcore.data.seeding import derive_seed
 from fedcore.errors import FedcoreError
 from fedcore.training.layers import eval_mode
 from fedcore.training.local_training import LocalResult, LocalSettings
@@ -30,6 +29,7 @@ from fedcore.training.optimisers import (
     load_optimiser_state,
     optimiser_state,
 )
+from fedcore.training.round_draws import RoundDraws, row_order
 from fedcore.training.schedules import enter_schedule
 from fedcore.training.sft_options import SftSettings
 from fedcore.training.trainer_traces import model_as_before, process_as_before
@@ -99,7 +99,7 @@ def take_sft_turn(
     part = max(1, min(part, len(rows) // settings.accumulation))
     batch = part * settings.accumulation
     order = row_order(len(rows), batch * steps, batch * steps * round, seed=seed, client=client)
-    small = derive_seed(seed, "train", round, client) % 2**31
+    small = RoundDraws(seed, client, round).trainer_seed
     recorder = _Recorder(parameters, state if keep and state else {}, on_step)
     with (
         process_as_before(device),
@@ -148,21 +148,6 @@ def pack_rows(rows: datasets.Dataset, settings: SftSettings, max_length: int) ->
             return pack_dataset(rows, max_length, strategy)
         except ValueError as error:
             raise FedcoreError(f"trl refuses to pack the rows: {error}") from error
-
-
-def row_order(count: int, taken: int, skipped: int, *, seed: int, client: str) -> Tensor:
-    """Which rows a client trains on, ``(taken,)``, after ``skipped`` of earlier rounds.
-
-    Shuffled passes over its ``count`` rows, one after another through all rounds: no row comes
-    again before all others came, and nothing has to be remembered from round to round.
-    """
-    passes = range(skipped // count, (skipped + taken - 1) // count + 1)
-    orders = []
-    for number in passes:
-        generator = torch.Generator().manual_seed(derive_seed(seed, "order", client, number))
-        orders.append(torch.randperm(count, generator=generator))
-    start = skipped - passes.start * count
-    return torch.cat(orders)[start : start + taken]
 
 
 @torch.no_grad()

@@ -26,9 +26,10 @@ from fedcore.training import sft_turn
 from fedcore.training.binding import ModelBinding
 from fedcore.training.local_training import LocalSettings
 from fedcore.training.optimisers import OptimiserSettings
+from fedcore.training.round_draws import row_order
 from fedcore.training.schedules import Schedule
 from fedcore.training.sft_options import OWNED, PASSED, SftSettings
-from fedcore.training.sft_turn import check_packing, row_order, take_sft_turn
+from fedcore.training.sft_turn import check_packing, take_sft_turn
 from fedcore.tuners.attach import attach_adapter
 
 VOCABULARY = 60
