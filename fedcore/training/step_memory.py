@@ -81,8 +81,8 @@ def step_memory(
         if name not in parameters:
             raise FedcoreError(f"the model has no parameter {name!r}; pass names of its own")
     weights = sum(tensor.nbytes for tensor in (*parameters.values(), *buffers.values()))
-    held = {**parameters, **buffers}
-    device = next(iter(held.values())).device
+    tensors = {**parameters, **buffers}
+    device = next(iter(tensors.values())).device
     if device.type == "meta":
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with model_as_before(model), quiet_transformers(), warnings.catch_warnings():
@@ -100,7 +100,7 @@ def step_memory(
                     f"model.{name}": torch.empty(
                         tensor.shape, dtype=tensor.dtype, device=device
                     ).requires_grad_(name in trained)
-                    for name, tensor in held.items()
+                    for name, tensor in tensors.items()
                 }
                 ids = torch.zeros((batch, length), dtype=torch.int64, device=device)
                 with _Storages() as storages:
