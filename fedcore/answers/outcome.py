@@ -27,7 +27,7 @@ def answers_of(scores: Scores) -> Answers:
             model: {measure: _measured(model, task[i], base, measure) for measure in task[i].rows}
             for model, task in scores.items()
         }
-        tasks[base.task] = TaskAnswers(kind=base.kind, n=base.n, models=models)
+        tasks[base.task] = TaskAnswers(kind=base.kind, n=base.n, names=tuple(models), models=models)
     return Answers(tasks=tasks)
 
 

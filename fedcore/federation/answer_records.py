@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from pydantic import Field, model_validator
+from pydantic_core import PydanticCustomError
 
-from fedcore.federation.record_fields import Count, Number, Record
+from fedcore.federation.record_fields import Count, Names, Number, Record
 
 
 class Difference(Record):
@@ -28,11 +29,21 @@ class MeasuredAnswers(Record):
 
 
 class TaskAnswers(Record):
-    """One task: model to measure to what was measured, the base first."""
+    """One task: model to measure to what was measured; ``names`` are the models, the base first."""
 
     kind: str
     n: Count
+    names: Names = ()
     models: dict[str, dict[str, MeasuredAnswers]]
+
+    @model_validator(mode="after")
+    def _complete(self) -> TaskAnswers:
+        measures = [set(measured) for measured in self.models.values()]
+        if not measures or any(one != measures[0] for one in measures):
+            raise PydanticCustomError("measures", "models with the same measures each")
+        if self.names and set(self.names) != set(self.models):
+            raise PydanticCustomError("names", "the names of its models")
+        return self
 
 
 class Answers(Record):

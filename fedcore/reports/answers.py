@@ -21,11 +21,12 @@ def answer_grids(answers: Answers) -> tuple[Grid, ...]:
     """One table per task, one row per model and measure."""
     grids: list[Grid] = []
     for name, task in answers.tasks.items():
-        measures = next(iter(task.models.values()))
+        # A file's keys are sorted; one without names is another's.
+        names = task.names or tuple(task.models)
         rows = [
-            (model, measure, *_cells(measured[measure], task.n))
-            for measure in measures
-            for model, measured in task.models.items()
+            (model, measure, *_cells(task.models[model][measure], task.n))
+            for measure in task.models[names[0]]
+            for model in names
         ]
         last = len(grids) + 1 == len(answers.tasks)
         grids.append(Grid(f"{name} ({task.kind})", _COLUMNS, tuple(rows), _NOTE if last else ""))

@@ -12,13 +12,17 @@ import torch
 
 from fedcore.errors import FedcoreError
 from fedcore.experiments.answers import run_models
+from fedcore.experiments.client_models import TRAINED
 from fedcore.experiments.client_round import local_steps, train_one_client
 from fedcore.experiments.observer import Observer
 from fedcore.experiments.run import resume, start
 from fedcore.experiments.setup import build_experiment
 from fedcore.experiments.site_check import check_site
+from fedcore.federation.state import latest_state, read_state
 from fedcore.methods.base import Broadcast
 from fedcore.recipes import load_recipe, to_toml, with_settings
+from fedcore.reports.page import write_run_page
+from fedcore.reports.reading import read_run
 from fedcore.training.encoding import IGNORED
 from fedcore.training.site_settings import SiteSettings
 from tests.experiments.jobs import TOPICS, write_language_model
@@ -346,3 +350,61 @@ def test_a_run_is_asked_for_answers_without_what_it_trained_on(home, tmp_path):
     experiment = build_experiment(job(home, rounds=1, **{"model.max_length": 8}), Observer())
     assert len(models.trained) == sum(experiment.held.values())
     assert [candidate.name for candidate in models.candidates.rows] == ["base", "global"]
+
+
+def test_a_run_asks_its_models_when_it_has_ended(home, tmp_path):
+    class Counts(Observer):
+        def __init__(self):
+            self.asked = []
+
+        def answers_counted(self, what, done, total):
+            self.asked.append((what, done, total))
+
+    run, seen = tmp_path / "run", Counts()
+    settings = {"evaluation.tasks": ["arithmetic"], "evaluation.limit": 6}
+    start(job(home, **settings), run, seen)
+    record = read_run(run)
+    (task,) = record.answers.tasks.values()
+    clients = ["client-00", "client-01", "client-02"]
+    assert task.names == ("base", "global", *clients)
+    assert task.n == 6
+    assert task.models["base"]["exact_match"].minus_base is None
+    assert len(task.models["client-02"]["exact_match"].rows) == 6
+    assert ("client-01: arithmetic", 6, 6) in seen.asked
+    # Each client's is what it trained in the last round, before the mean of them.
+    state = read_state(latest_state(run / "state"))
+    trained = [state.simulated_clients[client][TRAINED] for client in clients]
+    assert not any(torch.equal(row, state.row) for row in trained)
+    again = run_models(run, clients=True).candidates
+    assert tuple(candidate.name for candidate in again.rows) == task.names
+    page = write_run_page(run).read_text()
+    assert "arithmetic (number)" in page
+    assert "client-02" in page
+
+
+def test_answers_are_those_of_a_run_that_was_not_interrupted(home, tmp_path):
+    settings = {"evaluation.tasks": ["arithmetic"], "evaluation.limit": 4}
+
+    class Interrupted(Observer):
+        def answers_counted(self, what, done, total):
+            raise KeyboardInterrupt
+
+    start(job(home, **settings), tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        start(job(home, **settings), tmp_path / "part", Interrupted())
+    resume(tmp_path / "part")
+    whole, part = ((tmp_path / run / "answers.json").read_bytes() for run in ("whole", "part"))
+    assert whole == part
+
+
+@pytest.mark.parametrize(
+    ("tasks", "problem"),
+    [
+        (["arithmetics"], "unknown task 'arithmetics'; did you mean arithmetic"),
+        (["arithmetic", "arithmetic"], "two tasks are called 'arithmetic'"),
+    ],
+)
+def test_tasks_are_known_before_the_run_begins(tasks, problem, home, tmp_path):
+    with pytest.raises(FedcoreError, match=problem):
+        start(job(home, **{"evaluation.tasks": tasks}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
