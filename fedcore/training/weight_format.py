@@ -1,4 +1,4 @@
-"""In which numbers a base model is held: a floating type, or few bits by bitsandbytes."""
+"""In which numbers a base model is held: a floating type, or few bits by a library of them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from fedcore.errors import FedcoreError, missing_extra
 
 DtypeName = Literal["fp32", "bf16", "fp16"]
-Quantisation = Literal["nf4", "int8"]
+Quantisation = Literal["nf4", "int8", "torchao-int8"]
 
 DTYPES: Mapping[str, torch.dtype] = {
     "fp32": torch.float32,
@@ -29,8 +29,8 @@ class WeightFormat:
 
     Attributes:
         dtype: of the weights that are not quantised.
-        quantisation: of the linear layers but the head: 4-bit normal floats in blocks of 64, or
-            8-bit integers by row; None for none.
+        quantisation: of the linear layers but the head: by bitsandbytes 4-bit normal floats in
+            blocks of 64, or 8-bit integers by row; by torchao 8-bit integers by row; None for none.
         compute: in what 4-bit weights are multiplied; ``dtype`` if None.
     """
 
@@ -47,7 +47,7 @@ class WeightFormat:
         """Refuse a format that cannot be had, before anything is loaded.
 
         Raises:
-            MissingExtraError: bitsandbytes is not installed.
+            MissingExtraError: the library is not installed.
             FedcoreError: a type to compute in beside weights that have none of their own.
         """
         if self.compute is not None and self.quantisation != "nf4":
@@ -55,8 +55,10 @@ class WeightFormat:
                 f"model.compute_dtype is {self.compute!r} and model.quantisation is "
                 f"{self.quantisation!r}; it is for 'nf4': leave it out"
             )
-        if self.quantisation is not None and find_spec("bitsandbytes") is None:
-            raise missing_extra("bitsandbytes", "quantised")
+        if self.quantisation is not None:
+            library = "torchao" if self.quantisation == "torchao-int8" else "bitsandbytes"
+            if find_spec(library) is None:
+                raise missing_extra(library, "quantised")
 
     def arguments(self, device: torch.device) -> dict[str, Any]:
         """What ``from_pretrained`` takes to load weights in this format.
@@ -67,9 +69,14 @@ class WeightFormat:
         arguments: dict[str, Any] = {"dtype": self.torch_dtype}
         if self.quantisation is None:
             return arguments
-        from transformers import BitsAndBytesConfig
+        from transformers import BitsAndBytesConfig, TorchAoConfig
 
-        if self.quantisation == "nf4":
+        config: Any
+        if self.quantisation == "torchao-int8":
+            from torchao.quantization import Int8WeightOnlyConfig
+
+            config = TorchAoConfig(Int8WeightOnlyConfig())
+        elif self.quantisation == "nf4":
             config = BitsAndBytesConfig(
                 load_in_4bit=True,
                 bnb_4bit_quant_type="nf4",

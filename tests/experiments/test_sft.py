@@ -231,6 +231,13 @@ def test_methods_of_every_family_train_and_lower_the_loss(method, home, tmp_path
     assert losses[-1] < losses[0]
 
 
+def test_a_base_of_eight_bits_is_trained_beside(home, tmp_path):
+    settings = {"model.quantisation": "torchao-int8", "method.name": "fedex"}
+    start(job(home, **settings), tmp_path / "run")
+    losses = [line["loss"] for line in lines(tmp_path / "run")]
+    assert losses[-1] < losses[0]
+
+
 def test_packed_rows_are_fewer_and_each_is_whole(home):
     recipe = job(home, **{"training.steps": None, "training.batch_size": 2})
     plain = build_experiment(recipe, Observer())

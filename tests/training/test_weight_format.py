@@ -23,7 +23,7 @@ from fedcore.training import weight_format
 from fedcore.training.evaluation import prediction_loss
 from fedcore.training.language_models import load_language_model
 from fedcore.training.token_head import TokenHead
-from fedcore.training.weight_format import WeightFormat
+from fedcore.training.weight_format import Quantisation, WeightFormat
 from tests.experiments.jobs import tiny_causal_recipe, tiny_recipe
 
 needs_bitsandbytes = pytest.mark.skipif(
@@ -33,11 +33,13 @@ needs_bitsandbytes = pytest.mark.skipif(
 BF16 = {"model.dtype": "bf16"}
 NF4 = {"model.quantisation": "nf4", "model.compute_dtype": "fp32"}
 INT8 = {"model.quantisation": "int8"}
+TORCHAO = {"model.quantisation": "torchao-int8"}
 
 FORMATS = [
     pytest.param(BF16, id="bf16"),
     pytest.param(NF4, id="nf4", marks=needs_bitsandbytes),
     pytest.param(INT8, id="int8", marks=needs_bitsandbytes),
+    pytest.param(TORCHAO, id="torchao-int8"),
 ]
 
 
@@ -47,11 +49,21 @@ def recipe_of(folder: Path, **settings: Any) -> Recipe:
 
 
 def frozen_bits(model: nn.Module) -> dict[str, Tensor]:
+    """What the base's weights are made of, the scales of quantised ones too."""
     return {
-        key: value.clone()
+        f"{key} {part}": tensor.clone()
         for key, value in model.named_parameters()
-        if not value.requires_grad and "lora" not in key and "gram" not in key and "tri" not in key
+        if not any(word in key for word in ("lora", "gram", "tri"))
+        for part, tensor in parts_of(value).items()
     }
+
+
+def parts_of(value: Tensor) -> dict[str, Tensor]:
+    plain = type(value) in (Tensor, nn.Parameter) or not hasattr(value, "__tensor_flatten__")
+    if plain:
+        return {"": value.detach()}
+    names, _ = value.__tensor_flatten__()
+    return {name: getattr(value, name).detach() for name in names}
 
 
 @pytest.mark.parametrize("settings", FORMATS)
@@ -98,7 +110,7 @@ def test_two_rounds_of_fedex_leave_the_bases_bits_alone(
     assert len(records) == 2
     assert all(torch.isfinite(torch.tensor(record["loss"])) for record in records)
     bench, before = benches[0]
-    after = dict(bench.model.named_parameters())
+    after = frozen_bits(bench.model)
     assert len(before) > 5
     assert all(torch.equal(values, after[key]) for key, values in before.items())
     assert bench.residual._handles, "the update of the base lies beside it"
@@ -108,7 +120,7 @@ def test_two_rounds_of_fedex_leave_the_bases_bits_alone(
 
 def test_the_base_identity_tells_formats_apart(tmp_path: Path) -> None:
     plain = build_experiment(recipe_of(tmp_path), Observer()).base
-    for settings in [BF16] + ([NF4, INT8] if find_spec("bitsandbytes") else []):
+    for settings in [BF16, TORCHAO] + ([NF4, INT8] if find_spec("bitsandbytes") else []):
         bench = build_experiment(recipe_of(tmp_path, **settings), Observer())
         other = bench.base
         problem, _ = base_differences(other, plain, (), "the server's")
@@ -137,10 +149,15 @@ def test_what_does_not_fit_is_refused_before_loading(
         check_sources(recipe_of(tmp_path, **settings))
 
 
-def test_bitsandbytes_is_an_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("quantisation", "library"), [("nf4", "bitsandbytes"), ("torchao-int8", "torchao")]
+)
+def test_the_libraries_are_an_extra(
+    quantisation: Quantisation, library: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(weight_format, "find_spec", lambda _: None)
-    with pytest.raises(MissingExtraError, match=r"fedcore-lora\[quantised\]"):
-        WeightFormat(quantisation="nf4").check()
+    with pytest.raises(MissingExtraError, match=rf"{library} is.*fedcore-lora\[quantised\]"):
+        WeightFormat(quantisation=quantisation).check()
     WeightFormat("bf16").check()
 
 
