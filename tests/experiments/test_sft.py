@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -231,6 +232,7 @@ def test_methods_of_every_family_train_and_lower_the_loss(method, home, tmp_path
     assert losses[-1] < losses[0]
 
 
+@pytest.mark.skipif(find_spec("torchao") is None, reason="torchao is not installed")
 def test_a_base_of_eight_bits_is_trained_beside(home, tmp_path):
     settings = {"model.quantisation": "torchao-int8", "method.name": "fedex"}
     start(job(home, **settings), tmp_path / "run")

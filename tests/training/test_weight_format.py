@@ -30,6 +30,8 @@ needs_bitsandbytes = pytest.mark.skipif(
     find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed"
 )
 
+needs_torchao = pytest.mark.skipif(find_spec("torchao") is None, reason="torchao is not installed")
+
 BF16 = {"model.dtype": "bf16"}
 NF4 = {"model.quantisation": "nf4", "model.compute_dtype": "fp32"}
 INT8 = {"model.quantisation": "int8"}
@@ -39,7 +41,7 @@ FORMATS = [
     pytest.param(BF16, id="bf16"),
     pytest.param(NF4, id="nf4", marks=needs_bitsandbytes),
     pytest.param(INT8, id="int8", marks=needs_bitsandbytes),
-    pytest.param(TORCHAO, id="torchao-int8"),
+    pytest.param(TORCHAO, id="torchao-int8", marks=needs_torchao),
 ]
 
 
@@ -120,7 +122,9 @@ def test_two_rounds_of_fedex_leave_the_bases_bits_alone(
 
 def test_the_base_identity_tells_formats_apart(tmp_path: Path) -> None:
     plain = build_experiment(recipe_of(tmp_path), Observer()).base
-    for settings in [BF16, TORCHAO] + ([NF4, INT8] if find_spec("bitsandbytes") else []):
+    installed = [NF4, INT8] if find_spec("bitsandbytes") else []
+    installed += [TORCHAO] if find_spec("torchao") else []
+    for settings in [BF16, *installed]:
         bench = build_experiment(recipe_of(tmp_path, **settings), Observer())
         other = bench.base
         problem, _ = base_differences(other, plain, (), "the server's")
