@@ -227,7 +227,8 @@ def test_parts_of_a_batch_and_checkpointing_change_no_step(settings, home, tmp_p
     "method", ["rolora", "florg", "fed_sb", "fedex", "ffa_lora", "fedavg.full", "fedrot"]
 )
 def test_methods_of_every_family_train_and_lower_the_loss(method, home, tmp_path):
-    start(job(home, **{"method.name": method}), tmp_path / "run")
+    settings = {"method.name": method, "training.steps": 8, "optimiser.rate": 3e-2}
+    start(job(home, **settings), tmp_path / "run")
     losses = [line["loss"] for line in lines(tmp_path / "run")]
     assert losses[-1] < losses[0]
 
