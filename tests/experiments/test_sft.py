@@ -227,7 +227,9 @@ def test_parts_of_a_batch_and_checkpointing_change_no_step(settings, home, tmp_p
     "method", ["rolora", "florg", "fed_sb", "fedex", "ffa_lora", "fedavg.full", "fedrot"]
 )
 def test_methods_of_every_family_train_and_lower_the_loss(method, home, tmp_path):
-    settings = {"method.name": method, "training.steps": 8, "optimiser.rate": 3e-2}
+    # A random model's few factors learn little; those of every layer learn enough to show.
+    settings = {"method.name": method, "training.steps": 10, "adapter.rank": 4}
+    settings["adapter.target_modules"] = "all-linear"
     start(job(home, **settings), tmp_path / "run")
     losses = [line["loss"] for line in lines(tmp_path / "run")]
     assert losses[-1] < losses[0]
