@@ -90,7 +90,7 @@ def test_a_dataset_of_the_hub_is_read_by_rows(monkeypatch):
         load_conversations(
             "openai/gsm8k", RowFormat("prompt_completion", {"completion": "prompts"})
         )
-    with pytest.raises(FedcoreError, match="is not instruction data; pass a file"):
+    with pytest.raises(FedcoreError, match=r"dataset 'bbc-news': unknown column 'q'"):
         load_conversations("bbc-news", form)
 
 

@@ -597,6 +597,9 @@ EVERYTHING = SftSettings(
 @pytest.mark.parametrize("fails", [False, True])
 def test_a_turn_leaves_nothing_behind(sft, fails, tokenizer, capfd, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
+    # The machine's own folder has files of other processes.
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     monkeypatch.delenv("CI", raising=False)
     sent, folders = [], []
